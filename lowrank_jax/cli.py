@@ -1,0 +1,113 @@
+"""The command ``lowrank-jax``: `demo` on the embedded network and images, `cifar10` on the whole data set."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; bad input ends with one line on standard error and status 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"lowrank-jax {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The two commands and their options."""
+    parser = argparse.ArgumentParser(prog="lowrank-jax", description="Low-rank compression of Flax networks.")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{demo,cifar10}")
+    about = "decompose, fine-tune and measure the embedded network on the embedded CIFAR-10 sample"
+    demo = commands.add_parser("demo", help=about, description=about)
+    about = "train on CIFAR-10 from TensorFlow Datasets, decompose, fine-tune and measure"
+    cifar = commands.add_parser("cifar10", help=about, description=about)
+    for command, run, folder in ((demo, run_demo, "lowrank-jax-demo"), (cifar, run_cifar10, "lowrank-jax-cifar10")):
+        command.set_defaults(run=run)
+        command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+        command.add_argument("--out", type=Path, default=Path(folder), help="folder for the report")
+        command.add_argument("--ranks", type=parse_ranks, default="Conv_0=10,Conv_2=20", help="layer=rank,...")
+        command.add_argument("--finetune-epochs", type=positive, default=5, help="epochs after the decomposition")
+        command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+        command.add_argument("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
+    _add_training_options(cifar)
+    return parser
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", help="folder that holds cifar10/; default: TFDS_DATA_DIR, ~/tensorflow_datasets")
+    parser.add_argument("--weights", type=Path, help="dense .npz from an earlier run, instead of training")
+    parser.add_argument("--epochs", type=positive, default=30, help="epochs of training from scratch")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images in a step")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="highest rate of the one-cycle schedule")
+    parser.add_argument("--finetune-learning-rate", type=float, default=0.02, help="the same, in the fine-tuning")
+    parser.add_argument("--crop", type=positive, default=32, help="side of the random training crops, pixels")
+    parser.add_argument("--padding", type=int, default=4, help="zeros around an image before the crop, pixels")
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give an int of at least 1")
+    return value
+
+
+def parse_ranks(text: str) -> dict[str, int]:
+    """ "Conv_0=10,Conv_2=20" as a table of ranks, for argparse."""
+    try:
+        return {path: int(rank) for path, rank in (item.split("=") for item in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not layer=rank,... as in Conv_0=10,Conv_2=20") from error
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """The whole journey on what the package carries."""
+    from lowrank_jax import checkpoint, data, experiment
+
+    start = time.perf_counter()
+    variables = checkpoint.pretrained()
+    recipe = experiment.Recipe(args.finetune_epochs, peak=0.01, batch_size=50, crop=24, padding=0, seed=args.seed)
+    _journey(args, variables, data.sample("train"), data.sample("test"), recipe, "lowrank-jax demo")
+    print(f"Took {time.perf_counter() - start:.0f} s; a report with pictures is in {args.out}")
+
+
+def run_cifar10(args: argparse.Namespace) -> None:
+    """The whole experiment."""
+    from lowrank_jax import checkpoint, data, experiment
+
+    train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
+    options = dict(batch_size=args.batch_size, crop=args.crop, padding=args.padding, seed=args.seed)
+    model = _model(args)
+    if args.weights:
+        variables = checkpoint.load_weights(args.weights)
+    else:
+        variables = experiment.init(model, args.seed)
+        experiment.check_ranks(variables, args.ranks)
+        recipe = experiment.Recipe(args.epochs, args.learning_rate, **options)
+        variables, _ = experiment.fit(model, variables, train, test, recipe)
+    recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
+    _journey(args, variables, train, test, recipe, "lowrank-jax cifar10")
+    print(f"A report with pictures and both networks is in {args.out}")
+
+
+def _model(args: argparse.Namespace):
+    from lowrank_jax.models import NIN
+
+    return NIN(dtype=None if args.precision == "float32" else args.precision)
+
+
+def _journey(args: argparse.Namespace, variables, train, test, recipe, title: str) -> None:
+    from lowrank_jax import checkpoint, experiment, report
+
+    journey = experiment.run(_model(args), variables, args.ranks, train, test, recipe)
+    with report.whole_folder(args.out) as folder:
+        report.write_report(folder, journey, title)
+        checkpoint.save_weights(folder / "dense.npz", variables)
+    print(f"\n{report.markdown(journey)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Fair timing of compiled programs: ahead of time, warmed up, in turn."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from lowrank_jax.compiling import candidate_options
+
+Program = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Times of programs that ran in turn, one run of each in every round.
+
+    Attributes:
+        items: how many items, such as images, one run handles.
+        seconds: program name to the seconds of its run in each round.
+    """
+
+    items: int
+    seconds: Mapping[str, list[float]]
+
+    def rate(self, name: str) -> tuple[float, float, float]:
+        """Items per second of a program: lower quartile, median, upper quartile over the rounds."""
+        return _quartiles([self.items / value for value in self.seconds[name]])
+
+    def ratio(self, name: str, base: str) -> tuple[float, float, float]:
+        """How many times faster a program is than the base, round by round: quartiles as in `rate`."""
+        pairs = zip(self.seconds[base], self.seconds[name], strict=True)
+        return _quartiles([slow / fast for slow, fast in pairs])
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def compile_fastest(fn: Callable, *args: Any) -> Program:
+    """Compiles a function ahead of time under each of `candidate_options` and keeps the fastest program.
+
+    Args:
+        fn: function of arrays.
+        *args: its arguments; they stay on the device and are used at every run.
+
+    Returns:
+        A program without arguments that runs to completion.
+    """
+    args = jax.device_put(args)
+
+    def bind(options):
+        compiled = jax.jit(fn, compiler_options=options).lower(*args).compile()
+        return lambda: jax.block_until_ready(compiled(*args))
+
+    programs = {str(index): bind(options) for index, options in enumerate(candidate_options())}
+    if len(programs) == 1:
+        return programs["0"]
+    times = throughput(programs, items=1, rounds=3)
+    return programs[max(programs, key=lambda key: times.rate(key)[1])]
+
+
+def throughput(programs: Mapping[str, Program], items: int, rounds: int = 15, warmup: int = 1) -> Throughput:
+    """Times programs in turn, so that a change of the machine's speed meets all of them alike.
+
+    Args:
+        programs: name to a compiled program that blocks until it is done, as from `compile_fastest`.
+        items: how many items one run handles.
+        rounds: counted runs of each program, at least 2.
+        warmup: runs of each before, not counted.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((64, 64))
+        >>> times = throughput({"product": compile_fastest(jnp.matmul, x, x)}, items=1, rounds=2)
+        >>> times.rate("product")[1] > 0
+        True
+    """
+    if not programs or rounds < 2 or items < 1:
+        raise ValueError(f"throughput needs a program, items >= 1 and rounds >= 2; got {items=}, {rounds=}, {list(programs)}.")
+    seconds: dict[str, list[float]] = {key: [] for key in programs}
+    for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=None):
+        names = list(programs)
+        for key in np.roll(names, turn):
+            start = time.perf_counter()
+            programs[str(key)]()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                seconds[str(key)].append(elapsed)
+    return Throughput(items, seconds)
