@@ -17,7 +17,7 @@ def save_weights(path: str | os.PathLike, variables: chex.ArrayTree) -> None:
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         except BaseException:
             os.unlink(file.name)
             raise

@@ -9,7 +9,10 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; bad input ends with one line on standard error and status 2."""
     args = build_parser().parse_args(argv)
+    from lowrank_jax import report  # after the options are read, so that --help is quick
+
     try:
+        report.check_out(args.out)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"lowrank-jax {args.command}: {error}", file=sys.stderr)
@@ -31,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, default=Path(folder), help="folder for the report")
         command.add_argument("--ranks", type=parse_ranks, default="Conv_0=10,Conv_2=20", help="layer=rank,...")
         command.add_argument("--finetune-epochs", type=positive, default=5, help="epochs after the decomposition")
-        command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+        command.add_argument(
+            "--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation"
+        )
         command.add_argument("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
     _add_training_options(cifar)
     return parser
@@ -39,8 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", help="folder that holds cifar10/; default: TFDS_DATA_DIR, ~/tensorflow_datasets")
-    parser.add_argument("--weights", type=Path, help="dense .npz from an earlier run, instead of training")
-    parser.add_argument("--epochs", type=positive, default=30, help="epochs of training from scratch")
+    parser.add_argument(
+        "--weights", type=Path, help="dense .npz of an earlier run to start from, instead of random weights"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of training the dense network; 30, or 0 with --weights")
     parser.add_argument("--batch-size", type=positive, default=128, help="images in a step")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="highest rate of the one-cycle schedule")
     parser.add_argument("--finetune-learning-rate", type=float, default=0.02, help="the same, in the fine-tuning")
@@ -81,12 +88,11 @@ def run_cifar10(args: argparse.Namespace) -> None:
     train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
     options = dict(batch_size=args.batch_size, crop=args.crop, padding=args.padding, seed=args.seed)
     model = _model(args)
-    if args.weights:
-        variables = checkpoint.load_weights(args.weights)
-    else:
-        variables = experiment.init(model, args.seed)
-        experiment.check_ranks(variables, args.ranks)
-        recipe = experiment.Recipe(args.epochs, args.learning_rate, **options)
+    variables = checkpoint.load_weights(args.weights) if args.weights else experiment.init(model, args.seed)
+    experiment.check_ranks(variables, args.ranks)
+    epochs = args.epochs if args.epochs is not None else 0 if args.weights else 30
+    if epochs > 0:
+        recipe = experiment.Recipe(epochs, args.learning_rate, **options)
         variables, _ = experiment.fit(model, variables, train, test, recipe)
     recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
     _journey(args, variables, train, test, recipe, "lowrank-jax cifar10")

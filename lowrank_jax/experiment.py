@@ -1,6 +1,7 @@
 """The journey: decompose a trained network, fine-tune it, and measure both."""
 
 import dataclasses
+import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -79,7 +80,7 @@ class Journey:
 
 def init(model: NIN, seed: int = 0) -> Variables:
     """Freshly initialised variables of a CIFAR-10 model."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+    return dict(model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
 
 
 def accuracy(model: NIN, variables: Variables, data: Dataset) -> float:
@@ -171,10 +172,7 @@ def compare_costs(dense: list[ConvUse], lowrank: list[ConvUse], ranks: Mapping[s
 def measure(networks: Mapping[str, tuple[NIN, Variables]], data: Dataset, batch_size: int, rounds: int) -> Throughput:
     """Times forward passes of networks on the same real images, each at its fastest compiler options."""
     images = normalize(jnp.asarray(np.resize(data.images, (batch_size, *data.images.shape[1:]))))
-    programs = {
-        name: compile_fastest(model.apply, variables, images)
-        for name, (model, variables) in networks.items()
-    }
+    programs = {name: compile_fastest(model.apply, variables, images) for name, (model, variables) in networks.items()}
     return throughput(programs, items=batch_size, rounds=rounds)
 
 
@@ -187,4 +185,5 @@ def machine() -> str:
     """The device and the versions that figures depend on."""
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    return f"{device.platform} ({kind}), jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
+    versions = f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
+    return f"{device.platform} ({kind}, {os.cpu_count()} CPU cores), {versions}"

@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lowrank_jax.checkpoint import save_weights
@@ -66,7 +66,7 @@ def markdown(journey: Journey) -> str:
     return f"{table(rows)}\n\n{table(scores)}\n\n{speed}\n\nMachine: {journey.machine}"
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table, the first row its head; the first column left, the others right aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) + " |" for r in rows]
@@ -77,7 +77,10 @@ def table(rows: list[tuple[str, ...]]) -> str:
 def figures(journey: Journey) -> dict:
     """The figures as plain data."""
     layers = [vars(layer) for layer in journey.layers]
-    times = {name: dict(zip(("low", "median", "high"), journey.times.rate(name), strict=True)) for name in journey.times.seconds}
+    times = {
+        name: dict(zip(("low", "median", "high"), journey.times.rate(name), strict=True))
+        for name in journey.times.seconds
+    }
     ratio = dict(zip(("low", "median", "high"), journey.times.ratio("low-rank", "dense"), strict=True))
     return {
         "machine": journey.machine,
@@ -114,7 +117,7 @@ def _figure(columns: int):
 def draw_spectra(journey: Journey):
     """The singular values of each decomposed layer, with the cut."""
     figure, axes = _figure(len(journey.spectra))
-    ranks = {layer.name: layer.rank for layer in journey.layers}
+    ranks = {layer.name: layer.rank or 0 for layer in journey.layers}
     for axis, (name, values) in zip(axes, journey.spectra.items(), strict=True):
         rank = ranks[name]
         kept = (values[:rank] ** 2).sum() / (values**2).sum()

@@ -6,7 +6,8 @@ from numbers import Integral
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype, Initializer, LaxPadding, PaddingLike, PrecisionLike, PromoteDtypeFn
+from flax.linen.linear import PromoteDtypeFn
+from flax.typing import Dtype, Initializer, LaxPadding, PaddingLike, PrecisionLike
 
 from lowrank_jax.schemes import check_rank
 

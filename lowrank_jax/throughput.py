@@ -82,7 +82,9 @@ def throughput(programs: Mapping[str, Program], items: int, rounds: int = 15, wa
         True
     """
     if not programs or rounds < 2 or items < 1:
-        raise ValueError(f"throughput needs a program, items >= 1 and rounds >= 2; got {items=}, {rounds=}, {list(programs)}.")
+        raise ValueError(
+            f"throughput needs a program, items >= 1 and rounds >= 2; got {items=}, {rounds=}, {list(programs)}."
+        )
     seconds: dict[str, list[float]] = {key: [] for key in programs}
     for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=None):
         names = list(programs)

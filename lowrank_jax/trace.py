@@ -71,13 +71,13 @@ def _walk(jaxpr, paths: dict, repeats: int) -> Iterator[ConvUse]:
             yield from _walk(inner, dict(zip(inner.invars, known, strict=False)), loops)
 
 
-def _inner(eqn) -> list:
+def _inner(eqn) -> list[Any]:
     """The programs inside an equation whose inputs are the equation's own."""
     found = [getattr(value, "jaxpr", value) for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
-    inner = [value for value in found if hasattr(value, "eqns")]
+    inner: list[Any] = [value for value in found if hasattr(value, "eqns")]
     if eqn.primitive.name in ("while", "cond") and any(list(_walk(body, {}, 1)) for body in inner):
         raise ValueError(f"A convolution stands in a {eqn.primitive.name!r}: how often it runs cannot be known.")
-    return [body for body in inner if len(body.invars) == len(eqn.invars)]
+    return [body for body in inner if len(body.invars) == len(eqn.invars)]  # others, such as reducers, hold no kernel
 
 
 def _is_jaxpr(value: Any) -> bool:

@@ -146,7 +146,13 @@ def train(
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
         losses = []
-        progress = tqdm(batches(len(labels), batch_size, rng), f"epoch {epoch}/{epochs}", len(labels) // batch_size, leave=False, disable=None)
+        progress = tqdm(
+            batches(len(labels), batch_size, rng),
+            f"epoch {epoch}/{epochs}",
+            len(labels) // batch_size,
+            leave=False,
+            disable=None,
+        )
         for rows in progress:
             state, loss = step(state, images[rows], labels[rows])
             losses.append(loss)

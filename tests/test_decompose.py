@@ -264,5 +264,5 @@ def test_groups_that_do_not_divide_the_outputs_are_refused_with_the_path(groups)
 
 
 def test_bad_ranks_are_refused_while_tracing_too():
-    with pytest.raises(ValueError, match="Conv_0: rank 7 .* 1 to 6"):
+    with pytest.raises(ValueError, match=r"Conv_0: rank 7 .* 1 to 6"):
         jax.eval_shape(lambda tree: decompose(tree, {"Conv_0": 7}), network())

@@ -45,7 +45,7 @@ def test_an_unknown_layer_is_refused_with_those_there_are(unknown):
 
 
 def test_a_rank_too_large_is_refused_with_its_layer():
-    with pytest.raises(ValueError, match="Conv_0: rank 16 .* 1 to 15"):
+    with pytest.raises(ValueError, match=r"Conv_0: rank 16 .* 1 to 15"):
         init(ranks={"Conv_0": 16})
 
 

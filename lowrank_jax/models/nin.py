@@ -1,6 +1,7 @@
 """The six-layer convolutional network of the original CIFAR-10 experiment."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class NIN(nn.Module):
 
     def _conv(self, index: int, features: int, size: int) -> nn.Module:
         name = f"Conv_{index}"
-        options = dict(dtype=self.dtype, precision=self.precision, name=name)
+        options: dict[str, Any] = dict(dtype=self.dtype, precision=self.precision, name=name)
         options["use_bias"] = index == len(LAYERS) - 1 or not self.batch_norm
         rank = (self.ranks or {}).get(name)
         if rank is None:

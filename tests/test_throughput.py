@@ -1,0 +1,52 @@
+"""Timing, tracing of costs and compiler options."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lowrank_jax.compiling import candidate_options, training_options
+from lowrank_jax.throughput import Throughput, compile_fastest, throughput
+
+
+def test_programs_run_in_turn_and_warm_up_is_not_counted():
+    calls = []
+    programs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = throughput(programs, items=1, rounds=4, warmup=2)
+    assert [sorted(calls[i : i + 2]) for i in range(0, 12, 2)] == [["a", "b"]] * 6
+    assert {len(v) for v in times.seconds.values()} == {4}
+
+
+def test_the_ratio_is_that_of_the_times():
+    programs = {"slow": lambda: time.sleep(0.03), "fast": lambda: time.sleep(0.01)}
+    low, median, high = throughput(programs, items=5, rounds=5).ratio("fast", "slow")
+    assert 1.5 < low <= median <= high < 4.5  # the true ratio is 3; sleeping is exact to a few ms on a busy machine
+
+
+def test_rates_are_items_over_seconds_by_quartile():
+    times = Throughput(10, {"a": [1.0, 2.0, 4.0, 5.0, 10.0]})
+    assert times.rate("a") == (2.0, 2.5, 5.0)
+
+
+def test_the_fastest_program_computes_the_function():
+    x, y = jnp.ones((1, 8, 8, 3)), jax.random.normal(jax.random.key(0), (3, 3, 3, 4))
+    conv = lambda x, y: jax.lax.conv_general_dilated(x, y, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    # the convolution paths add the 27 products in different orders
+    assert jnp.allclose(compile_fastest(conv, x, y)(), conv(x, y), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"rounds": 1}, {"items": 0}, {"programs": {}}])
+def test_a_measurement_without_meaning_is_refused(bad):
+    with pytest.raises(ValueError, match="throughput needs"):
+        throughput(**({"programs": {"a": lambda: None}, "items": 1, "rounds": 2} | bad))
+
+
+@pytest.mark.parametrize("options", [*candidate_options(), training_options()])
+def test_every_candidate_option_compiles_here(options):
+    assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6
+
+
+def test_the_default_is_a_candidate_and_the_only_one_elsewhere():
+    assert candidate_options()[0] == {}
+    assert candidate_options("gpu") == candidate_options("tpu") == ({},)
