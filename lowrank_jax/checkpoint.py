@@ -1,7 +1,6 @@
 """Weights as one ``.npz`` file: plain arrays named by their paths, read without pickle."""
 
 import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ def save_weights(path: str | os.PathLike, variables: chex.ArrayTree) -> None:
     """Writes a nested mapping of arrays; the file appears whole or not at all."""
     path = Path(path)
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Any]:

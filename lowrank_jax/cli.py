@@ -85,6 +85,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     """The whole experiment."""
     from lowrank_jax import checkpoint, data, experiment
 
+    early = args.out.with_name(f"{args.out.name}-dense.npz")  # hours of work, kept should a later step fail
     train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
     options = dict(batch_size=args.batch_size, crop=args.crop, padding=args.padding, seed=args.seed)
     model = _model(args)
@@ -94,8 +95,11 @@ def run_cifar10(args: argparse.Namespace) -> None:
     if epochs > 0:
         recipe = experiment.Recipe(epochs, args.learning_rate, **options)
         variables, _ = experiment.fit(model, variables, train, test, recipe)
+        checkpoint.save_weights(early, variables)
+        print(f"The trained network is in {early} until the report is complete")
     recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
     _journey(args, variables, train, test, recipe, "lowrank-jax cifar10")
+    early.unlink(missing_ok=True)
     print(f"A report with pictures and both networks is in {args.out}")
 
 
