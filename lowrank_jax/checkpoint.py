@@ -1,6 +1,7 @@
 """Weights as one ``.npz`` file: plain arrays named by their paths, read without pickle."""
 
 import os
+import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,17 @@ def save_weights(path: str | os.PathLike, variables: chex.ArrayTree) -> None:
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads what `save_weights` wrote, as a nested dict of numpy arrays."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return unflatten_dict(dict(arrays), sep="/")
+    """Reads what `save_weights` wrote, as a nested dict of numpy arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole ``.npz`` file of plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return unflatten_dict(dict(arrays), sep="/")
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no whole .npz file of plain arrays: {error}") from error
 
 
 def pretrained() -> dict[str, Any]:

@@ -89,7 +89,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
     options = dict(batch_size=args.batch_size, crop=args.crop, padding=args.padding, seed=args.seed)
     model = _model(args)
-    variables = checkpoint.load_weights(args.weights) if args.weights else experiment.init(model, args.seed)
+    variables = experiment.load(model, args.weights) if args.weights else experiment.init(model, args.seed)
     experiment.check_ranks(variables, args.ranks)
     epochs = args.epochs if args.epochs is not None else 0 if args.weights else 30
     if epochs > 0:

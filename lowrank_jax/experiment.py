@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.checkpoint import load_weights
 from lowrank_jax.data import Dataset, normalize
 from lowrank_jax.decompose import decompose
 from lowrank_jax.models import NIN
@@ -81,6 +82,15 @@ class Journey:
 def init(model: NIN, seed: int = 0) -> Variables:
     """Freshly initialised variables of a CIFAR-10 model."""
     return dict(model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
+
+
+def load(model: NIN, path: str | os.PathLike) -> Variables:
+    """Reads variables of a CIFAR-10 model, or raises ValueError where they are of another network."""
+    variables = load_weights(path)
+    expected = jax.eval_shape(lambda: init(model))
+    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(f"{path} does not hold the weights of this network; give the dense.npz of an earlier run.")
+    return variables
 
 
 def accuracy(model: NIN, variables: Variables, data: Dataset) -> float:

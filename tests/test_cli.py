@@ -120,6 +120,19 @@ def test_weights_that_cannot_be_written_leave_nothing_and_keep_the_old(tmp_path)
     assert checkpoint.load_weights(tmp_path / "w.npz")["a"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut short"])
+def test_a_damaged_weight_file_is_refused_by_name(content, tmp_path):
+    (tmp_path / "w.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w.npz is no whole .npz file"):
+        checkpoint.load_weights(tmp_path / "w.npz")
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    checkpoint.save_weights(tmp_path / "w.npz", {"params": {"Conv_0": {"kernel": np.ones((5, 5, 3, 8))}}})
+    with pytest.raises(ValueError, match=r"w.npz does not hold the weights of this network"):
+        experiment.load(NIN(), tmp_path / "w.npz")
+
+
 def test_pickled_weights_are_refused(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.array([object()]))
     with pytest.raises(ValueError, match="allow_pickle=False"):
