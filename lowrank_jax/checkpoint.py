@@ -32,7 +32,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: it is no whole ``.npz`` file of plain arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return unflatten_dict(dict(arrays), sep="/")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no whole .npz file of plain arrays: {error}") from error
