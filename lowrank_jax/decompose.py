@@ -138,6 +138,6 @@ def check_kernel(path: str, leaves: Mapping[str, Any], scheme: Separable) -> jax
             f"{path}: groups={scheme.groups} must be at least 1 and divide the {kernel.shape[-1]} outputs."
         )
     check_rank(scheme.rank, kernel.shape, scheme.groups, path)
-    if not isinstance(kernel, jax.core.Tracer | jax.ShapeDtypeStruct) and not jnp.isfinite(kernel).all():
+    if not isinstance(kernel, jax.core.Tracer) and not jnp.isfinite(kernel).all():
         raise ValueError(f"{path}: the kernel holds NaN or infinite values; repair the weights before decomposing.")
     return kernel

@@ -1,6 +1,7 @@
 """The journey: decompose a trained network, fine-tune it, and measure both."""
 
 import dataclasses
+import functools
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ class Recipe:
         crop: side in pixels of the random training crops; 24 costs about half of 32.
         padding: zeros around an image before the crop, in pixels.
         seed: of initialisation, augmentation and shuffling.
+        distill: fine-tune towards the dense network's probabilities instead of the labels.
     """
 
     epochs: int
@@ -44,6 +46,7 @@ class Recipe:
     crop: int = 32
     padding: int = 4
     seed: int = 0
+    distill: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,13 @@ def accuracy(model: NIN, variables: Variables, data: Dataset) -> float:
 
 
 def fit(
-    model: NIN, variables: Variables, data: Dataset, test: Dataset, recipe: Recipe, log: Log = print
+    model: NIN,
+    variables: Variables,
+    data: Dataset,
+    test: Dataset,
+    recipe: Recipe,
+    log: Log = print,
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[Variables, list[float]]:
     """Trains a network and evaluates it after every epoch.
 
@@ -117,7 +126,7 @@ def fit(
     history: list[float] = []
     tx = one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size))
     state = TrainState.create(variables, tx, recipe.seed)
-    step = make_train_step(model.apply, tx, augment)
+    step = make_train_step(model.apply, tx, augment, teacher)
     state = train(
         state,
         step,
@@ -154,7 +163,8 @@ def run(
     layers = compare_costs(trace_one(dense, variables), trace_one(small, lowrank), ranks)
     scores = {"dense": accuracy(dense, variables, test), "decomposed": accuracy(small, lowrank, test)}
     log(f"{len(test):,} test images: dense {scores['dense']:.2%}, decomposed {scores['decomposed']:.2%}")
-    tuned, curve = fit(small, lowrank, data, test, recipe, log)
+    teacher: Callable | None = functools.partial(dense.apply, variables) if recipe.distill else None
+    tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher)
     scores["fine-tuned"] = curve[-1]
     log("timing the forward passes")
     times = measure({"dense": (dense, variables), "low-rank": (small, tuned)}, test, batch_size, rounds)

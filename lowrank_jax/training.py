@@ -77,7 +77,10 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
 
 
 def make_train_step(
-    apply: Apply, tx: optax.GradientTransformation, augment: Callable[[chex.PRNGKey, jax.Array], jax.Array]
+    apply: Apply,
+    tx: optax.GradientTransformation,
+    augment: Callable[[chex.PRNGKey, jax.Array], jax.Array],
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, jax.Array]]:
     """Compiles one step of minimising the cross-entropy; the state is donated.
 
@@ -85,6 +88,8 @@ def make_train_step(
         apply: ``model.apply`` of a model whose call takes ``train=True``.
         tx: optimiser.
         augment: (key, images as stored) to the network's inputs.
+        teacher: inputs to logits; where given, its probabilities are the targets in place of the labels
+            (distillation; Hinton et al., 2015, arXiv 1503.02531, at temperature 1).
 
     Returns:
         Function (state, images, labels) to (state, mean loss).
@@ -92,12 +97,15 @@ def make_train_step(
 
     def loss_fn(params, collections, inputs, labels):
         logits, updated = apply({"params": params, **collections}, inputs, train=True, mutable=list(collections))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
+        if teacher is None:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated
+        return optax.softmax_cross_entropy(logits, jax.nn.softmax(teacher(inputs))).mean(), updated
 
     def step(state, images, labels):
         key, augment_key = jax.random.split(state.key)
+        inputs = augment(augment_key, images)
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, collections), grads = grad_fn(state.params, state.collections, augment(augment_key, images), labels)
+        (loss, collections), grads = grad_fn(state.params, state.collections, inputs, labels)
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, dict(collections), optimizer, key), loss
