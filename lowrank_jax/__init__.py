@@ -1,8 +1,13 @@
 """Low-rank compression of pretrained Flax convolutional networks."""
 
+from lowrank_jax.apply import lowrank as lowrank
 from lowrank_jax.decompose import decompose as decompose
 from lowrank_jax.decompose import reconstruct as reconstruct
 from lowrank_jax.schemes import Separable as Separable
 from lowrank_jax.schemes import max_rank as max_rank
+from lowrank_jax.schemes import merge as merge
 from lowrank_jax.schemes import spectrum as spectrum
 from lowrank_jax.separable import SeparableConv as SeparableConv
+from lowrank_jax.trace import trace as trace
+from lowrank_jax.uses import KernelUse as KernelUse
+from lowrank_jax.uses import Trace as Trace

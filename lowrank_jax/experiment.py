@@ -18,8 +18,9 @@ from lowrank_jax.decompose import decompose
 from lowrank_jax.models import NIN
 from lowrank_jax.schemes import spectrum
 from lowrank_jax.throughput import Throughput, compile_fastest, throughput
-from lowrank_jax.trace import ConvUse, trace
+from lowrank_jax.trace import trace
 from lowrank_jax.training import TrainState, crop_and_flip, evaluate, make_train_step, one_cycle_sgd, train
+from lowrank_jax.uses import Trace
 
 Variables = dict[str, Any]
 Log = Callable[[str], None]
@@ -171,12 +172,12 @@ def run(
     return Journey(layers, spectra, scores, curve, times, machine(), tuned)
 
 
-def trace_one(model: NIN, variables: Variables) -> list[ConvUse]:
+def trace_one(model: NIN, variables: Variables) -> Trace:
     """The convolutions of a forward pass of one image."""
     return trace(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
 
 
-def compare_costs(dense: list[ConvUse], lowrank: list[ConvUse], ranks: Mapping[str, int]) -> list[Layer]:
+def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> list[Layer]:
     """Sets the cost of each dense layer beside that of its factors, or of itself where it stays dense."""
 
     def total(uses, name, field):

@@ -4,11 +4,17 @@ This is the only place that knows the order of the axes. For a kernel with heigh
 ``c`` input channels per group, ``n`` output channels and ``g`` groups the matrix of each group has one
 row for every pair (vertical tap, input channel) and one column for every pair (horizontal tap, output
 channel of that group), so that its rank-K factors are themselves the kernels of a vertical and of a
-horizontal convolution (Tai et al., 2016, arXiv 1511.06067, section 2.1).
+horizontal convolution (Tai et al., 2016, arXiv 1511.06067, section 2.1). Kernels of other layouts, of one or of three
+spatial dimensions, or whose horizontal convolution comes first are brought to (h, w, c, n) by `to_pair`.
 """
+
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+
+AXES = {1: "WIO", 2: "HWIO", 3: "DHWIO"}  # Flax's layout by the number of spatial dimensions
 
 
 def to_matrix(kernel: jax.Array, groups: int = 1) -> jax.Array:
@@ -52,3 +58,63 @@ def from_matrix(matrix: jax.Array, shape: tuple[int, int, int, int]) -> jax.Arra
     split = matrix.reshape(*stack, groups, h, c, w, n // groups)
     ungrouped = jnp.moveaxis(split.swapaxes(-3, -2), -5, -2)  # (..., h, w, c, g, n/g)
     return ungrouped.reshape(*stack, h, w, c, n)
+
+
+def to_pair(kernel: jax.Array, axes: str, first: str) -> jax.Array:
+    """Brings a kernel of any layout to (..., a, b, c, n): taps of the first and of the second convolution.
+
+    Args:
+        kernel: array whose last axes are those named; axes before them are a stack of kernels.
+        axes: one letter for each axis, I for the input channels, O for the output channels, such as HWIO or OIHW.
+        first: "vertical" if the first convolution runs along the first spatial axis, "horizontal" if along the others.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> to_pair(jnp.ones((8, 4, 3, 5)), "OIHW", "horizontal").shape
+        (5, 3, 4, 8)
+    """
+    stack = kernel.ndim - len(axes)
+    one, two = split_axes(axes, first)
+    order = [*range(stack), *(stack + axes.index(letter) for letter in one + two + "IO")]
+    moved = jnp.transpose(kernel, order)
+    sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
+    taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
+    return moved.reshape(*kernel.shape[:stack], *taps, *moved.shape[-2:])
+
+
+def from_pair(factor: jax.Array, axes: str, first: str, sizes: Mapping[str, int]) -> jax.Array:
+    """Brings (..., a, b, c, n) back to a layout; the inverse of `to_pair`.
+
+    Args:
+        factor: array of shape (..., a, b, c, n).
+        axes, first: as in `to_pair`.
+        sizes: spatial axis to its size; axes that are not named have size 1.
+    """
+    stack = factor.ndim - 4
+    order = "".join(split_axes(axes, first)) + "IO"
+    spatial = [sizes.get(letter, 1) for letter in order[:-2]]
+    spread = factor.reshape(*factor.shape[:stack], *spatial, *factor.shape[-2:])
+    return jnp.transpose(spread, [*range(stack), *(stack + order.index(letter) for letter in axes)])
+
+
+def split_axes(axes: str, first: str) -> tuple[str, str]:
+    """The spatial axes of the first and of the second convolution.
+
+    The vertical one has the first spatial axis, the horizontal one all the others (none in one dimension).
+    """
+    spatial = axes.replace("I", "").replace("O", "")
+    if len(set(axes)) != len(axes) or len(spatial) != len(axes) - 2 or not spatial:
+        raise ValueError(f"axes={axes!r} is not allowed; name every axis once, with I and O, such as 'HWIO' or 'OIHW'.")
+    if first not in ("vertical", "horizontal"):
+        raise ValueError(f"first={first!r} is not allowed; give 'vertical' or 'horizontal'.")
+    return (spatial[:1], spatial[1:]) if first == "vertical" else (spatial[1:], spatial[:1])
+
+
+def fit_axes(axes: str, ndim: int) -> str:
+    """The layout of a kernel of fewer axes in the same order: WIO for three axes of HWIO.
+
+    Kernels of more axes are stacks, of which the layout names the last axes.
+    """
+    spatial = [letter for letter in axes if letter not in "IO"]
+    dropped = spatial[: max(len(axes) - ndim, 0)]
+    return "".join(letter for letter in axes if letter not in dropped)

@@ -1,46 +1,18 @@
 """The decompositions of one kernel, each a small frozen config."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.matricize import from_matrix, to_matrix
+from lowrank_jax.matricize import from_matrix, from_pair, split_axes, to_matrix, to_pair
 
-
-def max_rank(shape: Sequence[int], groups: int = 1) -> int:
-    """The largest useful rank of a kernel: that at which the factors reproduce it.
-
-    Args:
-        shape: kernel shape (..., h, w, c, n), with c input channels per group.
-        groups: number of feature groups.
-
-    Returns:
-        min(h * c, w * n / groups), the smaller side of the matrix of one group.
-
-    Example:
-        >>> max_rank((5, 5, 96, 192))
-        480
-    """
-    h, w, c, n = shape[-4:]
-    return int(min(h * c, w * (n // groups)))
-
-
-def check_rank(rank: object, shape: Sequence[int], groups: int, where: str) -> int:
-    """Returns the rank as an int, or raises an error that names where it was given."""
-    limit = max_rank(shape, groups)
-    try:
-        value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
-    except TypeError:
-        value = 0
-    if not 1 <= value <= limit:
-        raise ValueError(
-            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, which is "
-            f"min(h * in, w * out) of one of the {groups} group(s) of the kernel {tuple(shape)}."
-        )
-    return value
+# Names of the first and of the second factor in a parameter tree, by the axis that comes first. A pair that is
+# run the other way round has names of its own, because shapes alone do not always tell the order.
+FACTORS = {"vertical": ("vertical", "horizontal"), "horizontal": ("horizontal_first", "vertical_second")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +24,14 @@ class Separable:
     of that rank has a smaller Frobenius error, which is the root of the sum of the squared singular values
     left out (Eckart and Young, 1936).
 
+    In one dimension the vertical kernel has all the taps and the horizontal one is pointwise; in three the
+    vertical one has the first axis and the horizontal one the other two.
+
     Attributes:
         rank: number K of channels between the two convolutions, per group.
         groups: ``feature_group_count`` of the dense convolution; a parameter tree does not tell it.
+        axes: the kernel's layout, one letter an axis; I and O are the channels, the others are spatial.
+        first: "vertical", or "horizontal" where the horizontal convolution is to come first.
 
     Example:
         >>> import jax
@@ -66,6 +43,8 @@ class Separable:
 
     rank: int
     groups: int = 1
+    axes: str = "HWIO"
+    first: str = "vertical"
 
     def factor(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Factors a kernel, or each of a stack of kernels.
@@ -74,53 +53,129 @@ class Separable:
         pass through ``jnp.linalg.svd`` and so need the singular values to differ from each other.
 
         Args:
-            kernel: floating-point array of shape (..., h, w, c, n), c being the input channels per group.
+            kernel: floating-point array of shape (..., h, w, c, n), or as ``axes`` says, c being the input
+                channels per group.
 
         Returns:
-            The vertical kernel (..., h, 1, c, groups * rank) and the horizontal kernel
-            (..., 1, w, rank, n). Within each group both have the same Frobenius norm.
+            The first kernel, (..., h, 1, c, groups * rank) if it is the vertical one, and the second,
+            (..., 1, w, rank, n), both in the kernel's layout. Within each group both have the same norm.
 
         Raises:
             ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide n.
         """
         kernel = jnp.asarray(kernel)  # a float64 NumPy kernel takes the widest type that is enabled
-        h, w, c, n = kernel.shape[-4:]
-        if self.groups < 1 or n % self.groups:
-            raise ValueError(f"groups={self.groups} must be at least 1 and divide the {n} output channels.")
-        rank = check_rank(self.rank, kernel.shape, self.groups, "Separable")
+        rank = self.check(kernel.shape, "Separable")
         wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-        u, s, qt = jnp.linalg.svd(to_matrix(wide, self.groups), full_matrices=False)
+        pair = to_pair(wide, self.axes, self.first)
+        u, s, qt = jnp.linalg.svd(to_matrix(pair, self.groups), full_matrices=False)
         root = jnp.sqrt(s[..., :rank])
-        vertical = from_matrix(u[..., :rank] * root[..., None, :], (h, 1, c, self.groups * rank))
-        horizontal = from_matrix(root[..., :, None] * qt[..., :rank, :], (1, w, rank, n))
-        return vertical.astype(kernel.dtype), horizontal.astype(kernel.dtype)
+        factors = self.fold(u[..., :rank] * root[..., None, :], root[..., :, None] * qt[..., :rank, :], kernel.shape)
+        return factors[0].astype(kernel.dtype), factors[1].astype(kernel.dtype)
 
-    @staticmethod
-    def merge(vertical: jax.Array, horizontal: jax.Array) -> jax.Array:
-        """Multiplies the factors back into one dense kernel.
+    def fold(self, left: jax.Array, right: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Turns the factors of the matrix of each group into the two kernels.
 
         Args:
-            vertical: array of shape (..., h, 1, c, groups * rank).
-            horizontal: array of shape (..., 1, w, rank, n).
-
-        Returns:
-            The kernel of shape (..., h, w, c, n) that the two convolutions together apply.
+            left: array of shape (..., groups, a * c, rank), a being the taps of the first convolution.
+            right: array of shape (..., groups, rank, b * n / groups).
+            shape: of the dense kernel.
         """
-        h, _, c, channels = vertical.shape[-4:]
-        _, w, rank, n = horizontal.shape[-4:]
-        dtype = jnp.result_type(vertical, horizontal)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        left, right = (to_matrix(x.astype(wide), channels // rank) for x in (vertical, horizontal))
-        product = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-        return from_matrix(product, (h, w, c, n)).astype(dtype)
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
+        first = from_matrix(left, (taps[0], 1, sizes["I"], self.groups * self.rank))
+        second = from_matrix(right, (1, taps[1], self.rank, sizes["O"]))
+        kernels = ((first, one), (second, two))
+        return tuple(from_pair(x, self.axes, self.first, {a: sizes[a] for a in part}) for x, part in kernels)  # type: ignore[return-value]
+
+    def check(self, shape: Sequence[int], where: str) -> int:
+        """Returns the rank as an int, or raises ValueError that names where it was given."""
+        channels = self._sizes(shape, where)["O"]
+        if self.groups < 1 or channels % self.groups:
+            raise ValueError(f"{where}: groups={self.groups} must be at least 1 and divide the {channels} outputs.")
+        return check_rank(self.rank, max_rank(shape, self.groups, self.axes, self.first), where, shape, self.groups)
+
+    def weights(self, shape: Sequence[int]) -> int:
+        """Number of weights of both factors of a kernel of this shape."""
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        first = math.prod(sizes[letter] for letter in one) * sizes["I"] * self.groups
+        return self.rank * (first + math.prod(sizes[letter] for letter in two) * sizes["O"])
+
+    def _sizes(self, shape: Sequence[int], where: str = "Separable") -> dict[str, int]:
+        if len(shape) < len(self.axes):
+            raise ValueError(f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}.")
+        return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
 
 
-def spectrum(kernel: jax.Array, groups: int = 1) -> jax.Array:
+def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
+    """Multiplies two factors back into one dense kernel.
+
+    Args:
+        first, second: kernels as `Separable.factor` returns them, (..., h, 1, c, groups * rank) and
+            (..., 1, w, rank, n) or in the layout given.
+        axes: their layout.
+
+    Returns:
+        The kernel of shape (..., h, w, c, n) that the two convolutions together apply.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
+        (5, 5, 3, 192)
+    """
+    channels = [axes.index(letter) - len(axes) for letter in "IO"]
+    dtype = jnp.result_type(first, second)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    left, right = (jnp.moveaxis(x.astype(wide), channels, (-2, -1)) for x in (first, second))
+    rank = right.shape[-2]
+    left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
+    right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
+    # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the other.
+    product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
+    dense = product.reshape(*product.shape[:-2], -1)
+    return jnp.moveaxis(dense, (-2, -1), channels).astype(dtype)
+
+
+def max_rank(shape: Sequence[int], groups: int = 1, axes: str = "HWIO", first: str = "vertical") -> int:
+    """The largest useful rank of a kernel: that at which the factors reproduce it.
+
+    Args:
+        shape: kernel shape (..., h, w, c, n), with c input channels per group.
+        groups: number of feature groups.
+        axes, first: as in `Separable`.
+
+    Returns:
+        min(h * c, w * n / groups), the smaller side of the matrix of one group.
+
+    Example:
+        >>> max_rank((5, 5, 96, 192))
+        480
+    """
+    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
+    return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))
+
+
+def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:
+    """Returns the rank as an int, or raises an error that names where it was given."""
+    try:
+        value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        value = 0
+    if not 1 <= value <= limit:
+        raise ValueError(
+            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller side of the "
+            f"matrix of one of the {groups} group(s) of the kernel {tuple(shape)}."
+        )
+    return value
+
+
+def spectrum(kernel: jax.Array, groups: int = 1, axes: str = "HWIO", first: str = "vertical") -> jax.Array:
     """Singular values of the matrix of each group of a kernel, largest first.
 
     Args:
         kernel: floating-point array of shape (..., h, w, c, n), c being the input channels per group.
         groups: number of feature groups.
+        axes, first: as in `Separable`.
 
     Returns:
         Array of shape (..., groups, max_rank), float32 or float64. `Separable` at rank K leaves out those from
@@ -132,4 +187,4 @@ def spectrum(kernel: jax.Array, groups: int = 1) -> jax.Array:
         [6, 0, 0, 0, 0, 0]
     """
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    return jnp.linalg.svd(to_matrix(wide, groups), compute_uv=False)
+    return jnp.linalg.svd(to_matrix(to_pair(wide, axes, first), groups), compute_uv=False)

@@ -154,10 +154,10 @@ def refuse(*arguments, channels=4, **options):
     return str(info.value)
 
 
-@pytest.mark.parametrize("kernel_size", [3, (3,), (3, 3, 3), (3, 2.5), None])
-def test_a_kernel_size_that_is_not_a_pair_is_refused(kernel_size):
+@pytest.mark.parametrize("kernel_size", [3, (), (3, 3, 3, 3), (3, 2.5), None])
+def test_a_kernel_size_that_is_not_one_to_three_ints_is_refused(kernel_size):
     message = refuse(8, kernel_size, 2)
-    assert "kernel_size=" in message and "two spatial axes" in message
+    assert "kernel_size=" in message and "one to three ints" in message
 
 
 @pytest.mark.parametrize("name", ["strides", "kernel_dilation", "input_dilation", "padding"])

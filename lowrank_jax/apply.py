@@ -1,0 +1,172 @@
+"""Runs an unmodified Flax Linen model with decomposed parameters."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
+from lowrank_jax.matricize import AXES
+from lowrank_jax.schemes import FACTORS, Separable
+from lowrank_jax.separable import split_options
+from lowrank_jax.trace import trace
+
+SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
+         nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
+
+
+def lowrank(apply: Callable) -> Callable:
+    """Makes a function that runs a Linen model take decomposed variables as well as dense ones.
+
+    Calls of `nn.Conv` and `nn.ConvTranspose` whose parameters hold factors run as two convolutions of the same
+    layer's kind and arguments; everything else runs as it is. The interception happens while the program is
+    traced (``flax.linen.intercept_methods``), so that the compiled program is that of a model written with
+    `SeparableConv`. Kernels that reach a layer through a lifted transformation (``nn.scan``, ``nn.map_variables``)
+    are proven unaltered by one trace of the dense program.
+
+    Args:
+        apply: ``model.apply``, or a function that calls it, of (variables, *args, **kwargs).
+
+    Returns:
+        A function of the same arguments.
+
+    Raises:
+        ValueError: when called, if a decomposed layer cannot compute what the dense one does: a mask, a custom
+            convolution, a subclass, a kernel that is changed on its way, or factors that do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from lowrank_jax import decompose
+        >>> model, x = nn.Sequential([nn.Conv(16, (3, 3)), nn.relu]), jnp.ones((1, 8, 8, 4))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> small = {"params": decompose(variables["params"], {"layers_0": 3})}
+        >>> jax.jit(lowrank(model.apply))(small, x).shape
+        (1, 8, 8, 16)
+    """
+    proven: set[str] = set()
+
+    @functools.wraps(apply)
+    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {id(leaf) for leaf in jax.tree.leaves(variables)}
+        lifted: set[str] = set()
+        intercept = functools.partial(_intercept, given, lifted)
+        try:
+            with nn.intercept_methods(intercept):
+                result = apply(variables, *args, **kwargs)
+        except flax.errors.ScopeParamNotFoundError as error:
+            raise _explain(error, variables) from error
+        if lifted - proven:
+            _prove(apply, variables, args, kwargs)
+            proven.update(lifted)
+        return result
+
+    return run
+
+
+def _intercept(given: set[int], lifted: set[str], call: Callable, args, kwargs, context) -> Any:
+    """Runs a convolution as its factors, where its parameters hold them."""
+    layer = context.module
+    if not isinstance(layer, _KINDS) or context.method_name != "__call__" or layer.scope is None:
+        return call(*args, **kwargs)
+    names = next((names for names in PAIRS if all(layer.has_variable("params", name) for name in names)), None)
+    if names is None:
+        return call(*args, **kwargs)
+    path = "/".join(layer.path)
+    if reason := _refusal(layer):
+        raise ValueError(
+            f"{path}: cannot run decomposed: {reason}. Leave it out of the table of ranks, or run the model "
+            "with the dense tree that reconstruct(params) gives."
+        )
+    factors = [layer.get_variable("params", name) for name in names]
+    if any(id(leaf) not in given for leaf in jax.tree.leaves(factors)):
+        lifted.add(path)
+    return run_factored(layer, FACTOR_ORDER[names], factors, path, *args, **kwargs)
+
+
+_KINDS = (nn.Conv, nn.ConvTranspose, nn.ConvLocal)
+FACTOR_ORDER = {names: first for first, names in FACTORS.items()}
+
+
+def _refusal(layer: nn.Module) -> str:
+    """Why a layer cannot run as two convolutions; "" if it can."""
+    if type(layer) not in SPLIT:
+        return f"it is a {type(layer).__name__}, which may change its kernel or not share it between positions"
+    if layer.mask is not None:
+        return "it masks its kernel; decompose mask * kernel and remove the mask"
+    if layer.has_variable("params", "kernel"):
+        return "its parameters hold both a dense kernel and factors"
+    if getattr(layer, "transpose_kernel", False):
+        return "transpose_kernel=True flips its kernel"
+    if getattr(layer, "conv_general_dilated", None) or getattr(layer, "conv_general_dilated_cls", None):
+        return "it has a convolution function of its own, which may do more than convolve"
+    return ""
+
+
+def run_factored(layer: Any, first: str, factors: list[Any], path: str, inputs: jax.Array) -> jax.Array:
+    """Runs a convolution layer with two factors in place of its kernel.
+
+    Args:
+        layer: `nn.Conv` or `nn.ConvTranspose` that gives all arguments.
+        first: which axis the first factor has, "vertical" or "horizontal".
+        factors: parameters ``{"kernel"}`` and ``{"kernel", "bias"}`` of the two convolutions.
+        path: of the layer, for errors.
+        inputs: array (*batch, *spatial, channels).
+    """
+    size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
+    _check_factors(layer, size, first, factors, path, inputs.shape[-1])
+    options = split_options(size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]})
+    between = factors[0]["kernel"].shape[-1]
+    one = layer.clone(parent=None, name=None, features=between, use_bias=False, **options[0])
+    two = layer.clone(parent=None, name=None, **options[1])
+    return two.apply({"params": factors[1]}, one.apply({"params": factors[0]}, inputs))
+
+
+def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int) -> None:
+    groups = getattr(layer, "feature_group_count", 1)
+    shape = (*size, channels // groups, layer.features)
+    kernels = [factor["kernel"].shape for factor in factors]
+    rank = kernels[1][-2] if len(kernels[1]) > 1 else 0
+    scheme = Separable(rank, groups, AXES[len(size)], first)
+    scheme.check(shape, path)
+    expected = [x.shape for x in jax.eval_shape(scheme.factor, jax.ShapeDtypeStruct(shape, "float32"))]
+    if kernels != expected:
+        raise ValueError(
+            f"{path}: factors of shapes {kernels[0]} and {kernels[1]} do not fit; this layer's kernel is {shape} "
+            f"in {groups} group(s), whose factors at rank {rank} are {expected[0]} and {expected[1]}. "
+            "Decompose the parameters of this very model, with Separable(rank, groups) for a layer with groups."
+        )
+    if (
+        ("bias" in factors[1]) != layer.use_bias
+        or set(factors[1]) - {"kernel", "bias"}
+        or set(factors[0]) != {"kernel"}
+    ):
+        raise ValueError(
+            f"{path}: the factors hold {sorted(factors[0])} and {sorted(factors[1])}; a layer with "
+            f"use_bias={layer.use_bias} needs {sorted(wanted[0])} and {sorted(wanted[1])}."
+        )
+
+
+def _explain(error: Exception, variables: Any) -> Exception:
+    """A missing kernel where the tree holds factors, in plain words; any other error as it is."""
+    layers = factored_layers(flatten_dict(variables, keep_empty_nodes=True))
+    if not layers:
+        return error
+    paths = ", ".join("/".join(map(str, key)).removeprefix("params/") for key in layers)
+    return ValueError(
+        f"The model asks for a parameter that the tree does not hold: {error}. The tree is decomposed at {paths}. "
+        "If the layer is one of these, it is no plain nn.Conv or nn.ConvTranspose: leave it out of the table of "
+        "ranks, or run the dense tree of reconstruct(params). If not, the tree belongs to another model."
+    )
+
+
+def _prove(apply: Callable, variables: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if the dense program changes a kernel that is decomposed before it convolves with it."""
+    flat = flatten_dict(variables, keep_empty_nodes=True)
+    uses = trace(apply, jax.eval_shape(reconstruct, variables), *args, **kwargs)
+    for key in factored_layers(flat):
+        uses.safe_use("/".join(map(str, key[1:] if key[0] == "params" else key)))
