@@ -15,8 +15,12 @@ from lowrank_jax.schemes import FACTORS, Separable
 from lowrank_jax.separable import split_options
 from lowrank_jax.trace import trace
 
+# Arguments with one entry for each spatial axis.
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
          nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
+
+_KINDS = (nn.Conv, nn.ConvTranspose, nn.ConvLocal)
+_FIRST = {names: first for first, names in FACTORS.items()}
 
 
 def lowrank(apply: Callable) -> Callable:
@@ -59,7 +63,9 @@ def lowrank(apply: Callable) -> Callable:
             with nn.intercept_methods(intercept):
                 result = apply(variables, *args, **kwargs)
         except flax.errors.ScopeParamNotFoundError as error:
-            raise _explain(error, variables) from error
+            if message := _explain(error, variables):
+                raise ValueError(message) from error
+            raise
         if lifted - proven:
             _prove(apply, variables, args, kwargs)
             proven.update(lifted)
@@ -71,6 +77,8 @@ def lowrank(apply: Callable) -> Callable:
 def _intercept(given: set[int], lifted: set[str], call: Callable, args, kwargs, context) -> Any:
     """Runs a convolution as its factors, where its parameters hold them."""
     layer = context.module
+    if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
+        _refuse_normalised(layer)
     if not isinstance(layer, _KINDS) or context.method_name != "__call__" or layer.scope is None:
         return call(*args, **kwargs)
     names = next((names for names in PAIRS if all(layer.has_variable("params", name) for name in names)), None)
@@ -78,18 +86,24 @@ def _intercept(given: set[int], lifted: set[str], call: Callable, args, kwargs, 
         return call(*args, **kwargs)
     path = "/".join(layer.path)
     if reason := _refusal(layer):
-        raise ValueError(
-            f"{path}: cannot run decomposed: {reason}. Leave it out of the table of ranks, or run the model "
-            "with the dense tree that reconstruct(params) gives."
-        )
+        raise ValueError(_REFUSED.format(path, reason))
     factors = [layer.get_variable("params", name) for name in names]
     if any(id(leaf) not in given for leaf in jax.tree.leaves(factors)):
         lifted.add(path)
-    return run_factored(layer, FACTOR_ORDER[names], factors, path, *args, **kwargs)
+    return run_factored(layer, _FIRST[names], factors, path, *args, **kwargs)
 
 
-_KINDS = (nn.Conv, nn.ConvTranspose, nn.ConvLocal)
-FACTOR_ORDER = {names: first for first, names in FACTORS.items()}
+def _refuse_normalised(wrapper: nn.WeightNorm | nn.SpectralNorm) -> None:
+    inner = wrapper.layer_instance
+    below = inner.variables.get("params", {}) if inner.scope else {}
+    for key in factored_layers(flatten_dict({"/".join(inner.path): below}) if below else {}):
+        raise ValueError(_REFUSED.format("/".join(key), f"{type(wrapper).__name__} changes its kernel"))
+
+
+_REFUSED = (
+    "{}: cannot run decomposed: {}. Leave it out of the table of ranks, or run the model with the dense tree that "
+    "reconstruct(params) gives."
+)
 
 
 def _refusal(layer: nn.Module) -> str:
@@ -140,24 +154,19 @@ def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path:
             f"in {groups} group(s), whose factors at rank {rank} are {expected[0]} and {expected[1]}. "
             "Decompose the parameters of this very model, with Separable(rank, groups) for a layer with groups."
         )
-    if (
-        ("bias" in factors[1]) != layer.use_bias
-        or set(factors[1]) - {"kernel", "bias"}
-        or set(factors[0]) != {"kernel"}
-    ):
+    wanted = [{"kernel"}, {"kernel", "bias"} if layer.use_bias else {"kernel"}]
+    if [set(factor) for factor in factors] != wanted:
         raise ValueError(
             f"{path}: the factors hold {sorted(factors[0])} and {sorted(factors[1])}; a layer with "
             f"use_bias={layer.use_bias} needs {sorted(wanted[0])} and {sorted(wanted[1])}."
         )
 
 
-def _explain(error: Exception, variables: Any) -> Exception:
-    """A missing kernel where the tree holds factors, in plain words; any other error as it is."""
+def _explain(error: Exception, variables: Any) -> str:
+    """A missing kernel where the tree holds factors, in plain words; "" if the tree holds none."""
     layers = factored_layers(flatten_dict(variables, keep_empty_nodes=True))
-    if not layers:
-        return error
     paths = ", ".join("/".join(map(str, key)).removeprefix("params/") for key in layers)
-    return ValueError(
+    return paths and (
         f"The model asks for a parameter that the tree does not hold: {error}. The tree is decomposed at {paths}. "
         "If the layer is one of these, it is no plain nn.Conv or nn.ConvTranspose: leave it out of the table of "
         "ranks, or run the dense tree of reconstruct(params). If not, the tree belongs to another model."

@@ -101,6 +101,7 @@ class Separable:
         return self.rank * (first + math.prod(sizes[letter] for letter in two) * sizes["O"])
 
     def _sizes(self, shape: Sequence[int], where: str = "Separable") -> dict[str, int]:
+        split_axes(self.axes, self.first)  # refuses a layout that names no axes
         if len(shape) < len(self.axes):
             raise ValueError(f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}.")
         return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))

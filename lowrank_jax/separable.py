@@ -86,9 +86,9 @@ class SeparableConv(nn.Module):
 
 def check_size(kernel_size: Any) -> tuple[int, ...]:
     """The kernel size as a tuple, or an error if it is no sequence of ints."""
-    if isinstance(kernel_size, Sequence) and len(kernel_size) in AXES:
-        if all(isinstance(v, Integral) for v in kernel_size):
-            return tuple(kernel_size)
+    sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else ()
+    if len(sizes) in AXES and all(isinstance(size, Integral) for size in sizes):
+        return sizes
     raise ValueError(f"kernel_size={kernel_size!r} is not allowed; give one to three ints, such as (3, 3).")
 
 

@@ -160,9 +160,10 @@ def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
     source, letters = inputs[1], AXES.get(kernel.ndim - 2, "")[:-2]
     axes, stack, reason = layout(source, dict(zip(spec.rhs_spec, "OI" + letters, strict=False)))
     groups = params["feature_group_count"]
-    if groups % stack or params["batch_group_count"] != 1 or not letters:
+    shared = groups == 1  # the kernels of a stack have the same input: their outputs stand side by side
+    if (groups % stack and not shared) or params["batch_group_count"] != 1 or not letters:
         reason = reason or "it is a convolution of a kind that cannot be separated"
-    shapes = [_channels_last(a.shape, s, stack) for a, s in ((x, spec.lhs_spec), (out, spec.out_spec))]
+    inputs_of_one = _channels_last(x.shape, spec.lhs_spec, 1 if shared else stack)
     adds = math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[spec.rhs_spec[0]]
     use = KernelUse(
         path=source.path if source else "",
@@ -173,9 +174,9 @@ def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         dilation=tuple(params["rhs_dilation"]),
         input_dilation=tuple(params["lhs_dilation"]),
         padding=tuple(map(tuple, params["padding"])),
-        groups=groups // stack,
-        inputs=shapes[0],
-        outputs=shapes[1],
+        groups=1 if shared else groups // stack,
+        inputs=inputs_of_one,
+        outputs=_channels_last(out.shape, spec.out_spec, stack),
         uses=repeats * stack,
         multiply_adds=repeats * adds,
         bytes=repeats * _bytes(x, kernel, out),

@@ -167,7 +167,7 @@ def test_branches_are_listed_as_at_most_and_while_loops_per_iteration():
 )
 def test_a_kernel_that_is_changed_on_its_way_is_not_safe(change, operation):
     params = {"layer": {"kernel": weights(3, 3, 4, 4)}}
-    (use, *_) = [use for use in trace(lambda p, x: conv(x, change(p["layer"]["kernel"])), params, X)]
+    use = trace(lambda p, x: conv(x, change(p["layer"]["kernel"])), params, X)[0]
     assert not use.safe and operation in use.reason
     with pytest.raises(ValueError, match=r"No layer of the traced program|no kernel"):
         decompose(params, trace=trace(lambda p, x: conv(x, change(p["layer"]["kernel"])), params, X))
@@ -244,7 +244,7 @@ def test_without_a_table_decompose_takes_half_of_the_weights_of_every_safe_layer
     }
     assert small["plain"]["vertical"]["kernel"].shape == (3, 1, 4, 4)  # 4 * 3 * (4 + 16) <= 576 / 2 < 5 * 60
     assert small["grouped"]["vertical"]["kernel"].shape == (3, 1, 4, 12)  # 3 * (3 * 4 * 4 + 3 * 16) = 576 / 2
-    with pytest.raises(ValueError, match="standardised: cannot be decomposed: its kernel is changed by .*sub"):
+    with pytest.raises(ValueError, match=r"standardised: cannot be decomposed: its kernel is changed by .*sub"):
         decompose(params, {"standardised": 2}, traced(Model()))
 
 
