@@ -1,6 +1,8 @@
 """Low-rank compression of pretrained Flax convolutional networks."""
 
 from lowrank_jax.apply import lowrank as lowrank
+from lowrank_jax.checkpoint import load_weights as load_weights
+from lowrank_jax.checkpoint import save_weights as save_weights
 from lowrank_jax.decompose import decompose as decompose
 from lowrank_jax.decompose import reconstruct as reconstruct
 from lowrank_jax.schemes import Separable as Separable

@@ -1,7 +1,7 @@
 """PyTorch's tensors in a Flax tree: layers paired by kind, order and shape; their names are not read."""
 
 import dataclasses
-import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -84,7 +84,8 @@ def from_torch(
             with ``apply = lambda state, images: nnx.merge(graph, state)(images)``.
         *args, **kwargs: the other arguments of ``apply``, such as a batch of images.
         strict: raise unless everything has a partner. If False, tensors without one are dropped and leaves
-            without one, such as a new head, stay those of ``variables``.
+            without one, such as a new head, stay those of ``variables``. Where the layers of a kind differ in
+            number, they are paired from the start until two differ, and then from the end.
 
     Returns:
         The tree of ``variables`` with numpy arrays of its types, and the report.
@@ -133,7 +134,9 @@ class _Layer:
 
     def ordered(self) -> list[str]:
         """The places as PyTorch orders them, the weight first."""
-        return [self.places[leaf] for leaf in sorted(self.places, key=lambda leaf: leaf not in ("kernel", "scale"))]
+        return [
+            self.places[leaf] for leaf in sorted(self.places, key=lambda leaf: not leaf.endswith(("kernel", "scale")))
+        ]
 
 
 def _torch_layers(tensors: Mapping[str, np.ndarray]) -> list[_Layer]:
@@ -163,13 +166,24 @@ def _flax_layers(targets: Mapping[str, Any], order: CallOrder) -> list[_Layer]:
 
 
 def _match(torch: list[_Layer], flax: list[_Layer]) -> Iterator[tuple[str, str]]:
-    """Pairs (tensor, path): for each kind the longest runs of layers that agree, in the order of both sides."""
+    """Pairs (tensor, path) of the layers of each kind that stand at the same place and agree in their leaves."""
     for kind in ("convolution", "dense", "norm"):
-        ours, theirs = ([layer for layer in side if layer.kind == kind] for side in (torch, flax))
-        a, b = ([tuple(sorted(layer.shapes.items())) for layer in side] for side in (ours, theirs))
-        for one, two, size in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_matching_blocks():
-            for layer, other in zip(ours[one : one + size], theirs[two : two + size], strict=True):
+        for layer, other in _facing(*([layer for layer in side if layer.kind == kind] for side in (torch, flax))):
+            if _agree((layer, other)):
                 yield from ((place, other.places[leaf]) for leaf, place in layer.places.items())
+
+
+def _facing(torch: list[_Layer], flax: list[_Layer]) -> list[tuple[_Layer, _Layer]]:
+    """Layers at the same place; where the numbers differ, counted from the start, and after a gap from the end."""
+    if len(torch) == len(flax):
+        return list(zip(torch, flax, strict=True))
+    start = list(itertools.takewhile(_agree, zip(torch, flax, strict=False)))
+    rest = zip(reversed(torch[len(start) :]), reversed(flax[len(start) :]), strict=False)
+    return start + list(itertools.takewhile(_agree, rest))
+
+
+def _agree(pair: tuple[_Layer, _Layer]) -> bool:
+    return pair[0].shapes == pair[1].shapes
 
 
 def _flax_shape(shape: Shape) -> Shape:
