@@ -105,7 +105,9 @@ class _Walk:
             low = run_factored(layer, scheme.first, self.factors[path], path, x[half:])
             if layer.use_bias:
                 axes = tuple(range(low.ndim - 1))
-                self.factors[path][1]["bias"] += dense.mean(axes) - low.mean(axes)
+                bias = self.factors[path][1]["bias"]
+                shift = dense.astype(jnp.float32).mean(axes) - low.astype(jnp.float32).mean(axes)
+                self.factors[path][1]["bias"] = (bias + shift).astype(bias.dtype)
         return jnp.concatenate([dense, run_factored(layer, scheme.first, self.factors[path], path, x[half:])])
 
     def _plain(self, call: Callable, layer: Any, path: str, x: jax.Array) -> jax.Array:
@@ -129,7 +131,7 @@ class _Walk:
         var: jax.Array = norm.get_variable("batch_stats", "var")
         old, low = (part.astype(jnp.float32) for part in (x[:half], x[half:]))
         if self.batch_norm == "mean":
-            new_mean, new_var = mean + low.mean(axes) - old.mean(axes), var
+            new_mean, new_var = mean + (low.mean(axes) - old.mean(axes)), var
         else:
             new_mean, new_var = low.mean(axes), low.var(axes)
         self.statistics[(*norm.path, "mean")], self.statistics[(*norm.path, "var")] = new_mean, new_var

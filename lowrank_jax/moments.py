@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-CHUNK = 128  # images in one accumulation in float32; sums over chunks are in float64
+CHUNK = 64  # images in one accumulation in float32; sums over chunks are in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,8 @@ def moments(inputs: jax.Array, outputs: jax.Array, geometry: Geometry, positions
     found = None
     for turn, start in enumerate(range(0, len(inputs), CHUNK)):
         chunk = slice(start, start + CHUNK)
-        offset = tuple((5 * turn // step**axis) % step for axis in range(len(geometry.size)))
-        sums = _sums(inputs[chunk], outputs[chunk], geometry, step, offset)
+        offset = np.array([(5 * turn // step**axis) % step for axis in range(len(geometry.size))])
+        sums = _sums(inputs[chunk], outputs[chunk], offset, geometry, step)
         part = Moments(int(sums[0]), *(np.asarray(value, np.float64) for value in sums[1:]))
         found = part if found is None else found + part
     if found is None:
@@ -94,22 +93,26 @@ def moments(inputs: jax.Array, outputs: jax.Array, geometry: Geometry, positions
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _sums(inputs: jax.Array, outputs: jax.Array, geometry: Geometry, step: int, offset: Sequence[int]) -> tuple:
-    x = _patches(inputs.astype(jnp.float32), outputs.shape[1:-1], geometry, step, offset)  # (rows, groups, p)
-    grid = (slice(None), *(slice(o, None, step) for o in offset))
-    y = outputs[grid].astype(jnp.float32).reshape(x.shape[0], geometry.groups, -1)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _sums(inputs: jax.Array, outputs: jax.Array, offset: jax.Array, geometry: Geometry, step: int) -> tuple:
+    x = _patches(inputs.astype(jnp.float32), outputs.shape[1:-1], offset, geometry, step)  # (rows, groups, p)
+    y = _window(outputs, offset, (step,) * len(geometry.size), outputs.shape[1:-1], step)
+    y = y.astype(jnp.float32).reshape(x.shape[0], geometry.groups, -1)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     return x.shape[0], x.sum(0), y.sum(0), product("rgp,rgq->gpq", x, x), product("rgp,rgn->gpn", x, y)
 
 
-def _patches(inputs: jax.Array, out: tuple[int, ...], geometry: Geometry, step: int, offset) -> jax.Array:
+def _patches(inputs: jax.Array, out: tuple[int, ...], offset: jax.Array, geometry: Geometry, step: int) -> jax.Array:
     padded = jnp.pad(inputs, ((0, 0), *geometry.padding, (0, 0)))
-    groups, taps = geometry.groups, []
+    strides, taps = np.array(geometry.strides), []
     for tap in np.ndindex(geometry.size):
-        starts = [t * d for t, d in zip(tap, geometry.dilation, strict=True)]
-        window = [slice(a + s * o, a + s * (n - 1) + 1, s * step)
-                  for a, s, o, n in zip(starts, geometry.strides, offset, out, strict=True)]  # fmt: skip
-        part = padded[(slice(None), *window)]
-        taps.append(part.reshape(-1, groups, part.shape[-1] // groups))
+        part = _window(padded, np.array(tap) * geometry.dilation + strides * offset, tuple(strides * step), out, step)
+        taps.append(part.reshape(-1, geometry.groups, part.shape[-1] // geometry.groups))
     return jnp.concatenate(taps, -1)
+
+
+def _window(x: jax.Array, start: Any, strides: tuple[int, ...], out: tuple[int, ...], step: int) -> jax.Array:
+    """Every stride-th entry from a start on, as many as the grid has; the start alone may be traced."""
+    sizes = [s * (n // step - 1) + 1 for s, n in zip(strides, out, strict=True)]
+    block = jax.lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *sizes, x.shape[-1]))
+    return block[(slice(None), *(slice(None, None, int(s)) for s in strides))]
