@@ -1,10 +1,14 @@
 """Low-rank compression of pretrained Flax convolutional networks."""
 
 from lowrank_jax.apply import lowrank as lowrank
+from lowrank_jax.budget import Budget as Budget
 from lowrank_jax.checkpoint import load_weights as load_weights
 from lowrank_jax.checkpoint import save_weights as save_weights
+from lowrank_jax.compress import compress as compress
 from lowrank_jax.decompose import decompose as decompose
 from lowrank_jax.decompose import reconstruct as reconstruct
+from lowrank_jax.plan import Plan as Plan
+from lowrank_jax.planning import plan as plan
 from lowrank_jax.schemes import Separable as Separable
 from lowrank_jax.schemes import max_rank as max_rank
 from lowrank_jax.schemes import merge as merge

@@ -1,9 +1,11 @@
-"""The command ``lowrank-jax``: `demo` on the embedded network and images, `cifar10` on the whole data set."""
+"""The command ``lowrank-jax``: `demo`, `cifar10`, `plan` and `compress`."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
+
+from lowrank_jax.commands import add_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The two commands and their options."""
+    """The commands and their options."""
     parser = argparse.ArgumentParser(prog="lowrank-jax", description="Low-rank compression of Flax networks.")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="{demo,cifar10}")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{demo,cifar10,plan,compress}")
     about = "decompose, fine-tune and measure the embedded network on the embedded CIFAR-10 sample"
     demo = commands.add_parser("demo", help=about, description=about)
     about = "train on CIFAR-10 from TensorFlow Datasets, decompose, fine-tune and measure"
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
     _add_training_options(cifar)
+    add_commands(commands)
     return parser
 
 

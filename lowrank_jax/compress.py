@@ -80,7 +80,7 @@ class _Walk:
     def __init__(self, schemes: Mapping[str, Separable], scales: Mapping, sweeps: int, batch_norm: str) -> None:
         self.schemes, self.scales, self.sweeps, self.batch_norm = schemes, scales, sweeps, batch_norm
         self.factors: dict[str, list[dict[str, Any]]] = {}
-        self.statistics: dict[tuple, np.ndarray] = {}
+        self.statistics: dict[tuple, Any] = {}
 
     def step(self, call: Callable, args, kwargs, context) -> Any:
         layer = context.module
