@@ -1,4 +1,4 @@
-"""Every notebook and the README's example run from top to bottom."""
+"""Every notebook and the README's examples run from top to bottom."""
 
 import re
 from pathlib import Path
@@ -20,9 +20,11 @@ def test_the_notebook_runs(path):
     assert len(pictures) >= 4
 
 
-def test_the_readmes_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("example, shape", zip(EXAMPLES, [(8, 32, 32, 64), (1, 10), (16, 10)], strict=True))
+def test_the_readmes_examples_run(example, shape):
     scope: dict = {}
     exec(example, scope)
-    assert scope["logits"].shape == (8, 32, 32, 64)
-    assert scope["dense"]["conv"]["kernel"].shape == (5, 5, 3, 64)
+    assert scope["logits"].shape == shape
