@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from lowrank_jax.compiling import candidate_options
 from lowrank_jax.decompose import find_layer, layer_leaves
 from lowrank_jax.matricize import from_matrix, from_pair, to_matrix, to_pair
+from lowrank_jax.spectra import known_use
 from lowrank_jax.uses import KernelUse, Trace
 
 Candidates = Mapping[str, Sequence[tuple[str, int]]]
@@ -68,9 +69,7 @@ def divergences(
     flat = flatten_dict(variables["params"])
     layers = layer_leaves(flat)
     keys = {path: (*find_layer(path, layers), "kernel") for path in candidates}
-    known = {path: uses.safe_use(path) for path in candidates}
-    if missing := [path for path, use in known.items() if use is None]:
-        raise ValueError(f"{missing[0]}: the program does not use this layer; leave it out of the candidates.")
+    known = {path: known_use(uses, path) for path in candidates}
     bases = {(path, first): _basis(flat[keys[path]], known[path], first)
              for path, pairs in candidates.items() for first, _ in pairs}  # fmt: skip
 
