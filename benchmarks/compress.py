@@ -1,0 +1,153 @@
+"""Compresses the pretrained ResNet-20 without training, by every selector and budget; writes JSON, a table, a picture.
+
+python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33] [--selectors ratio total_energy]
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax import Budget, Plan, compress, data, decompose, load_weights, lowrank, ranks, trace
+from lowrank_jax.calibrate import calibrate, output_scales, reestimate
+from lowrank_jax.curve import draw_curve
+from lowrank_jax.experiment import machine
+from lowrank_jax.models import CifarResNet
+from lowrank_jax.options import Options, options
+from lowrank_jax.planning import whitened_spectra
+from lowrank_jax.sensitivity import divergences
+from lowrank_jax.spectra import spectra
+from lowrank_jax.torch_names import from_torch
+from lowrank_jax.training import evaluate
+
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+BUDGETED = ("ratio", "total_energy", "log_energy", "minmax", "sensitivity")
+FACTORS = ("plain", "plain, re-estimated", "data-aware", "data-aware, re-estimated")
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    return (jnp.asarray(images, jnp.float32) / 255 - MEAN) / STD
+
+
+def load(shared: Path) -> tuple[CifarResNet, dict]:
+    """The network as a Flax model with its pretrained variables."""
+    model, image = CifarResNet(), jnp.zeros((1, 32, 32, 3))
+    target = jax.eval_shape(model.init, jax.random.key(0), image)
+    variables, _ = from_torch(load_weights(shared / "resnet20_cifar10_torch.npz"), model.apply, target, image)
+    return model, jax.tree.map(jnp.asarray, variables)
+
+
+def tables(model: CifarResNet, variables: dict, images: jax.Array) -> dict[str, Options]:
+    """What each layer may become, by the plain and by the whitened singular values."""
+    uses = trace(model.apply, variables, images[:1])
+    seen = calibrate(model.apply, variables, [images[:512]], uses.safe_paths())
+    scales = output_scales(model.apply, variables, images[:1])
+    white = whitened_spectra(variables["params"], uses, seen, scales)
+    return {"plain": options(uses, spectra(variables["params"], uses)), "data-aware": options(uses, white)}
+
+
+def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Options) -> dict:
+    """Squared change of the logits of 256 images at three ranks of each layer and order."""
+    found: dict[str, list] = {}
+    for path, layer in table.layers.items():
+        for first in ("vertical", "horizontal"):
+            known = [option.scheme.rank for option in layer if option.scheme and option.scheme.first == first]
+            picked = sorted({known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8)}) if known else []
+            found.setdefault(path, []).extend((first, rank) for rank in picked)
+    return divergences(model.apply, variables, images[:256], table.trace, found, measure="mse")
+
+
+def plans(table: Options, selectors: list[str], budgets: list[float], divergence: Callable) -> Iterator[tuple]:
+    for share in budgets:
+        for name in selectors:
+            extra = (divergence(),) if name == "sensitivity" else ()
+            yield name, share, getattr(ranks, name)(table, *extra, Budget("multiply_adds", share))
+
+
+def networks(model: CifarResNet, variables: dict, images: jax.Array, plan: Plan, kinds: list[str]) -> Iterator[tuple]:
+    """The network of a plan with each kind of factors."""
+    for kind in kinds:
+        start = time.perf_counter()
+        if kind.startswith("plain"):
+            small = {**variables, "params": decompose(variables["params"], plan.ranks)}
+        else:
+            small = compress(model.apply, variables, images, plan.ranks)
+        if kind.endswith("re-estimated"):
+            batches = [images[start : start + 256] for start in range(0, len(images), 256)]
+            small = reestimate(lowrank(model.apply), small, batches, train=True)
+        yield kind, small, time.perf_counter() - start
+
+
+def interval(correct: float, count: int) -> list[float]:
+    """Wilson's 95 % interval of a share."""
+    z, middle = 1.96, correct + 1.96**2 / (2 * count)
+    spread = z * (correct * (1 - correct) / count + z**2 / (4 * count**2)) ** 0.5
+    return [(middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", type=Path, required=True, help="folder of the weights and of tensorflow_datasets")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compress")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
+    parser.add_argument("--selectors", nargs="+", choices=BUDGETED, default=list(BUDGETED))
+    parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
+    parser.add_argument("--calibration", type=int, default=2048, help="unlabelled training images")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    args = parser.parse_args()
+    model, variables = load(args.shared)
+    train, test = (data.cifar10(split, args.shared / "tensorflow_datasets") for split in ("train", "test"))
+    images = normalize(train.images[: args.calibration])
+
+    def accuracy(network: dict) -> float:
+        return evaluate(
+            lowrank(model.apply), network, test.images[: args.test], test.labels[: args.test], preprocess=normalize
+        )
+
+    dense = accuracy(variables)
+    start = time.perf_counter()
+    both = tables(model, variables, images)
+    rows: list[dict] = []
+    curves: dict[str, list] = {}
+    planning = time.perf_counter() - start
+    facts = {"machine": machine(), "dense": dense, "test": args.test, "calibration": args.calibration}
+    facts["planning_seconds"] = planning
+    for table_name, table in both.items():
+        kinds = [kind for kind in args.factors if kind.startswith(table_name)]
+        measured: list[dict] = []
+
+        def divergence(table=table, measured=measured):
+            measured.extend([] if measured else [losses(model, variables, images, table)])
+            return measured[0]
+
+        for name, share, plan in plans(table, args.selectors, args.budgets, divergence):
+            for kind, network, seconds in networks(model, variables, images, plan, kinds):
+                found = accuracy(network)
+                total, low = plan.total("multiply_adds")
+                row = {"selector": name, "factors": kind, "budget": share, "reached": low / total, "accuracy": found}
+                rows.append(row | {"interval": interval(found, args.test), "seconds": seconds})
+                curves.setdefault(f"{name}, {kind}", []).append((plan, found))
+                print(f"{name:13} {kind:26} {share:.2f} {found:.2%} {seconds:.0f} s", flush=True)
+                write(args.out, facts | {"rows": rows})
+    draw_curve(curves, dense=dense).savefig(args.out.with_suffix(".png"), dpi=120)
+
+
+def write(out: Path, found: dict) -> None:
+    """The figures so far; a long run that is cut short keeps them."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = ["| selector | factors | budget | accuracy | 95 % interval |", "| --- | --- | ---: | ---: | --- |"]
+    for row in found["rows"]:
+        low, high = row["interval"]
+        cells = (row["selector"], row["factors"], f"{row['budget']:.0%}", f"{row['accuracy']:.2%}")
+        lines.append(f"| {' | '.join(cells)} | {low:.2%} to {high:.2%} |")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
