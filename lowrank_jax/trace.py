@@ -117,19 +117,18 @@ class _Walk:
     def _loop(self, eqn, inputs, repeats: int, count: str) -> list[Source | None]:
         params, results = eqn.params, []
         if eqn.primitive.name == "scan":
-            fixed = params["num_consts"]
-            carried = fixed + params["num_carry"]
+            fixed, carried = _parts(eqn, _open(params["jaxpr"]))
             inside = [x and (sliced(x) if i >= carried else x.after("the carry of a scan") if i >= fixed else x)
                       for i, x in enumerate(inputs)]  # fmt: skip
-            results += self.follow(params["jaxpr"].jaxpr, inside, repeats * params["length"], count)
+            results += self.follow(_open(params["jaxpr"]), inside, repeats * params["length"], count)
         elif eqn.primitive.name == "while":
             test, body = params["cond_nconsts"], params["body_nconsts"]
             carry = [x and x.after("the carry of a while") for x in inputs[test + body :]]
-            self.follow(params["cond_jaxpr"].jaxpr, inputs[:test] + carry, repeats, count)
-            results += self.follow(params["body_jaxpr"].jaxpr, inputs[test : test + body] + carry, repeats, count)
+            self.follow(_open(params["cond_jaxpr"]), inputs[:test] + carry, repeats, count)
+            results += self.follow(_open(params["body_jaxpr"]), inputs[test : test + body] + carry, repeats, count)
         else:
             for branch in params["branches"]:
-                results += self.follow(branch.jaxpr, inputs[1:], repeats, count)
+                results += self.follow(_open(branch), inputs[1:], repeats, count)
         for source in filter(None, results):
             self.touched[source.path].append(eqn.primitive.name)
         return [None] * len(eqn.outvars)
@@ -147,11 +146,26 @@ class _Walk:
         return outputs
 
 
+def _parts(eqn, body) -> tuple[int, int]:
+    """Where the carry of a scan starts and ends among its inputs.
+
+    Only what is sliced or stacked has another number of axes inside than outside; JAX generations name the
+    counts differently.
+    """
+    end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))
+    carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.outvars, eqn.outvars, strict=True))
+    return end - carry, end
+
+
 def _programs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs among the parameters of an equation, without their constants."""
     values = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-    programs = [getattr(value, "jaxpr", value) for value in values]
-    return [program for program in programs if hasattr(program, "eqns")]
+    return [program for program in map(_open, values) if hasattr(program, "eqns")]
+
+
+def _open(program: Any) -> Any:
+    """A jaxpr without its constants, whichever of the two a JAX generation stores."""
+    return getattr(program, "jaxpr", program)
 
 
 def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
