@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from lowrank_jax import Separable, decompose, max_rank, merge
+import lowrank_jax as lr
+from lowrank_jax import Separable, decompose, max_rank
 
 few = settings(max_examples=20, deadline=None)
 EPS = float(np.finfo(np.float32).eps)
@@ -48,7 +49,7 @@ def factor(kernel, rank, groups=1):
 
 @jax.jit
 def merge(vertical, horizontal):
-    return merge(vertical, horizontal)
+    return lr.merge(vertical, horizontal)
 
 
 def matrices(kernel, groups=1):
@@ -116,11 +117,11 @@ def test_full_rank_reproduces_the_kernel_in_every_storage_type(dtype, shape, gro
     with jax.enable_x64(dtype == "float64"):
         kernel = jnp.asarray(normal(shape), dtype)
         factors = Separable(max_rank(shape, groups), groups).factor(kernel)
-        chex.assert_type([*factors, merge(*factors)], jnp.dtype(dtype))
+        chex.assert_type([*factors, lr.merge(*factors)], jnp.dtype(dtype))
         # Each factor and their product are rounded once: 3 roundings, each half an eps, of terms that cancel.
         limit = 50 * float(jnp.finfo(dtype).eps) if dtype in ("float32", "float64") else 4 * float(jnp.finfo(dtype).eps)
         wide = np.asarray(kernel, np.float64)
-        gap = np.linalg.norm(np.asarray(merge(*factors), np.float64) - wide)
+        gap = np.linalg.norm(np.asarray(lr.merge(*factors), np.float64) - wide)
         assert gap <= limit * np.linalg.norm(wide)
 
 
@@ -167,14 +168,14 @@ class TestVariants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True)
     def test_factor_and_merge_are_the_same_compiled_or_not(self):
         kernel = jnp.asarray(normal((3, 5, 4, 6)))
-        merged = self.variant(lambda x: merge(*Separable(3, groups=2).factor(x)))(kernel)
+        merged = self.variant(lambda x: lr.merge(*Separable(3, groups=2).factor(x)))(kernel)
         expected = product(*map(np.asarray, Separable(3, groups=2).factor(kernel)), 2)
         # Compilation may reorder float32 sums; the entries are of the order of 1.
         np.testing.assert_allclose(merged, expected, atol=50 * EPS)
 
 
 def low_rank(kernel):
-    return merge(*Separable(2).factor(kernel))
+    return lr.merge(*Separable(2).factor(kernel))
 
 
 @pytest.mark.parametrize("transform", [jax.vmap, lambda f: f, jax.jit])
@@ -189,7 +190,7 @@ def test_a_stack_of_kernels_is_decomposed_slice_by_slice(transform):
 
 def test_a_stack_may_have_several_axes_and_groups():
     stack = normal((2, 3, 2, 4, 2, 6))
-    merged = merge(*Separable(1, groups=3).factor(stack))
+    merged = lr.merge(*Separable(1, groups=3).factor(stack))
     for index in np.ndindex(2, 3):
         alone = product(*map(np.asarray, Separable(1, 3).factor(stack[index])), 3)
         np.testing.assert_allclose(merged[index], alone, atol=50 * EPS)  # entries of the order of 1
@@ -210,7 +211,7 @@ def test_the_gradient_is_that_of_finite_differences_compiled_or_not():
 
         def loss(x):
             vertical, horizontal = Separable(2).factor(x)
-            return jnp.sum(jnp.cos(merge(vertical, horizontal))) + jnp.sum(vertical**2 + jnp.mean(horizontal))
+            return jnp.sum(jnp.cos(lr.merge(vertical, horizontal))) + jnp.sum(vertical**2 + jnp.mean(horizontal))
 
         def invariant(x):
             return jnp.sum(jnp.cos(low_rank(x))) + jnp.sum(Separable(2).factor(x)[0] ** 2)
@@ -257,8 +258,8 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(dtype):
     wide = Separable(5).factor(kernel.astype(jnp.float32))
     low = Separable(5).factor(kernel)
     chex.assert_trees_all_equal(low, jax.tree.map(lambda x: x.astype(dtype), wide))
-    merged = merge(*(x.astype(jnp.float32) for x in low))
-    chex.assert_trees_all_equal(merge(*low), merged.astype(dtype))
+    merged = lr.merge(*(x.astype(jnp.float32) for x in low))
+    chex.assert_trees_all_equal(lr.merge(*low), merged.astype(dtype))
 
 
 def test_a_numpy_float64_kernel_is_decomposed_where_jax_has_no_float64():
