@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--precision", choices=("float32", "bfloat16"), default="float32", help="of the computation"
         )
+        command.add_argument(
+            "--distill", action="store_true", help="fine-tune towards the dense network's probabilities"
+        )
         command.add_argument("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
     _add_training_options(cifar)
     add_commands(commands)
@@ -79,7 +82,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     variables = checkpoint.pretrained()
-    recipe = experiment.Recipe(args.finetune_epochs, peak=0.01, batch_size=50, crop=24, padding=0, seed=args.seed)
+    options = dict(batch_size=50, crop=24, padding=0, seed=args.seed, distill=args.distill)
+    recipe = experiment.Recipe(args.finetune_epochs, peak=0.01, **options)
     _journey(args, variables, data.sample("train"), data.sample("test"), recipe, "lowrank-jax demo")
     print(f"Took {time.perf_counter() - start:.0f} s; a report with pictures is in {args.out}")
 
@@ -100,7 +104,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
         variables, _ = experiment.fit(model, variables, train, test, recipe)
         checkpoint.save_weights(early, variables)
         print(f"The trained network is in {early} until the report is complete")
-    recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
+    recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, distill=args.distill, **options)
     _journey(args, variables, train, test, recipe, "lowrank-jax cifar10")
     early.unlink(missing_ok=True)
     print(f"A report with pictures and both networks is in {args.out}")

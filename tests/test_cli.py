@@ -44,7 +44,8 @@ def test_the_experiment_trains_and_then_starts_from_its_own_weights(tiny, tmp_pa
     options = ["--batch-size", "50", "--crop", "24", "--padding", "0", "--finetune-epochs", "1"]
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.main(["cifar10", *options, "--epochs", "1", "--out", str(first)]) == 0
-    assert cli.main(["cifar10", *options, "--weights", str(first / "dense.npz"), "--out", str(second)]) == 0
+    again = [*options, "--distill", "--weights", str(first / "dense.npz")]
+    assert cli.main(["cifar10", *again, "--out", str(second)]) == 0
     scores = [json.loads((out / "report.json").read_text())["accuracy"]["dense"] for out in (first, second)]
     assert scores[0] == scores[1]
 

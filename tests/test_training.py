@@ -46,6 +46,18 @@ def test_training_learns_a_separable_problem():
     assert evaluate(Small().apply, state.variables, IMAGES, LABELS) > 0.6  # chance is 0.25
 
 
+def test_with_a_teacher_the_labels_do_not_matter_and_its_classes_are_learnt():
+    def teacher(images):
+        return 20 * jax.nn.one_hot((jnp.round(images.mean((1, 2, 3))).astype(int) + 1) % 4, 4)
+
+    tx = one_cycle_sgd(0.1, 40)
+    step = make_train_step(Small().apply, tx, keep, teacher)
+    state = TrainState.create(Small().init(jax.random.key(0), IMAGES[:1]), tx, 0)
+    state = train(state, step, IMAGES, np.zeros_like(LABELS), epochs=10, batch_size=16, seed=0)
+    taught = np.asarray(teacher(IMAGES).argmax(-1))
+    assert evaluate(Small().apply, state.variables, IMAGES, taught) > 0.6  # chance is 0.25
+
+
 def test_a_seed_reproduces_a_run_exactly_and_another_does_not():
     (first, again), other = (run(1)[0] for _ in range(2)), run(2)[0]
     chex.assert_trees_all_equal(first.params, again.params)
