@@ -147,7 +147,7 @@ def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path:
     rank = kernels[1][-2] if len(kernels[1]) > 1 else 0
     scheme = Separable(rank, groups, AXES[len(size)], first)
     scheme.check(shape, path)
-    expected = [x.shape for x in jax.eval_shape(scheme.factor, jax.ShapeDtypeStruct(shape, "float32"))]
+    expected = list(scheme.shapes(shape))
     if kernels != expected:
         raise ValueError(
             f"{path}: factors of shapes {kernels[0]} and {kernels[1]} do not fit; this layer's kernel is {shape} "

@@ -87,6 +87,13 @@ class Separable:
         kernels = ((first, one), (second, two))
         return tuple(from_pair(x, self.axes, self.first, {a: sizes[a] for a in part}) for x, part in kernels)  # type: ignore[return-value]
 
+    def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the two kernels in place of a kernel of this shape, which has no stack."""
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        first = {"I": sizes["I"], "O": self.groups * self.rank} | {letter: sizes[letter] for letter in one}
+        second = {"I": self.rank, "O": sizes["O"]} | {letter: sizes[letter] for letter in two}
+        return tuple(first.get(x, 1) for x in self.axes), tuple(second.get(x, 1) for x in self.axes)
+
     def check(self, shape: Sequence[int], where: str) -> int:
         """Returns the rank as an int, or raises ValueError that names where it was given."""
         channels = self._sizes(shape, where)["O"]

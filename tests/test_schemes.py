@@ -322,3 +322,10 @@ def test_the_authors_ranks_for_caffenet_give_the_weights_they_published():
     ranks = [rank // group for rank, group in zip([8, 40, 60, 100, 200], groups, strict=True)]  # theirs are of a layer
     before, after = weights(list(zip(shapes, groups, strict=True)), ranks)
     assert f"{before / after:.2f}" == "5.00"
+
+
+@pytest.mark.parametrize("first", ["vertical", "horizontal"])
+@pytest.mark.parametrize("axes, shape", [("HWIO", (3, 5, 4, 6)), ("OIHW", (6, 4, 3, 5)), ("DHWIO", (2, 3, 5, 4, 6))])
+def test_the_shapes_foretold_are_those_of_the_factors(axes, shape, first):
+    scheme = Separable(3, 2, axes, first)
+    assert scheme.shapes(shape) == tuple(factor.shape for factor in scheme.factor(normal(shape)))
