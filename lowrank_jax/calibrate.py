@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.compiling import candidate_options
+from lowrank_jax.compiling import training_options
 from lowrank_jax.matricize import AXES
 from lowrank_jax.moments import Geometry, Moments, moments
 
@@ -172,14 +172,15 @@ def spy(layer: Any, x: jax.Array) -> tuple[jax.Array, Seen]:
             )
         groups = options.get("feature_group_count", 1)
         seen.inputs, seen.geometry = inputs, Geometry.of(inputs, kernel, strides, padding, rhs_dilation, groups)
-        seen.outputs = _convolution(inputs, kernel, seen.geometry)
+        seen.outputs = _convolution(seen.geometry)(inputs, kernel)
         return seen.outputs
 
     copy = layer.clone(parent=None, name=None, conv_general_dilated=convolve)
     return copy.apply({"params": layer.variables["params"]}, x), seen
 
 
-def _convolution(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+@functools.cache  # a new function for every call would be compiled anew for every call
+def _convolution(geometry: Geometry) -> Callable[[jax.Array, jax.Array], jax.Array]:
     spatial = AXES[len(geometry.size)][:-2]
     numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     convolve = functools.partial(
@@ -190,4 +191,4 @@ def _convolution(inputs: jax.Array, kernel: jax.Array, geometry: Geometry) -> ja
         dimension_numbers=numbers,
         feature_group_count=geometry.groups,
     )
-    return jax.jit(convolve, compiler_options=candidate_options()[-1])(inputs, kernel)
+    return jax.jit(convolve, compiler_options=training_options())

@@ -102,8 +102,8 @@ class _Walk:
             _, seen = spy(layer, x[half:])
             found = moments(seen.inputs, patches.outputs, seen.geometry)
             self.factors[path] = self._fit(layer, path, scheme, found)
-            low = run_factored(layer, scheme.first, self.factors[path], path, x[half:])
             if layer.use_bias:
+                low = run_factored(layer, scheme.first, self.factors[path], path, x[half:])
                 axes = tuple(range(low.ndim - 1))
                 bias = self.factors[path][1]["bias"]
                 shift = dense.astype(jnp.float32).mean(axes) - low.astype(jnp.float32).mean(axes)

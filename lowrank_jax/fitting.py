@@ -32,8 +32,8 @@ def fit_layer(
     """
     firsts, seconds = [], []
     for own, covariance, cross, weights in layer_groups(kernel, found, scheme, scale):
-        start, covariance, cross = shrink(own, covariance, cross)
-        v, h = fit(start, covariance, cross, scheme.rank, weights, sweeps)
+        covariance, cross = shrink(own, covariance, cross)
+        v, h = fit(least_squares(covariance, cross), covariance, cross, scheme.rank, weights, sweeps)
         firsts.append(v)
         seconds.append(h)
     return _kernels(firsts, seconds, scheme, kernel.shape)
@@ -47,8 +47,7 @@ def whitened_spectrum(kernel: np.ndarray, found: Moments, scheme: Separable, sca
     """
     rows = []
     for own, covariance, cross, weights in layer_groups(kernel, found, scheme, scale):
-        _, covariance, _ = shrink(own, covariance, cross)
-        rows.append(whitened(own, covariance, weights)[1])
+        rows.append(whitened(own, shrink(own, covariance, cross)[0], weights)[1])
     return np.stack(rows)
 
 
@@ -66,22 +65,29 @@ def layer_groups(kernel: np.ndarray, found: Moments, scheme: Separable, scale: n
         moved = spread.transpose(*(stored.index(x) for x in one + two + "I"), *range(len(stored), spread.ndim))
         return moved.reshape(size, *flat.shape[1:])
 
+    covariances, crosses = found.covariance, found.cross
     for g in range(scheme.groups):
         part = slice(g * width, (g + 1) * width)
         own = arrange(kernel.reshape(-1, sizes["O"])[:, part]).reshape(*shape, -1)
-        covariance = arrange(arrange(found.covariance[g]).T).reshape(*shape, *shape)
+        covariance = arrange(arrange(covariances[g]).T).reshape(*shape, *shape)
         weights = None if scale is None else scale[part]
-        yield own, covariance, arrange(found.cross[g]).reshape(*shape, -1), weights
+        yield own, covariance, arrange(crosses[g]).reshape(*shape, -1), weights
 
 
-def shrink(kernel: np.ndarray, covariance: np.ndarray, cross: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Adds a little of the identity, and of the dense kernel as its answer; returns the least-squares kernel too."""
+def shrink(kernel: np.ndarray, covariance: np.ndarray, cross: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The moments with a little of the identity added, and of the dense kernel as its answer."""
     size = int(np.prod(kernel.shape[:-1]))
     flat = covariance.reshape(size, size).copy()
     ridge = SHRINKAGE * np.trace(flat) / size
     flat[np.diag_indices(size)] += ridge
     wanted = cross.reshape(size, -1) + ridge * kernel.reshape(size, -1)
-    return solve(flat, wanted).reshape(kernel.shape), flat.reshape(covariance.shape), wanted.reshape(kernel.shape)
+    return flat.reshape(covariance.shape), wanted.reshape(kernel.shape)
+
+
+def least_squares(covariance: np.ndarray, cross: np.ndarray) -> np.ndarray:
+    """The kernel of full rank that gives the wanted outputs best."""
+    size = int(np.prod(cross.shape[:-1]))
+    return solve(covariance.reshape(size, size), cross.reshape(size, -1)).reshape(cross.shape)
 
 
 def _kernels(firsts: list, seconds: list, scheme: Separable, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
