@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
+
+from lowrank_jax.jaxprs import programs, traced
 
 UNALTERED = ("convert_element_type", "copy")
 
@@ -44,14 +46,7 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
         >>> call_order(apply, {"stem": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}, jnp.ones((1, 3))).position
         {1: 0, 0: 1}
     """
-    leaves, tree = jax.tree.flatten((variables, args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
-
-    def forward(arrays):
-        variables, args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return apply(variables, *args, **kwargs)
-
-    jaxpr = jax.make_jaxpr(forward)(arrays).jaxpr
+    jaxpr, _, arrays = traced(apply, variables, args, kwargs)
     count = len(jax.tree.leaves(variables))
     order = CallOrder()
     _walk(jaxpr, {var: leaf for var, leaf in zip(jaxpr.invars, arrays, strict=True) if leaf < count}, order)
@@ -62,7 +57,7 @@ def _walk(jaxpr, known: dict, order: CallOrder) -> None:
     """Follows one program; ``known`` maps a variable to a leaf, to the shape flattened into it, or () if moved."""
     for eqn in jaxpr.eqns:
         inputs = [None if isinstance(var, Literal) else known.get(var) for var in eqn.invars]
-        bodies = [body for body in _bodies(eqn) if len(body.invars) == len(inputs)]
+        bodies = [body for body in programs(eqn.params) if len(body.invars) == len(inputs)]
         for body in bodies:
             inner = {var: value for var, value in zip(body.invars, inputs, strict=True) if value is not None}
             _walk(body, inner, order)
@@ -100,12 +95,3 @@ def _flattened(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ..
         if len(before) - start > 1 and after == (*before[:start], math.prod(before[start:])):
             return before[start:]
     return None
-
-
-def _bodies(eqn) -> Iterator[Any]:
-    """The programs inside an equation."""
-    for value in eqn.params.values():
-        for part in value if isinstance(value, tuple | list) else [value]:
-            program = getattr(part, "jaxpr", part)
-            if hasattr(program, "eqns"):
-                yield program

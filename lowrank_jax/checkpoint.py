@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lowrank_jax.files import whole_file
 from lowrank_jax.formats import READERS, WRITERS, read_orbax
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
@@ -37,13 +38,8 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise ValueError(f"{path}: the format {path.suffix!r} is not known; end the name in {' or '.join(WRITERS)}.")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            WRITERS[path.suffix.lower()](file, variables)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        WRITERS[path.suffix.lower()](file, variables)
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lowrank_jax.matricize import fit_axes
 from lowrank_jax.schemes import FACTORS, Separable, merge
-from lowrank_jax.trace import Trace
+from lowrank_jax.suggest import suggest
+from lowrank_jax.uses import Trace
 
 Ranks = Mapping[str, int | Separable]
 PAIRS = tuple(FACTORS.values())
@@ -159,8 +159,7 @@ def find_layer(path: str, layers: Mapping[tuple, Any], kernel: str = "kernel") -
         return keys[path]
     if any(f"{path}/{name}" in keys for names in PAIRS for name in names):
         raise ValueError(f"{path!r} is decomposed already; call reconstruct(params) first to cut it to another rank.")
-    near = difflib.get_close_matches(str(path), keys, n=3, cutoff=0.4) or sorted(keys)[:8]
-    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the tree holds no {kernel!r} at all."
+    advice = suggest(path, sorted(keys), f"the tree holds no {kernel!r} at all.")
     raise ValueError(f"No layer with a {kernel} at {path!r}; {advice}")
 
 

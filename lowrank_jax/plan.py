@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax.budget import Budget, check_measure, number
+from lowrank_jax.files import whole_file
 from lowrank_jax.matricize import split_axes
 from lowrank_jax.schemes import Separable
 from lowrank_jax.uses import table
@@ -121,14 +122,9 @@ class Plan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        try:
+        with whole_file(path) as scratch:
             scratch.write_text(text + "\n")
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":

@@ -1,7 +1,6 @@
 """The singular values of every layer, computed once: ranks, budgets and curves are slices of them."""
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 
@@ -14,6 +13,7 @@ from lowrank_jax.decompose import check_kernel, find_layer, layer_leaves
 from lowrank_jax.formats import nest
 from lowrank_jax.matricize import to_matrix, to_pair
 from lowrank_jax.schemes import FACTORS
+from lowrank_jax.suggest import suggest
 from lowrank_jax.uses import KernelUse, Trace
 
 
@@ -138,9 +138,7 @@ def known_use(trace: Trace, path: str) -> KernelUse:
     """The first use of a layer, or an error that says why it cannot be planned."""
     use = trace.safe_use(path)
     if use is None:
-        known = trace.safe_paths()
-        near = difflib.get_close_matches(str(path), known, n=3, cutoff=0.4) or known[:8]
-        advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "it has none that can be decomposed."
+        advice = suggest(path, trace.safe_paths(), "it has none that can be decomposed.")
         raise ValueError(f"{path!r} is no layer of the traced program; {advice}")
     return use
 

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from lowrank_jax.jaxprs import opened, programs, traced
 from lowrank_jax.matricize import AXES
 from lowrank_jax.sources import Source, layout, moved, name, sliced
 from lowrank_jax.uses import KernelUse, Trace
@@ -42,15 +42,7 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> trace(model.apply, variables, images).multiply_adds
         36864
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path((variables, args, kwargs))
-    arrays = {i: leaf for i, (_, leaf) in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
-
-    def forward(arrays):
-        merged = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
-        variables, args, kwargs = jax.tree.unflatten(tree, merged)
-        return apply(variables, *args, **kwargs)
-
-    jaxpr = jax.make_jaxpr(forward)(arrays).jaxpr
+    jaxpr, leaves, arrays = traced(apply, variables, args, kwargs)
     sources = [_source(leaves[i][0], leaf.shape) for i, leaf in arrays.items()]
     walk = _Walk()
     walk.follow(jaxpr, sources, 1, "exact")
@@ -93,7 +85,7 @@ class _Walk:
             return [None] * len(eqn.outvars)
         if operation in LOOPS:
             return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
-        for inner in _programs(eqn.params):
+        for inner in programs(eqn.params):
             if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
                 return self.follow(inner, inputs, repeats, count)
         if operation in UNALTERED and len(inputs) == len(eqn.outvars):
@@ -117,18 +109,18 @@ class _Walk:
     def _loop(self, eqn, inputs, repeats: int, count: str) -> list[Source | None]:
         params, results = eqn.params, []
         if eqn.primitive.name == "scan":
-            fixed, carried = _parts(eqn, _open(params["jaxpr"]))
+            fixed, carried = _parts(eqn, opened(params["jaxpr"]))
             inside = [x and (sliced(x) if i >= carried else x.after("the carry of a scan") if i >= fixed else x)
                       for i, x in enumerate(inputs)]  # fmt: skip
-            results += self.follow(_open(params["jaxpr"]), inside, repeats * params["length"], count)
+            results += self.follow(opened(params["jaxpr"]), inside, repeats * params["length"], count)
         elif eqn.primitive.name == "while":
             test, body = params["cond_nconsts"], params["body_nconsts"]
             carry = [x and x.after("the carry of a while") for x in inputs[test + body :]]
-            self.follow(_open(params["cond_jaxpr"]), inputs[:test] + carry, repeats, count)
-            results += self.follow(_open(params["body_jaxpr"]), inputs[test : test + body] + carry, repeats, count)
+            self.follow(opened(params["cond_jaxpr"]), inputs[:test] + carry, repeats, count)
+            results += self.follow(opened(params["body_jaxpr"]), inputs[test : test + body] + carry, repeats, count)
         else:
             for branch in params["branches"]:
-                results += self.follow(_open(branch), inputs[1:], repeats, count)
+                results += self.follow(opened(branch), inputs[1:], repeats, count)
         for source in filter(None, results):
             self.touched[source.path].append(eqn.primitive.name)
         return [None] * len(eqn.outvars)
@@ -155,17 +147,6 @@ def _parts(eqn, body) -> tuple[int, int]:
     end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))
     carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.outvars, eqn.outvars, strict=True))
     return end - carry, end
-
-
-def _programs(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among the parameters of an equation, without their constants."""
-    values = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-    return [program for program in map(_open, values) if hasattr(program, "eqns")]
-
-
-def _open(program: Any) -> Any:
-    """A jaxpr without its constants, whichever of the two a JAX generation stores."""
-    return getattr(program, "jaxpr", program)
 
 
 def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
