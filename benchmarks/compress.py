@@ -26,7 +26,7 @@ from lowrank_jax.torch_names import from_torch
 from lowrank_jax.training import evaluate
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-BUDGETED = ("ratio", "total_energy", "log_energy", "minmax", "sensitivity")
+SELECTORS = ("ratio", "energy", "total_energy", "log_energy", "minmax", "sensitivity", "evbmf")
 FACTORS = ("plain", "plain, re-estimated", "data-aware", "data-aware, re-estimated")
 
 
@@ -62,23 +62,38 @@ def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Option
     return divergences(model.apply, variables, images[:256], table.trace, found, measure="mse")
 
 
-def plans(table: Options, selectors: list[str], budgets: list[float], divergence: Callable) -> Iterator[tuple]:
-    for share in budgets:
-        for name in selectors:
+def plans(table: Options, plain: Options, args: argparse.Namespace, divergence: Callable) -> Iterator[tuple]:
+    """Name, budget and plan. EVBMF has no budget, one plan, and takes the plain singular values."""
+    for name in args.selectors:
+        if name == "evbmf":
+            yield name, None, ranks.evbmf(plain, "multiply_adds")
+        for share in args.budgets if name != "evbmf" else ():
             extra = (divergence(),) if name == "sensitivity" else ()
-            yield name, share, getattr(ranks, name)(table, *extra, Budget("multiply_adds", share))
+            budget = Budget("multiply_adds", share)
+            plan = threshold(table, share) if name == "energy" else getattr(ranks, name)(table, *extra, budget)
+            yield name, share, plan
+
+
+def threshold(table: Options, share: float) -> Plan:
+    """The highest threshold of energy, the same for all layers, that meets a share of the multiply-adds."""
+    low, high = 1e-3, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        total, reached = ranks.energy(table, middle, "multiply_adds").total("multiply_adds")
+        low, high = (middle, high) if reached <= share * total else (low, middle)
+    return ranks.energy(table, low, "multiply_adds")
 
 
 def networks(model: CifarResNet, variables: dict, images: jax.Array, plan: Plan, kinds: list[str]) -> Iterator[tuple]:
     """The network of a plan with each kind of factors."""
+    start = time.perf_counter()
+    if kinds[0].startswith("plain"):
+        small = {**variables, "params": decompose(variables["params"], plan.ranks)}
+    else:
+        small = compress(model.apply, variables, images, plan.ranks)
     for kind in kinds:
-        start = time.perf_counter()
-        if kind.startswith("plain"):
-            small = {**variables, "params": decompose(variables["params"], plan.ranks)}
-        else:
-            small = compress(model.apply, variables, images, plan.ranks)
         if kind.endswith("re-estimated"):
-            batches = [images[start : start + 256] for start in range(0, len(images), 256)]
+            batches = [images[first : first + 256] for first in range(0, len(images), 256)]
             small = reestimate(lowrank(model.apply), small, batches, train=True)
         yield kind, small, time.perf_counter() - start
 
@@ -95,7 +110,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder of the weights and of tensorflow_datasets")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compress")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
-    parser.add_argument("--selectors", nargs="+", choices=BUDGETED, default=list(BUDGETED))
+    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
     parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
     parser.add_argument("--calibration", type=int, default=2048, help="unlabelled training images")
     parser.add_argument("--test", type=int, default=10_000, help="test images")
@@ -125,14 +140,14 @@ def main() -> None:
             measured.extend([] if measured else [losses(model, variables, images, table)])
             return measured[0]
 
-        for name, share, plan in plans(table, args.selectors, args.budgets, divergence):
+        for name, share, plan in plans(table, both["plain"], args, divergence):
             for kind, network, seconds in networks(model, variables, images, plan, kinds):
                 found = accuracy(network)
                 total, low = plan.total("multiply_adds")
                 row = {"selector": name, "factors": kind, "budget": share, "reached": low / total, "accuracy": found}
                 rows.append(row | {"interval": interval(found, args.test), "seconds": seconds})
                 curves.setdefault(f"{name}, {kind}", []).append((plan, found))
-                print(f"{name:13} {kind:26} {share:.2f} {found:.2%} {seconds:.0f} s", flush=True)
+                print(f"{name:13} {kind:26} {low / total:.2f} {found:.2%} {seconds:.0f} s", flush=True)
                 write(args.out, facts | {"rows": rows})
     draw_curve(curves, dense=dense).savefig(args.out.with_suffix(".png"), dpi=120)
 
@@ -141,10 +156,14 @@ def write(out: Path, found: dict) -> None:
     """The figures so far; a long run that is cut short keeps them."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = ["| selector | factors | budget | accuracy | 95 % interval |", "| --- | --- | ---: | ---: | --- |"]
+    lines = [
+        "| selector | factors | multiply-adds asked (reached) | accuracy | 95 % interval |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
     for row in found["rows"]:
         low, high = row["interval"]
-        cells = (row["selector"], row["factors"], f"{row['budget']:.0%}", f"{row['accuracy']:.2%}")
+        asked = "none" if row["budget"] is None else f"{row['budget']:.0%}"
+        cells = (row["selector"], row["factors"], f"{asked} ({row['reached']:.1%})", f"{row['accuracy']:.2%}")
         lines.append(f"| {' | '.join(cells)} | {low:.2%} to {high:.2%} |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 

@@ -6,6 +6,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lowrank_jax.matricize import fit_axes
@@ -182,9 +183,14 @@ def check_kernel(path: str, leaves: Mapping[str, Any], names: tuple[str, str] = 
         raise ValueError(f"{path}: the kernel has type {kernel.dtype}; convert it to a floating-point type first.")
     if isinstance(kernel, jax.ShapeDtypeStruct):
         raise ValueError(f"{path}: the kernel has a shape but no values; call decompose within jax.eval_shape.")
-    if not isinstance(kernel, jax.core.Tracer) and not jnp.isfinite(kernel).all():
+    if not isinstance(kernel, jax.core.Tracer) and not _finite(kernel):
         raise ValueError(f"{path}: the kernel holds NaN or infinite values; repair the weights before decomposing.")
     return kernel
+
+
+def _finite(kernel: Any) -> bool:
+    """On the host where it can be, for which nothing has to be compiled."""
+    return bool((np if getattr(kernel, "is_fully_addressable", True) else jnp).isfinite(kernel).all())
 
 
 def find_scheme(path: str, value: Any, kernel: jax.Array, axes: str, trace: Trace | None) -> Separable:

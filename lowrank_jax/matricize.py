@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray  # the functions here return the kind that they are given
 
 AXES = {1: "WIO", 2: "HWIO", 3: "DHWIO"}  # Flax's layout by the number of spatial dimensions
 
 
-def to_matrix(kernel: jax.Array, groups: int = 1) -> jax.Array:
+def to_matrix(kernel: Array, groups: int = 1) -> Array:
     """Unfolds a kernel into one matrix per group.
 
     Args:
@@ -34,11 +36,11 @@ def to_matrix(kernel: jax.Array, groups: int = 1) -> jax.Array:
     """
     *stack, h, w, c, n = kernel.shape
     split = kernel.reshape(*stack, h, w, c, groups, n // groups)
-    grouped = jnp.moveaxis(split, -2, -5)  # (..., g, h, w, c, n/g)
-    return grouped.swapaxes(-3, -2).reshape(*stack, groups, h * c, w * (n // groups))
+    order = [*range(len(stack)), *(len(stack) + axis for axis in (3, 0, 2, 1, 4))]  # (..., g, h, c, w, n/g)
+    return split.transpose(order).reshape(*stack, groups, h * c, w * (n // groups))
 
 
-def from_matrix(matrix: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
+def from_matrix(matrix: Array, shape: tuple[int, int, int, int]) -> Array:
     """Folds one matrix per group back into a kernel; the inverse of `to_matrix`.
 
     Args:
@@ -56,11 +58,11 @@ def from_matrix(matrix: jax.Array, shape: tuple[int, int, int, int]) -> jax.Arra
     h, w, c, n = shape
     *stack, groups, _, _ = matrix.shape
     split = matrix.reshape(*stack, groups, h, c, w, n // groups)
-    ungrouped = jnp.moveaxis(split.swapaxes(-3, -2), -5, -2)  # (..., h, w, c, g, n/g)
-    return ungrouped.reshape(*stack, h, w, c, n)
+    order = [*range(len(stack)), *(len(stack) + axis for axis in (1, 3, 2, 0, 4))]  # (..., h, w, c, g, n/g)
+    return split.transpose(order).reshape(*stack, h, w, c, n)
 
 
-def to_pair(kernel: jax.Array, axes: str, first: str) -> jax.Array:
+def to_pair(kernel: Array, axes: str, first: str) -> Array:
     """Brings a kernel of any layout to (..., a, b, c, n): taps of the first and of the second convolution.
 
     Args:
@@ -76,13 +78,13 @@ def to_pair(kernel: jax.Array, axes: str, first: str) -> jax.Array:
     stack = kernel.ndim - len(axes)
     one, two = split_axes(axes, first)
     order = [*range(stack), *(stack + axes.index(letter) for letter in one + two + "IO")]
-    moved = jnp.transpose(kernel, order)
+    moved = kernel.transpose(order)
     sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
     taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
     return moved.reshape(*kernel.shape[:stack], *taps, *moved.shape[-2:])
 
 
-def from_pair(factor: jax.Array, axes: str, first: str, sizes: Mapping[str, int]) -> jax.Array:
+def from_pair(factor: Array, axes: str, first: str, sizes: Mapping[str, int]) -> Array:
     """Brings (..., a, b, c, n) back to a layout; the inverse of `to_pair`.
 
     Args:
@@ -94,7 +96,7 @@ def from_pair(factor: jax.Array, axes: str, first: str, sizes: Mapping[str, int]
     order = "".join(split_axes(axes, first)) + "IO"
     spatial = [sizes.get(letter, 1) for letter in order[:-2]]
     spread = factor.reshape(*factor.shape[:stack], *spatial, *factor.shape[-2:])
-    return jnp.transpose(spread, [*range(stack), *(stack + order.index(letter) for letter in axes)])
+    return spread.transpose([*range(stack), *(stack + order.index(letter) for letter in axes)])
 
 
 def split_axes(axes: str, first: str) -> tuple[str, str]:

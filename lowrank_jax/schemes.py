@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lowrank_jax.matricize import from_matrix, from_pair, split_axes, to_matrix, to_pair
+from lowrank_jax.matricize import Array, from_matrix, from_pair, split_axes, to_matrix, to_pair
+from lowrank_jax.truncate import truncated
 
 # Names of the first and of the second factor in a parameter tree, by the axis that comes first. A pair that is
 # run the other way round has names of its own, because shapes alone do not always tell the order.
@@ -49,8 +51,9 @@ class Separable:
     def factor(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Factors a kernel, or each of a stack of kernels.
 
-        Computed in float32, or float64 where the kernel is, and returned in the kernel's own type. Gradients
-        pass through ``jnp.linalg.svd`` and so need the singular values to differ from each other.
+        Computed in float32, or float64 where the kernel is, and returned in the kernel's own type. Under a
+        transformation by ``jnp.linalg.svd``, whose gradients need the singular values to differ from each other; a
+        kernel with values on one device by the faster of the routes of `lowrank_jax.truncate`, on the host.
 
         Args:
             kernel: floating-point array of shape (..., h, w, c, n), or as ``axes`` says, c being the input
@@ -65,14 +68,14 @@ class Separable:
         """
         kernel = jnp.asarray(kernel)  # a float64 NumPy kernel takes the widest type that is enabled
         rank = self.check(kernel.shape, "Separable")
-        wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-        pair = to_pair(wide, self.axes, self.first)
-        u, s, qt = jnp.linalg.svd(to_matrix(pair, self.groups), full_matrices=False)
-        root = jnp.sqrt(s[..., :rank])
-        factors = self.fold(u[..., :rank] * root[..., None, :], root[..., :, None] * qt[..., :rank, :], kernel.shape)
-        return factors[0].astype(kernel.dtype), factors[1].astype(kernel.dtype)
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        here = on_one_device(kernel)
+        pair = to_pair(np.asarray(kernel).astype(wide) if here else kernel.astype(wide), self.axes, self.first)
+        factors = self.fold(*truncated(to_matrix(pair, self.groups), rank), kernel.shape)
+        one, two = (jax.device_put(x.astype(kernel.dtype), here) if here else x.astype(kernel.dtype) for x in factors)
+        return one, two
 
-    def fold(self, left: jax.Array, right: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
         """Turns the factors of the matrix of each group into the two kernels.
 
         Args:
@@ -112,6 +115,13 @@ class Separable:
         if len(shape) < len(self.axes):
             raise ValueError(f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}.")
         return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
+
+
+def on_one_device(array: jax.Array) -> jax.sharding.Sharding | None:
+    """Where an array with values is, if that is one device: to compute on the host and put the result back there."""
+    if isinstance(array, jax.core.Tracer) or len(array.devices()) > 1:
+        return None
+    return array.sharding
 
 
 def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:

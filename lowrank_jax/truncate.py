@@ -1,0 +1,123 @@
+"""The best factors of a rank of a matrix: the truncated singular value decomposition, by one of two routes.
+
+The reference is ``jnp.linalg.svd`` (on the host LAPACK's gesdd, which it calls on a CPU). The fast route takes the K
+leading eigenvectors U of the smaller Gram matrix, G = M M^T or M^T M, and projects: M is close to U (U^T M), with an
+error that no other basis of that size undercuts (Eckart and Young, 1936), and at full rank exactly M. It needs no more
+than K eigenvectors of a matrix of the smaller side.
+
+Squaring loses digits: with the rounding unit u, what G says of the energy left out, T, is uncertain by about
+K u s_1^2. So the fast route is taken only where that is under 1e-3 of T, and its result only if U is orthonormal and
+the energy that it captures is that of the leading eigenvalues, which are found independently of U, to 1e-5 of T.
+Otherwise the reference runs. What is lost is second order in the uncertainty: the tests hold the Frobenius error to
+within 1e-5 of the optimum over condition numbers from 1 to 1e6.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from scipy.linalg import blas, lapack
+
+SMALL = 128  # smaller side up to which a full decomposition takes no longer
+UNCERTAIN, MISSED = 1e-3, 1e-5  # of the energy left out
+
+Array = jax.Array | np.ndarray
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Factors U_K S_K^1/2 and S_K^1/2 Q_K^T of a matrix, or of each of a stack.
+
+    Args:
+        matrix: array of shape (..., m, n), float32 or float64. A NumPy array is factored on the host by the faster
+            route, a JAX array by ``jnp.linalg.svd``.
+        rank: K, from 1 to min(m, n).
+
+    Returns:
+        Arrays of shapes (..., m, K) and (..., K, n), of the same kind and type.
+
+    Example:
+        >>> left, right = truncated(np.diag([3.0, 2.0, 1.0]), rank=2)
+        >>> left.shape, right.shape, np.round(np.diag(left @ right)).tolist()
+        ((3, 2), (2, 3), [3.0, 2.0, 0.0])
+    """
+    if not isinstance(matrix, np.ndarray):
+        u, s, qt = jnp.linalg.svd(matrix, full_matrices=False)
+        return _balanced(u[..., :rank], jnp.sqrt(s[..., :rank]), qt[..., :rank, :])
+    *stack, m, n = matrix.shape
+    pairs = [by_gram(one, rank) or by_svd(one, rank) for one in matrix.reshape(-1, m, n)]
+    lefts, rights = (np.stack(parts) if len(parts) > 1 else parts[0] for parts in zip(*pairs, strict=True))
+    return lefts.reshape(*stack, m, rank), rights.reshape(*stack, rank, n)
+
+
+def by_svd(matrix: np.ndarray, rank: int) -> Pair:
+    """The factors of one matrix by its full decomposition."""
+    u, s, qt = scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
+    return _balanced(u[:, :rank], np.sqrt(s[:rank]), qt[:rank])
+
+
+def by_gram(matrix: np.ndarray, rank: int) -> Pair | None:
+    """The factors of one matrix by its smaller Gram matrix; None where this route is not faster or not accurate."""
+    if matrix.shape[0] > matrix.shape[1]:
+        found = by_gram(matrix.T, rank)
+        return found and (found[1].T, found[0].T)
+    if len(matrix) <= SMALL:
+        return None
+    syrk, gemm = _routines(blas, matrix.dtype, "syrk", "gemm")
+    values, vectors = _eigen(syrk(1.0, matrix.T, trans=1, lower=1))
+    left_out = float(values[:-rank].sum(dtype=np.float64))
+    if not rank * np.finfo(matrix.dtype).eps / 2 * values[-1] <= UNCERTAIN * left_out:
+        return None
+    leading = vectors(rank)
+    projected = gemm(1.0, matrix.T, leading).T
+    energies = np.einsum("kn,kn->k", projected, projected)
+    missed = values[-rank:].sum(dtype=np.float64) - energies.sum(dtype=np.float64)
+    if not _orthonormal(leading) or abs(missed) > MISSED * left_out or not energies.min() > 0:
+        return None
+    root = np.sqrt(np.sqrt(energies))
+    return leading * root, projected / root[:, None]
+
+
+def _eigen(gram: np.ndarray) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+    """All eigenvalues of a symmetric matrix, ascending, and a function that gives so many of the leading eigenvectors.
+
+    Reduction to tridiagonal form, all eigenvalues of that by a variant of QR, eigenvectors by inverse iteration, and
+    back: LAPACK's sytrd, sterf, stein, ormqr. No driver of LAPACK combines these, and SciPy's take longer. What
+    does not converge shows in the caller's checks.
+
+    Args:
+        gram: of Fortran's order, the lower triangle; overwritten.
+    """
+    names = ("sytrd", "sytrd_lwork", "sterf", "stein", "ormqr")
+    sytrd, query, sterf, stein, ormqr = _routines(lapack, gram.dtype, *names)
+    size = len(gram)
+    reflectors, diagonal, beside, tau, _ = sytrd(gram, lower=1, lwork=int(query(size, lower=1)[0]), overwrite_a=1)
+    values, _ = sterf(diagonal, beside)
+
+    def vectors(count: int) -> np.ndarray:
+        blocks, ends = np.ones(size, np.int32), np.zeros(size, np.int32)
+        ends[0] = size  # one block
+        inner, _ = stein(diagonal, beside, values[-count:], blocks, ends)
+        below, *_ = ormqr("L", "N", reflectors[1:, :-1], tau, inner[1:], lwork=64 * count)
+        return np.concatenate([inner[:1], below])
+
+    return values, vectors
+
+
+def _routines(library: ModuleType, dtype: np.dtype, *names: str) -> list[Callable]:
+    """Routines of one library alone: NumPy has another copy of it, whose idle threads would hold the cores."""
+    return [getattr(library, ("d" if dtype == np.float64 else "s") + name) for name in names]
+
+
+def _orthonormal(vectors: np.ndarray) -> bool:
+    """Whether columns are orthonormal to rounding, by a random probe: its chance to miss a defect is negligible."""
+    probe = np.random.default_rng(0).standard_normal(vectors.shape[1]).astype(vectors.dtype)
+    gap = np.einsum("mk,m->k", vectors, np.einsum("mk,k->m", vectors, probe)) - probe
+    return bool(np.linalg.norm(gap) < 200 * np.finfo(vectors.dtype).eps * np.linalg.norm(probe))
+
+
+def _balanced(u: Array, root: Array, qt: Array) -> tuple[Array, Array]:
+    return u * root[..., None, :], root[..., :, None] * qt
