@@ -1,29 +1,35 @@
 """Runs an unmodified Flax Linen model with decomposed parameters."""
 
 import functools
+import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
 from lowrank_jax.matricize import AXES
-from lowrank_jax.schemes import FACTORS, Separable
-from lowrank_jax.separable import split_options
+from lowrank_jax.programs import PLAIN, Layer, padded, steps
+from lowrank_jax.schemes import FACTORS, Separable, merge
+from lowrank_jax.separable import per_axis, split_options
 from lowrank_jax.trace import trace
 
 # Arguments with one entry for each spatial axis.
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
          nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
 
+Choose = Callable[[Layer, Separable], str]
+
 _KINDS = (nn.Conv, nn.ConvTranspose, nn.ConvLocal)
 _FIRST = {names: first for first, names in FACTORS.items()}
 
 
-def lowrank(apply: Callable) -> Callable:
+def lowrank(apply: Callable, programs: Choose | None = None) -> Callable:
     """Makes a function that runs a Linen model take decomposed variables as well as dense ones.
 
     Calls of `nn.Conv` and `nn.ConvTranspose` whose parameters hold factors run as two convolutions of the same
@@ -34,6 +40,8 @@ def lowrank(apply: Callable) -> Callable:
 
     Args:
         apply: ``model.apply``, or a function that calls it, of (variables, *args, **kwargs).
+        programs: chooses the program of each layer, by one of the names of `lowrank_jax.programs`;
+            `lowrank_jax.tuning.fastest` measures them. Two convolutions without it.
 
     Returns:
         A function of the same arguments.
@@ -58,7 +66,7 @@ def lowrank(apply: Callable) -> Callable:
     def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
         given = {id(leaf) for leaf in jax.tree.leaves(variables)}
         lifted: set[str] = set()
-        intercept = functools.partial(_intercept, given, lifted)
+        intercept = functools.partial(_intercept, given, lifted, programs)
         try:
             with nn.intercept_methods(intercept):
                 result = apply(variables, *args, **kwargs)
@@ -74,7 +82,7 @@ def lowrank(apply: Callable) -> Callable:
     return run
 
 
-def _intercept(given: set[int], lifted: set[str], call: Callable, args, kwargs, context) -> Any:
+def _intercept(given: set[int], lifted: set[str], programs, call: Callable, args, kwargs, context) -> Any:
     """Runs a convolution as its factors, where its parameters hold them."""
     layer = context.module
     if isinstance(layer, (nn.WeightNorm, nn.SpectralNorm)):
@@ -90,7 +98,8 @@ def _intercept(given: set[int], lifted: set[str], call: Callable, args, kwargs, 
     factors = [layer.get_variable("params", name) for name in names]
     if any(id(leaf) not in given for leaf in jax.tree.leaves(factors)):
         lifted.add(path)
-    return run_factored(layer, _FIRST[names], factors, path, *args, **kwargs)
+    run = functools.partial(run_factored, layer, _FIRST[names], factors, path, programs=programs)
+    return run(*args, **kwargs)
 
 
 def _refuse_normalised(wrapper: nn.WeightNorm | nn.SpectralNorm) -> None:
@@ -121,7 +130,9 @@ def _refusal(layer: nn.Module) -> str:
     return ""
 
 
-def run_factored(layer: Any, first: str, factors: list[Any], path: str, inputs: jax.Array) -> jax.Array:
+def run_factored(
+    layer: Any, first: str, factors: list[Any], path: str, inputs: jax.Array, programs: Choose | None = None
+) -> jax.Array:
     """Runs a convolution layer with two factors in place of its kernel.
 
     Args:
@@ -130,17 +141,46 @@ def run_factored(layer: Any, first: str, factors: list[Any], path: str, inputs: 
         factors: parameters ``{"kernel"}`` and ``{"kernel", "bias"}`` of the two convolutions.
         path: of the layer, for errors.
         inputs: array (*batch, *spatial, channels).
+        programs: as in `lowrank`.
     """
     size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-    _check_factors(layer, size, first, factors, path, inputs.shape[-1])
+    scheme = _check_factors(layer, size, first, factors, path, inputs.shape[-1])
+    program = _program(layer, size, scheme, inputs, programs)
+    one, two = (factor["kernel"] for factor in factors)
+    bias = {name: leaf for name, leaf in factors[1].items() if name != "kernel"}
+    if program == "merged":
+        merged = merge(one, two, scheme.axes)
+        return layer.clone(parent=None, name=None).apply({"params": {"kernel": merged, **bias}}, inputs)
+    one, two = padded(one, two) if program == "padded" else (one, two)
     options = split_options(size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]})
-    between = factors[0]["kernel"].shape[-1]
-    one = layer.clone(parent=None, name=None, features=between, use_bias=False, **options[0])
-    two = layer.clone(parent=None, name=None, **options[1])
-    return two.apply({"params": factors[1]}, one.apply({"params": factors[0]}, inputs))
+    for own, how in zip(options, steps(program), strict=True):
+        own |= {"conv_general_dilated": how} if how is not jax.lax.conv_general_dilated else {}
+    between = layer.clone(parent=None, name=None, features=one.shape[-1], use_bias=False, **options[0])
+    outputs = layer.clone(parent=None, name=None, **options[1])
+    return outputs.apply({"params": {"kernel": two, **bias}}, between.apply({"params": {"kernel": one}}, inputs))
 
 
-def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int) -> None:
+def _program(layer: Any, size: tuple[int, ...], scheme: Separable, inputs: jax.Array, choose: Choose | None) -> str:
+    """The program of a layer; two convolutions where there is no choice, or where it pads in a way of its own."""
+    own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
+    if choose is None or type(layer) is not nn.Conv or own:
+        return PLAIN
+    options = {name: per_axis(name, getattr(layer, name), len(size)) for name in SPLIT[nn.Conv] if name != "padding"}
+    strides, dilation = options["strides"], options["kernel_dilation"]
+    spatial = inputs.shape[-1 - len(size) : -1]
+    if isinstance(layer.padding, str):
+        reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+        pads = jax.lax.padtype_to_pads(spatial, reach, strides, layer.padding)
+    else:
+        pads = [(p, p) if isinstance(p, Integral) else tuple(p) for p in per_axis("padding", layer.padding, len(size))]
+    batch = math.prod(inputs.shape[: -1 - len(size)])
+    dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
+    shape = (batch, *spatial, inputs.shape[-1])
+    cut = (size, strides, tuple(pads), dilation, options["input_dilation"])
+    return choose(Layer(shape, layer.features, *cut, layer.feature_group_count, dtype), scheme)
+
+
+def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int) -> Separable:
     groups = getattr(layer, "feature_group_count", 1)
     shape = (*size, channels // groups, layer.features)
     kernels = [factor["kernel"].shape for factor in factors]
@@ -160,6 +200,7 @@ def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path:
             f"{path}: the factors hold {sorted(factors[0])} and {sorted(factors[1])}; a layer with "
             f"use_bias={layer.use_bias} needs {sorted(wanted[0])} and {sorted(wanted[1])}."
         )
+    return scheme
 
 
 def _explain(error: Exception, variables: Any) -> str:

@@ -10,11 +10,12 @@ spatial dimensions, or whose horizontal convolution comes first are brought to (
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray  # the functions here return the kind that they are given
+Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
 
 AXES = {1: "WIO", 2: "HWIO", 3: "DHWIO"}  # Flax's layout by the number of spatial dimensions
 
@@ -75,10 +76,9 @@ def to_pair(kernel: Array, axes: str, first: str) -> Array:
         >>> to_pair(jnp.ones((8, 4, 3, 5)), "OIHW", "horizontal").shape
         (5, 3, 4, 8)
     """
-    stack = kernel.ndim - len(axes)
+    stack: int = kernel.ndim - len(axes)
     one, two = split_axes(axes, first)
-    order = [*range(stack), *(stack + axes.index(letter) for letter in one + two + "IO")]
-    moved = kernel.transpose(order)
+    moved = kernel.transpose(_order(stack, axes, one + two + "IO"))
     sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
     taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
     return moved.reshape(*kernel.shape[:stack], *taps, *moved.shape[-2:])
@@ -92,11 +92,16 @@ def from_pair(factor: Array, axes: str, first: str, sizes: Mapping[str, int]) ->
         axes, first: as in `to_pair`.
         sizes: spatial axis to its size; axes that are not named have size 1.
     """
-    stack = factor.ndim - 4
+    stack: int = factor.ndim - 4
     order = "".join(split_axes(axes, first)) + "IO"
     spatial = [sizes.get(letter, 1) for letter in order[:-2]]
     spread = factor.reshape(*factor.shape[:stack], *spatial, *factor.shape[-2:])
-    return spread.transpose([*range(stack), *(stack + order.index(letter) for letter in axes)])
+    return spread.transpose(_order(stack, order, axes))
+
+
+def _order(stack: int, old: str, new: str) -> list[int]:
+    """The permutation that brings the last axes from one order of their letters to another."""
+    return [*range(stack), *(stack + old.index(letter) for letter in new)]
 
 
 def split_axes(axes: str, first: str) -> tuple[str, str]:

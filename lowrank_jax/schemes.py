@@ -69,11 +69,15 @@ class Separable:
         kernel = jnp.asarray(kernel)  # a float64 NumPy kernel takes the widest type that is enabled
         rank = self.check(kernel.shape, "Separable")
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        here = on_one_device(kernel)
-        pair = to_pair(np.asarray(kernel).astype(wide) if here else kernel.astype(wide), self.axes, self.first)
-        factors = self.fold(*truncated(to_matrix(pair, self.groups), rank), kernel.shape)
-        one, two = (jax.device_put(x.astype(kernel.dtype), here) if here else x.astype(kernel.dtype) for x in factors)
-        return one, two
+        if where := on_one_device(kernel):
+            one, two = self._factors(np.asarray(kernel).astype(wide), rank)
+            return jax.device_put(one.astype(kernel.dtype), where), jax.device_put(two.astype(kernel.dtype), where)
+        first, second = self._factors(kernel.astype(wide), rank)
+        return first.astype(kernel.dtype), second.astype(kernel.dtype)
+
+    def _factors(self, kernel: Array, rank: int) -> tuple[Array, Array]:
+        left, right = truncated(to_matrix(to_pair(kernel, self.axes, self.first), self.groups), rank)
+        return self.fold(left, right, kernel.shape)
 
     def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
         """Turns the factors of the matrix of each group into the two kernels.

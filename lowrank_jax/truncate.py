@@ -21,10 +21,11 @@ import numpy as np
 import scipy.linalg
 from scipy.linalg import blas, lapack
 
+from lowrank_jax.matricize import Array
+
 SMALL = 128  # smaller side up to which a full decomposition takes no longer
 UNCERTAIN, MISSED = 1e-3, 1e-5  # of the energy left out
 
-Array = jax.Array | np.ndarray
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -114,7 +115,7 @@ def _routines(library: ModuleType, dtype: np.dtype, *names: str) -> list[Callabl
 
 def _orthonormal(vectors: np.ndarray) -> bool:
     """Whether columns are orthonormal to rounding, by a random probe: its chance to miss a defect is negligible."""
-    probe = np.random.default_rng(0).standard_normal(vectors.shape[1]).astype(vectors.dtype)
+    probe = np.asarray(np.random.default_rng(0).standard_normal(vectors.shape[1]), vectors.dtype)
     gap = np.einsum("mk,m->k", vectors, np.einsum("mk,k->m", vectors, probe)) - probe
     return bool(np.linalg.norm(gap) < 200 * np.finfo(vectors.dtype).eps * np.linalg.norm(probe))
 

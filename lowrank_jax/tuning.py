@@ -1,0 +1,158 @@
+"""Times of separable layers on this device, measured once: the fastest program of each, and tables for the planner."""
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.files import whole_file
+from lowrank_jax.programs import PLAIN, STEPS, Layer, factors, programs
+from lowrank_jax.schemes import FACTORS, Separable, max_rank
+from lowrank_jax.throughput import throughput
+from lowrank_jax.uses import Trace
+
+DENSE = "dense"
+POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
+
+
+class Timer:
+    """Measures layers on the default device and remembers what it found.
+
+    All programs of a layer run in turn, so that a change of the machine's speed meets them alike. Inputs and weights
+    are made up: on the shapes alone depends how long they take.
+
+    Args:
+        options: compiler options, as of ``jax.jit``; one of `lowrank_jax.compiling.candidate_options`.
+        rounds: runs of each program that are counted; their median is taken.
+        path: JSON file to start from and to keep up to date; measured times of other devices in it stay.
+
+    Raises:
+        ValueError: the file holds something else.
+
+    Example:
+        >>> timer = Timer(rounds=2)
+        >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+        >>> times = timer.measure(layer, Separable(2))
+        >>> "dense" in times and timer.fastest(layer, Separable(2)) in times
+        True
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, rounds: int = 7, path: str | os.PathLike | None = None
+    ) -> None:
+        self.options, self.rounds = dict(options or {}), rounds
+        self.path = None if path is None else Path(path)
+        self.times: dict[str, dict[str, float]] = _read(self.path) if self.path and self.path.exists() else {}
+
+    def fastest(self, layer: Layer, scheme: Separable) -> str:
+        """Name of the fastest program of a layer; for `lowrank(apply, programs=timer.fastest)`."""
+        times = {name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE}
+        return min(times, key=lambda name: times[name])
+
+    def measure(self, layer: Layer, scheme: Separable) -> Mapping[str, float]:
+        """Seconds of a layer by the name of the program, with that of the dense layer under "dense".
+
+        Of the programs with two steps, two convolutions are measured and the pair of the steps that are fastest alone.
+        """
+        key = self._key(layer, scheme)
+        if key not in self.times:
+            with jax.ensure_compile_time_eval():  # works while a program that asks for it is being traced, too
+                self.times[key] = self._run(layer, scheme)
+            if self.path:
+                _write(self.path, self.times)
+        return self.times[key]
+
+    def _key(self, layer: Layer, scheme: Separable) -> str:
+        where = (jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()))
+        return json.dumps([*where, dataclasses.astuple(layer), scheme.rank, scheme.first])
+
+    def _run(self, layer: Layer, scheme: Separable) -> dict[str, float]:
+        shapes = factors(layer, scheme.rank, scheme.first)
+        x, one, two, dense = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, *shapes, layer.kernel))
+        names = programs(layer, scheme.rank)
+        if len(names) > 2:
+            best = self._best_steps(layer, scheme, x, one, two)
+            names = list(dict.fromkeys([PLAIN, best, *names[len(STEPS) ** 2 :]]))
+
+        def pair(name: str) -> Any:
+            return lambda x, one, two: layer.run(name, scheme.first, x, one, two)
+
+        runs = {name: (pair(name), x, one, two) for name in names}
+        return self._time(runs | {DENSE: (layer.convolve, x, dense)})
+
+    def _best_steps(self, layer: Layer, scheme: Separable, x: jax.Array, one: jax.Array, two: jax.Array) -> str:
+        halves = layer.halves(scheme.first)
+        between = jax.eval_shape(halves[0], x, one)
+        inputs = (x, jnp.full(between.shape, 0.5, between.dtype))
+        best = []
+        for half, given, kernel in zip(halves, inputs, (one, two), strict=True):
+            runs = {name: (lambda a, b, h=half, s=step: h(a, b, s), given, kernel) for name, step in STEPS.items()}
+            times = self._time(runs)
+            best.append(min(times, key=lambda name: times[name]))
+        return "+".join(best)
+
+    def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
+        def bind(fn: Any, *args: Any) -> Any:
+            compiled = jax.jit(fn, compiler_options=self.options).lower(*args).compile()
+            return lambda: jax.block_until_ready(compiled(*args))
+
+        found = throughput({name: bind(*run) for name, run in runs.items()}, items=1, rounds=self.rounds)
+        return {name: statistics.median(seconds) for name, seconds in found.seconds.items()}
+
+
+def layer_seconds(
+    trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1, dtype: Any = "float32"
+) -> dict[str, dict[Separable | None, float]]:
+    """Times of every layer dense and at a few ranks in both orders: the table for `lowrank_jax.ranks.latency`.
+
+    The time of a layer at a rank is that of its fastest program; kernels that run several times count each time.
+
+    Args:
+        trace: `lowrank_jax.trace` of the forward pass, at the batch size that is to be fast.
+        timer: that measures.
+        paths: the layers; without them all that the trace proves safe.
+        multiple: ranks are restricted to multiples of it.
+        dtype: type of the computation.
+    """
+    found: dict[str, dict[Separable | None, float]] = {}
+    for path in trace.safe_paths() if paths is None else paths:
+        uses = trace.at(path)
+        row: dict[Separable | None, float] = {}
+        for scheme in _grid(uses[0], multiple):
+            times = [timer.measure(Layer.of(use, dtype), scheme) for use in uses]
+            own = [min(seconds for name, seconds in each.items() if name != DENSE) for each in times]
+            row[scheme] = sum(use.uses * seconds for use, seconds in zip(uses, own, strict=True))
+            row.setdefault(None, sum(use.uses * each[DENSE] for use, each in zip(uses, times, strict=True)))
+        if row:
+            found[path] = row
+    return found
+
+
+def _grid(use: Any, multiple: int) -> list[Separable]:
+    size = max(s for letter, s in zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True) if letter not in "IO")
+    found = []
+    for first in FACTORS if size > 1 else ["vertical"]:
+        even = use.weights // use.weights_at(use.scheme(1, first))
+        limit = min(even, max_rank(use.kernel_shape, use.groups, use.axes, first))
+        ranks = {multiple * round(share * even / multiple) for share in POINTS}
+        found += [use.scheme(rank, first) for rank in sorted(ranks) if 1 <= rank <= limit]
+    return found
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        found = json.loads(path.read_text())
+        return {str(key): {str(k): float(v) for k, v in times.items()} for key, times in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no measured times: {error}. Remove it, or name another file.") from error
+
+
+def _write(path: Path, times: Mapping[str, Mapping[str, float]]) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(times, indent=0) + "\n")

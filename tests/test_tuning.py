@@ -1,0 +1,137 @@
+"""Measured times: remembered, kept in a file, and turned into a table that the planner takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import lowrank_jax as lr
+from lowrank_jax.fast import fast, in_slices
+from lowrank_jax.options import options
+from lowrank_jax.programs import PLAIN, Layer, programs
+from lowrank_jax.ranks import latency
+from lowrank_jax.spectra import spectra
+from lowrank_jax.tuning import DENSE, Timer, layer_seconds
+
+LAYER = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
+
+
+class Net(nn.Module):
+    """Two convolutions and a batch normalisation."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(not train)(nn.Conv(8, (3, 3))(x)))
+        return nn.Conv(8, (5, 5), strides=2)(x).mean((1, 2))
+
+
+@pytest.fixture(scope="module")
+def net():
+    model, images = Net(), jax.random.normal(jax.random.key(1), (6, 8, 8, 4))
+    return model, model.init(jax.random.key(0), images), images
+
+
+def small(net):
+    _, variables, _ = net
+    return {**variables, "params": lr.decompose(variables["params"], {"Conv_0": 2, "Conv_1": 3})}
+
+
+def test_a_layer_is_measured_once(monkeypatch):
+    timer, runs = Timer(rounds=2), []
+    monkeypatch.setattr(timer, "_run", lambda *args: runs.append(args) or {PLAIN: 2.0, "merged": 1.0, DENSE: 0.5})
+    assert timer.fastest(LAYER, lr.Separable(2)) == timer.fastest(LAYER, lr.Separable(2)) == "merged"
+    timer.fastest(LAYER, lr.Separable(3))
+    assert len(runs) == 2
+
+
+def test_what_is_measured_are_programs_that_the_layer_has():
+    times = Timer(rounds=2).measure(LAYER, lr.Separable(3))
+    assert {PLAIN, "merged", "padded", DENSE} <= set(times) <= {*programs(LAYER, 3), DENSE}
+    assert all(seconds > 0 for seconds in times.values())
+
+
+def test_times_are_kept_in_a_file_and_read_by_another_timer(tmp_path, monkeypatch):
+    path = tmp_path / "times.json"
+    first = Timer(rounds=2, path=path)
+    found = first.measure(LAYER, lr.Separable(2))
+    second = Timer(rounds=2, path=path)
+    monkeypatch.setattr(second, "_run", lambda *args: pytest.fail("measured again"))
+    assert second.measure(LAYER, lr.Separable(2)) == found
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', '{"a": {"b": "x"}}'])
+def test_a_file_that_holds_something_else_is_refused(tmp_path, text):
+    (tmp_path / "times.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no measured times"):
+        Timer(path=tmp_path / "times.json")
+
+
+def test_times_under_other_compiler_options_are_measured_apart():
+    keys = {Timer(o)._key(LAYER, lr.Separable(2)) for o in ({}, {"xla_cpu_experimental_ynn_fusion_type": ""})}
+    assert len(keys) == 2
+
+
+def test_measuring_works_while_a_program_is_traced(net):
+    model, _, images = net
+    timer = Timer(rounds=2)
+    run = jax.jit(lr.lowrank(model.apply, programs=timer.fastest))
+    # Sums in another order, in float32.
+    np.testing.assert_allclose(run(small(net), images), lr.lowrank(model.apply)(small(net), images), atol=1e-5)
+    assert len(timer.times) == 2
+
+
+def test_the_table_has_dense_and_both_orders_and_no_rank_that_costs_more_weights(net):
+    model, variables, images = net
+    uses = lr.trace(model.apply, variables, images)
+    table = layer_seconds(uses, Timer(rounds=2), ["Conv_1"], multiple=4)
+    schemes = [scheme for scheme in table["Conv_1"] if scheme]
+    assert None in table["Conv_1"] and {scheme.first for scheme in schemes} == {"vertical", "horizontal"}
+    assert all(scheme.rank % 4 == 0 and uses.at("Conv_1")[0].weights_at(scheme) <= 5 * 5 * 8 * 8 for scheme in schemes)
+
+
+def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
+    model, variables, images = net
+    uses = lr.trace(model.apply, variables, images)
+    table = layer_seconds(uses, Timer(rounds=2))
+    plan = latency(options(uses, spectra(variables["params"], uses)), table, lr.Budget("seconds", 1.0))
+    for choice in plan:
+        if choice.scheme:
+            assert table[choice.path][choice.scheme] < table[choice.path][None]
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 4, 6, 100])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_slices_give_the_outputs_of_the_whole_batch(net, size, jitted):
+    model, variables, images = net
+    run = in_slices(model.apply, size)
+    found = (jax.jit(run) if jitted else run)(variables, images)
+    np.testing.assert_allclose(found, model.apply(variables, images), atol=1e-6)
+
+
+def test_fast_runs_any_batch_and_says_what_it_tried(net):
+    model, _, images = net
+    run = fast(model.apply, small(net), images, slices=(2,), timers=lambda o: Timer(o, rounds=2), rounds=2)
+    wanted = lr.lowrank(model.apply)(small(net), images)
+    np.testing.assert_allclose(run(small(net), images), wanted, atol=1e-5)
+    np.testing.assert_allclose(run(small(net), images[:3]), wanted[:3], atol=1e-5)
+    assert any("slices of 2" in name for name in run.seconds) and any("programs" in name for name in run.seconds)
+
+
+def test_fast_leaves_out_ways_that_change_the_outputs(net):
+    model, variables, images = net
+
+    def apply(variables, images):  # statistics of the batch: slices have others
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    run = fast(apply, variables, images, slices=(2,), rounds=2)
+    assert run.size is None and not any("slices" in name for name in run.seconds)
+
+
+def test_fast_takes_bfloat16(net):
+    model = nn.Sequential([nn.Conv(8, (3, 3), dtype=jnp.bfloat16)])
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
+    variables = model.init(jax.random.key(0), images)
+    tree = {"params": lr.decompose(variables["params"], {"layers_0": 3})}
+    run = fast(model.apply, tree, images, slices=(2,), timers=lambda o: Timer(o, rounds=2), rounds=2)
+    assert run(tree, images).dtype == jnp.bfloat16
