@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
 from lowrank_jax.matricize import AXES
-from lowrank_jax.programs import PLAIN, Layer, padded, steps
+from lowrank_jax.programs import PLAIN, Layer, fuse, padded, steps
 from lowrank_jax.schemes import FACTORS, Separable, merge
 from lowrank_jax.separable import per_axis, split_options
 from lowrank_jax.trace import trace
@@ -151,6 +151,12 @@ def run_factored(
     if program == "merged":
         merged = merge(one, two, scheme.axes)
         return layer.clone(parent=None, name=None).apply({"params": {"kernel": merged, **bias}}, inputs)
+    if program == "fused":
+        strides, padding = _cuts(layer, size, inputs)[:2]
+        flat = (inputs.reshape(-1, *inputs.shape[-3:]), one, two, bias.get("bias"))
+        flat = layer.promote_dtype(*flat, dtype=layer.dtype)
+        outputs = fuse(*flat, strides, padding, first)
+        return outputs.reshape(*inputs.shape[:-3], *outputs.shape[1:])
     one, two = padded(one, two) if program == "padded" else (one, two)
     options = split_options(size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]})
     for own, how in zip(options, steps(program), strict=True):
@@ -165,19 +171,22 @@ def _program(layer: Any, size: tuple[int, ...], scheme: Separable, inputs: jax.A
     own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
     if choose is None or type(layer) is not nn.Conv or own:
         return PLAIN
-    options = {name: per_axis(name, getattr(layer, name), len(size)) for name in SPLIT[nn.Conv] if name != "padding"}
-    strides, dilation = options["strides"], options["kernel_dilation"]
-    spatial = inputs.shape[-1 - len(size) : -1]
+    cuts = _cuts(layer, size, inputs)
+    shape = (math.prod(inputs.shape[: -1 - len(size)]), *inputs.shape[-1 - len(size) :])
+    dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
+    return choose(Layer(shape, layer.features, size, *cuts, layer.feature_group_count, dtype), scheme)
+
+
+def _cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:
+    """Strides, padding as numbers, dilation of the kernel and of the inputs, one entry for each spatial axis."""
+    names = ("strides", "kernel_dilation", "input_dilation")
+    strides, dilation, spread = (per_axis(name, getattr(layer, name), len(size)) for name in names)
     if isinstance(layer.padding, str):
         reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-        pads = jax.lax.padtype_to_pads(spatial, reach, strides, layer.padding)
-    else:
-        pads = [(p, p) if isinstance(p, Integral) else tuple(p) for p in per_axis("padding", layer.padding, len(size))]
-    batch = math.prod(inputs.shape[: -1 - len(size)])
-    dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
-    shape = (batch, *spatial, inputs.shape[-1])
-    cut = (size, strides, tuple(pads), dilation, options["input_dilation"])
-    return choose(Layer(shape, layer.features, *cut, layer.feature_group_count, dtype), scheme)
+        extent = [(n - 1) * d + 1 for n, d in zip(inputs.shape[-1 - len(size) : -1], spread, strict=True)]
+        return strides, tuple(jax.lax.padtype_to_pads(extent, reach, strides, layer.padding)), dilation, spread
+    pads = per_axis("padding", layer.padding, len(size))
+    return strides, tuple((p, p) if isinstance(p, Integral) else tuple(p) for p in pads), dilation, spread
 
 
 def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int) -> Separable:

@@ -3,7 +3,8 @@
 A factor has taps along one axis. Besides the convolution itself, two programs give the same sums: one product to the
 channels of all taps, of which shifted copies are added (few channels out), and a product with shifted copies of the
 inputs side by side (few channels in). A whole layer may also run with its rank padded by zeros to a multiple that the
-hardware prefers, or with its dense kernel rebuilt.
+hardware prefers, with its dense kernel rebuilt, or, on a GPU, as one kernel that keeps what is between the two
+convolutions on the chip (`lowrank_jax.fused`).
 """
 
 import dataclasses
@@ -93,6 +94,8 @@ class Layer:
         """
         if program == "merged":
             return self.convolve(inputs, merge(one, two, self.axes))
+        if program == "fused":
+            return fuse(inputs, one, two, None, self.strides, self.padding, first)
         one, two = padded(one, two) if program == "padded" else (one, two)
         for half, kernel, step in zip(self.halves(first), (one, two), steps(program), strict=True):
             inputs = half(inputs, kernel, step)
@@ -117,18 +120,26 @@ def programs(layer: Layer, rank: int) -> list[str]:
     if layer.groups > 1 or len(layer.size) != 2 or set(layer.input_dilation) != {1}:
         return [PLAIN, "merged"]
     pairs = [f"{one}+{two}" for one in STEPS for two in STEPS]
-    return [*pairs, *(["padded"] if rank % MULTIPLE else []), "merged"]
+    fits = jax.default_backend() == "gpu" and set(layer.dilation) == {1}
+    return [*pairs, *(["padded"] if rank % MULTIPLE else []), *(["fused"] if fits else []), "merged"]
+
+
+def fuse(inputs: jax.Array, one: jax.Array, two: jax.Array, bias: Any, strides: Any, padding: Any, first: str) -> Any:
+    """The layer as one kernel; its module, which needs a backend of Pallas, is imported where it is used."""
+    from lowrank_jax.fused import separable_conv
+
+    return separable_conv(inputs, one, two, bias, strides=strides, padding=padding, first_axis=first)
 
 
 def steps(program: str) -> tuple[Callable, Callable]:
     """The functions of the two factors, each with the arguments of ``jax.lax.conv_general_dilated``.
 
     Raises:
-        ValueError: the name is unknown, or "merged", which has one step.
+        ValueError: the name is unknown, or that of a program with one step.
     """
     names = ["convolve"] * 2 if program == "padded" else program.split("+")
     if len(names) != 2 or not set(names) <= set(STEPS):
-        known = f"two of {', '.join(STEPS)} joined by '+', 'padded' or 'merged'"
+        known = f"two of {', '.join(STEPS)} joined by '+', 'padded', 'fused' or 'merged'"
         raise ValueError(f"The program {program!r} is not known; give {known}.")
     return STEPS[names[0]], STEPS[names[1]]
 
