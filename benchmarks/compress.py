@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from lowrank_jax import Budget, Plan, compress, data, decompose, load_weights, lowrank, ranks, trace
 from lowrank_jax.calibrate import calibrate, output_scales, reestimate
-from lowrank_jax.curve import draw_curve
 from lowrank_jax.experiment import machine
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.options import Options, options
@@ -128,7 +128,6 @@ def main() -> None:
     start = time.perf_counter()
     both = tables(model, variables, images)
     rows: list[dict] = []
-    curves: dict[str, list] = {}
     planning = time.perf_counter() - start
     facts = {"machine": machine(), "dense": dense, "test": args.test, "calibration": args.calibration}
     facts["planning_seconds"] = planning
@@ -146,10 +145,25 @@ def main() -> None:
                 total, low = plan.total("multiply_adds")
                 row = {"selector": name, "factors": kind, "budget": share, "reached": low / total, "accuracy": found}
                 rows.append(row | {"interval": interval(found, args.test), "seconds": seconds})
-                curves.setdefault(f"{name}, {kind}", []).append((plan, found))
                 print(f"{name:13} {kind:26} {low / total:.2f} {found:.2%} {seconds:.0f} s", flush=True)
                 write(args.out, facts | {"rows": rows})
-    draw_curve(curves, dense=dense).savefig(args.out.with_suffix(".png"), dpi=120)
+    draw(facts | {"rows": rows}).savefig(args.out.with_suffix(".png"), dpi=120)
+
+
+def draw(found: dict) -> Figure:
+    """One panel for each kind of factors, one line for each selector, with the intervals."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    for axis, kind in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, FACTORS, strict=True):
+        for name in SELECTORS:
+            rows = [row for row in found["rows"] if (row["selector"], row["factors"]) == (name, kind)]
+            share, accuracy = ([100 * row[key] for row in rows] for key in ("reached", "accuracy"))
+            spread = [[100 * abs(row["interval"][end] - row["accuracy"]) for row in rows] for end in (0, 1)]
+            axis.errorbar(share, accuracy, spread, fmt="o-", ms=3, lw=1, label=name)
+        axis.axhline(100 * found["dense"], color="#8c8c8c", ls="--", label="dense")
+        axis.set(title=kind, xlabel="multiply-adds, % of the dense network", ylabel="accuracy, %")
+        axis.label_outer()
+    axis.legend(frameon=False)
+    return figure
 
 
 def write(out: Path, found: dict) -> None:
