@@ -1,7 +1,7 @@
-"""One pass over unlabelled data: what every convolution sees, and the statistics of batch normalisation."""
+"""One pass of a Linen model over unlabelled data: what every convolution sees, statistics of batch normalisation."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax
@@ -11,9 +11,9 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.compiling import training_options
-from lowrank_jax.matricize import AXES
-from lowrank_jax.moments import Geometry, Moments, moments
+from lowrank_jax.apply import run_factored
+from lowrank_jax.moments import Moments
+from lowrank_jax.observe import Averages, Gather, Layer, Norm, Observer, Scales, split_input
 
 
 def calibrate(
@@ -50,33 +50,14 @@ def calibrate(
         >>> calibrate(model.apply, variables, [images])["layers_0"].covariance.shape
         (1, 36, 36)
     """
-    found: dict[str, Moments] = {}
-
-    def step(call, args, kwargs, context):
-        layer = context.module
-        if type(layer) is not nn.Conv or context.method_name != "__call__" or isinstance(args[0], jax.core.Tracer):
-            return call(*args, **kwargs)
-        path = "/".join(layer.path)
-        if (paths is not None and path not in paths) or layer.conv_general_dilated or _dilated(layer):
-            return call(*args, **kwargs)
-        outputs, seen = spy(layer, args[0])
-        new = moments(seen.inputs, seen.outputs, seen.geometry)
-        found[path] = found[path] + new if path in found else new
-        return outputs
-
-    empty = True
-    with nn.intercept_methods(step):
+    gather, empty = Gather(paths), True
+    with watch(gather):
         for batch in batches:
             apply(variables, jnp.asarray(batch), *args, **kwargs)
             empty = False
     if empty:
         raise ValueError("No calibration data: give at least one batch of inputs.")
-    return found
-
-
-def _dilated(layer: nn.Conv) -> bool:
-    dilation = layer.input_dilation
-    return bool(np.max(1 if dilation is None else dilation) > 1)
+    return gather.found
 
 
 def output_scales(apply: Callable, variables: Any, images: Any, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
@@ -85,26 +66,10 @@ def output_scales(apply: Callable, variables: Any, images: Any, *args: Any, **kw
     Returns:
         Path of every convolution whose output goes straight into an `nn.BatchNorm`, to |scale| / deviation.
     """
-    found: dict[str, np.ndarray] = {}
-    last: dict[str, Any] = {}
-
-    def step(call, args, kwargs, context):
-        result = call(*args, **kwargs)
-        if type(context.module) is nn.Conv and context.method_name == "__call__":
-            last.update(path="/".join(context.module.path), output=result)
-        if type(context.module) is nn.BatchNorm and args and last and args[0] is last["output"]:
-            found[last["path"]] = _scale(context.module)
-        return result
-
-    with nn.intercept_methods(step):
+    scales = Scales()
+    with watch(scales):
         apply(variables, images, *args, **kwargs)
-    return found
-
-
-def _scale(norm: nn.BatchNorm) -> np.ndarray:
-    variance = np.asarray(norm.get_variable("batch_stats", "var"), np.float64)
-    scale = np.asarray(norm.get_variable("params", "scale"), np.float64) if norm.use_scale else 1.0
-    return np.abs(scale) / np.sqrt(variance + norm.epsilon)
+    return scales.found
 
 
 def reestimate(apply: Callable, variables: Any, batches: Iterable[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -123,72 +88,86 @@ def reestimate(apply: Callable, variables: Any, batches: Iterable[Any], *args: A
         The variables with new statistics, as a plain dict.
 
     Raises:
-        ValueError: there is no data, or the model has no batch normalisation.
+        ValueError: there is no data, the activations are not finite, or the model has no batch normalisation, or one
+            within a lifted transformation.
     """
     variables = flax.core.unfreeze(variables)
     if not variables.get("batch_stats"):
         raise ValueError("The variables hold no 'batch_stats': the model has no batch normalisation to re-estimate.")
-    sums: dict[tuple, Any] = {}
-    count = 0
-    with nn.intercept_methods(_record(sums)):
+    averages, count = Averages(), 0
+    with watch(averages):
         for batch in batches:
             apply(variables, jnp.asarray(batch), *args, mutable=["batch_stats"], **kwargs)
             count += 1
-    if not count:
-        raise ValueError("No calibration data: give at least one batch of inputs.")
-    flat = flatten_dict(variables["batch_stats"])
-    for path, (mean, square) in sums.items():
-        new = {"mean": mean / count, "var": square / count - (mean / count) ** 2}
-        flat |= {(*path, name): jnp.asarray(value, flat[(*path, name)].dtype) for name, value in new.items()}
-    return {**variables, "batch_stats": unflatten_dict(flat)}
+    return {**variables, "batch_stats": with_statistics(variables["batch_stats"], averages.statistics(count))}
 
 
-def _record(sums: dict[tuple, Any]) -> Callable:
-    def step(call, args, kwargs, context):
-        if type(context.module) is nn.BatchNorm and context.method_name == "__call__":
-            x = np.asarray(args[0], np.float64)
-            axes, path = tuple(range(x.ndim - 1)), context.module.path
-            old = sums.get(path, (0.0, 0.0))
-            sums[path] = (old[0] + x.mean(axes), old[1] + np.square(x).mean(axes))
-        return call(*args, **kwargs)
-
-    return step
+def with_statistics(batch_stats: Any, new: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The collection with other values at some paths, in the types that it has."""
+    flat = flatten_dict(batch_stats)
+    for path, values in new.items():
+        flat |= {key: jnp.asarray(values[key[-1]], flat[key].dtype) for key in (tree_key(path, x) for x in values)}
+    return unflatten_dict(flat)
 
 
-class Seen:
-    inputs: jax.Array
-    outputs: jax.Array
-    geometry: Geometry
+def tree_key(path: str, *names: str) -> tuple[str, ...]:
+    """The key of a flattened tree below the layer at a path, which is "" for the model itself."""
+    return (*path.split("/"), *names) if path else names
 
 
-def spy(layer: Any, x: jax.Array) -> tuple[jax.Array, Seen]:
-    """Runs a convolution layer and notes what reaches the convolution itself, after padding by the layer."""
-    seen = Seen()
+class LinenLayer(Layer):
+    """An `nn.Conv` or `nn.ConvTranspose` whose call was intercepted."""
 
-    def convolve(inputs, kernel, strides, padding, lhs_dilation=None, rhs_dilation=None, **options):
-        if lhs_dilation and max(lhs_dilation) > 1:
-            raise ValueError(
-                f"{'/'.join(layer.path)}: calibration of dilated inputs is not known; leave the layer out."
-            )
-        groups = options.get("feature_group_count", 1)
-        seen.inputs, seen.geometry = inputs, Geometry.of(inputs, kernel, strides, padding, rhs_dilation, groups)
-        seen.outputs = _convolution(seen.geometry)(inputs, kernel)
-        return seen.outputs
+    def __init__(self, module: Any, path: str) -> None:
+        params = module.variables["params"]
+        self.module, self.path, self.kernel_path = module, path, path
+        self.kernel, self.bias = params.get("kernel"), params.get("bias")
+        self.measurable = type(module) is nn.Conv and not module.conv_general_dilated and not _dilated(module)
 
-    copy = layer.clone(parent=None, name=None, conv_general_dilated=convolve)
-    return copy.apply({"params": layer.variables["params"]}, x), seen
+    def run(self, x: jax.Array, convolve: Callable) -> jax.Array:
+        copy = self.module.clone(parent=None, name=None, conv_general_dilated=convolve)
+        return copy.apply({"params": self.module.variables["params"]}, x)
+
+    def factored(self, first: str, kernels: tuple, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+        second = {"kernel": kernels[1]} | ({} if bias is None else {"bias": bias})
+        return run_factored(self.module, first, [{"kernel": kernels[0]}, second], self.path, x)
 
 
-@functools.cache  # a new function for every call would be compiled anew for every call
-def _convolution(geometry: Geometry) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    spatial = AXES[len(geometry.size)][:-2]
-    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=geometry.strides,
-        padding=geometry.padding,
-        rhs_dilation=geometry.dilation,
-        dimension_numbers=numbers,
-        feature_group_count=geometry.groups,
-    )
-    return jax.jit(convolve, compiler_options=training_options())
+def _dilated(layer: nn.Conv) -> bool:
+    return bool(np.max(1 if layer.input_dilation is None else layer.input_dilation) > 1)
+
+
+def _norm(module: nn.BatchNorm, path: str) -> Norm:
+    mean: Any = module.get_variable("batch_stats", "mean")
+    var: Any = module.get_variable("batch_stats", "var")
+    scale = module.get_variable("params", "scale") if module.use_scale else None
+    return Norm(path, mean, var, scale, module.epsilon, module.axis)
+
+
+def watch(observer: Observer) -> AbstractContextManager:
+    """A context in which an observer runs the convolutions and batch normalisations of all Linen models."""
+    inside = False
+
+    def step(call: Callable, args, kwargs, context) -> Any:
+        nonlocal inside
+        module, known = context.module, (nn.Conv, nn.ConvTranspose, nn.BatchNorm)
+        # The observer runs copies of the layer, which are none of the model's.
+        if inside or type(module) not in known or context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        x, rest, options = split_input(args, kwargs)
+        inside = True
+        try:
+            return _observed(observer, module, x, lambda x: call(x, *rest, **options))
+        finally:
+            inside = False
+
+    return nn.intercept_methods(step)
+
+
+def _observed(observer: Observer, module: Any, x: jax.Array, run: Callable) -> jax.Array:
+    path = "/".join(module.path)
+    if type(module) is nn.BatchNorm:
+        return observer.normalise(_norm(module, path), x, run)
+    if not module.has_variable("params", "kernel"):
+        return run(x)  # its parameters hold factors
+    return observer.convolve(LinenLayer(module, path), x, run)

@@ -1,28 +1,17 @@
-"""From a model, a little unlabelled data and a budget to a plan."""
+"""From a Linen model, a little unlabelled data and a budget to a plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import chex
 import flax
-import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict
 
-from lowrank_jax.budget import Budget
 from lowrank_jax.calibrate import calibrate, output_scales
-from lowrank_jax.decompose import find_layer, layer_leaves
-from lowrank_jax.fitting import whitened_spectrum
-from lowrank_jax.moments import Moments
 from lowrank_jax.options import options
 from lowrank_jax.plan import Plan
 from lowrank_jax.ranks import total_energy
-from lowrank_jax.schemes import FACTORS
-from lowrank_jax.spectra import Spectra, spectra
+from lowrank_jax.selection import batched, check_images, one_budget, traced_on
+from lowrank_jax.selection import whitened_spectra as whitened_spectra
 from lowrank_jax.trace import trace
-from lowrank_jax.uses import Trace
-
-BATCH = 256
 
 
 def plan(
@@ -53,7 +42,8 @@ def plan(
         The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and `compress`.
 
     Raises:
-        ValueError: not one budget, a budget below the least possible, or no layer that can be decomposed.
+        ValueError: not one budget, a budget below the least possible, no layer that can be decomposed, or images
+            that are empty, not finite or of a shape that the model does not take.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -64,42 +54,10 @@ def plan(
         >>> chosen.ranks["layers_0"].rank, chosen.total("multiply_adds")
         (8, (73728, 36864))
     """
-    given = {"multiply_adds": macs, "weights": weights, "bytes": bytes}
-    budgets = [Budget(measure, amount) for measure, amount in given.items() if amount is not None]
-    if len(budgets) != 1:
-        raise ValueError(f"plan needs exactly one budget, macs, weights or bytes; got {len(budgets)}.")
-    variables = flax.core.unfreeze(variables)
-    images = jnp.asarray(images)
-    uses = trace(apply, variables, images[:1], *args, **kwargs)
-    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    seen = calibrate(apply, variables, batches, uses.safe_paths(), *args, **kwargs)
+    budget = one_budget(macs=macs, weights=weights, bytes=bytes)
+    variables, images = flax.core.unfreeze(variables), check_images(images)
+    uses = traced_on(images, lambda images: trace(apply, variables, images, *args, **kwargs))
+    seen = calibrate(apply, variables, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(apply, variables, images[:1], *args, **kwargs)
     found = whitened_spectra(variables["params"], uses, seen, scales)
-    return select(options(uses, found, multiple), budgets[0])
-
-
-def whitened_spectra(
-    params: chex.ArrayTree,
-    uses: Trace,
-    seen: Mapping[str, Moments],
-    scales: Mapping[str, np.ndarray] | None = None,
-) -> Spectra:
-    """Singular values of the layers in which a rank leaves out what their outputs lose.
-
-    Args:
-        params: parameters of the dense model.
-        uses: trace of the model.
-        seen: moments of the layers, from `calibrate`; a safe layer without them has its plain spectrum.
-        scales: importance of the output channels, from `output_scales`.
-    """
-    layers = layer_leaves(flatten_dict(params))
-    values: dict[str, Mapping[str, np.ndarray]] = {}
-    for path in uses.safe_paths():
-        use = uses.at(path)[0]
-        if path not in seen:
-            values |= spectra(params, uses, [path]).values
-            continue
-        kernel = np.asarray(layers[find_layer(path, layers)]["kernel"], np.float64)
-        scale = (scales or {}).get(path)
-        values[path] = {first: whitened_spectrum(kernel, seen[path], use.scheme(1, first), scale) for first in FACTORS}
-    return Spectra(values)
+    return select(options(uses, found, multiple), budget)

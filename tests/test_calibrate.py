@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from lowrank_jax import decompose, lowrank
 from lowrank_jax.calibrate import calibrate, output_scales, reestimate
 from lowrank_jax.moments import Geometry, moments
 
@@ -110,6 +111,38 @@ def test_reestimated_statistics_are_those_of_the_data():
     np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], inputs.mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(found["batch_stats"]["norm"]["var"], inputs.var((0, 1, 2)), rtol=1e-4)
     assert found["params"]["conv"]["kernel"] is variables["params"]["conv"]["kernel"]
+
+
+def test_statistics_of_a_decomposed_model_are_those_of_its_own_layers():
+    x = normal(8, 5, 5, 4)
+    variables = Normed().init(jax.random.key(0), x)
+    small = {**variables, "params": decompose(variables["params"], {"conv": 2})}
+    found = reestimate(lowrank(Normed().apply), small, [x], train=True)
+    dense = nn.Conv(6, (3, 3), use_bias=False)
+    inputs = lowrank(dense.apply)({"params": small["params"]["conv"]}, x)
+    np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], inputs.mean((0, 1, 2)), atol=1e-6)
+
+
+def test_what_cannot_be_reestimated_is_refused():
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            scan = nn.scan(lambda norm, x, _: (norm(x), None), variable_axes={"params": 0, "batch_stats": 0},
+                           split_rngs={"params": True}, length=2)  # fmt: skip
+            return scan(nn.BatchNorm(not train, name="norm"), x, None)[0]
+
+    x = normal(2, 5, 5, 4)
+    for model, text in [
+        (Scanned(), "norm: a batch normalisation within a transformation"),
+        (nn.Sequential([nn.BatchNorm(False, axis=1)]), "layers_0: axis=1 is not known"),
+    ]:
+        kwargs = {"train": True} if isinstance(model, Scanned) else {}
+        variables = model.init(jax.random.key(0), x, **kwargs)
+        with pytest.raises(ValueError, match=text):
+            reestimate(model.apply, variables, [x], **kwargs)
+    variables = Normed().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="norm: the activations hold NaN"):
+        reestimate(Normed().apply, variables, [x * jnp.inf], train=True)
 
 
 def test_no_data_is_refused():

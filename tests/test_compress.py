@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, decompose, lowrank, max_rank
+from lowrank_jax import Separable, decompose, lowrank, max_rank, plan, reconstruct
 from lowrank_jax.compress import compress
 
 
@@ -133,6 +133,33 @@ def test_a_layer_used_twice_is_fitted_once():
     assert gap(Model(), variables, small, images(seed=7)) < 1e-3
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_a_layers_error_on_the_calibration_images_is_never_above_that_of_the_plain_svd(rank):
+    model, x = nn.Conv(8, (3, 3), padding="VALID", use_bias=False), images()
+    variables = model.init(jax.random.key(0), x)
+    dense, run = model.apply(variables, x), lowrank(model.apply)
+
+    def variance(small):  # what the fit minimises: the means are the part of the biases
+        return float((run(small, x) - dense).var((0, 1, 2)).sum())
+
+    plain = {"params": decompose(variables["params"], {"": rank})}
+    assert variance(compress(model.apply, variables, x, {"": rank})) <= variance(plain) * (1 + 1e-5)  # float32
+
+
+def test_inputs_by_name_and_transposed_layers_are_known():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(True, name="norm")(x=nn.Conv(8, (3, 3), name="named")(inputs=x))
+            return nn.ConvTranspose(4, (3, 3), name="upper")(inputs=x)
+
+    x = images()
+    variables = trained(Model(), x)
+    small = compress(Model().apply, variables, x, {"named": 3, "upper": 3})
+    assert not np.allclose(small["params"]["named"]["horizontal"]["bias"], variables["params"]["named"]["bias"])
+    chex.assert_trees_all_equal(small["params"]["upper"], decompose(variables["params"], {"upper": 3})["upper"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_factors_have_the_type_of_the_kernel(dtype):
     layer, x = nn.Sequential([nn.Conv(8, (3, 3), param_dtype=jnp.dtype(dtype))]), images()
@@ -141,11 +168,28 @@ def test_factors_have_the_type_of_the_kernel(dtype):
     chex.assert_type(jax.tree.leaves(small["params"]), jnp.dtype(dtype))
 
 
+def test_where_samples_are_fewer_than_dimensions_the_shrinkage_keeps_the_dense_kernel():
+    layer, x = nn.Conv(8, (3, 3)), images(1, size=4)  # 16 patches of 36 entries
+    variables = layer.init(jax.random.key(0), x)
+    small = compress(layer.apply, variables, x, {"": max_rank((3, 3, 4, 8))})
+    # The kernel itself solves the shrunk equations; their moments, in float32, are off by 6e-8 of the trace, of which
+    # the ridge is 1e-4 / 36: errors of about 2 % in entries of up to 0.5.
+    np.testing.assert_allclose(reconstruct(small)["params"]["kernel"], variables["params"]["kernel"], atol=1e-2)
+
+
 def test_fewer_samples_than_dimensions_still_give_finite_factors():
     x = images(1, size=4)
     variables = trained(Net(), x)
-    small = compress(Net().apply, variables, x, CUT)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(small))
+    for ranks in (CUT, plan(Net().apply, variables, x, macs=0.6).ranks):
+        small = compress(Net().apply, variables, x, ranks)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(small))
+
+
+def test_images_without_a_batch_are_refused():
+    layer, x = nn.Conv(8, (3, 3)), images()
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"its inputs of shape \(20, 10, 4\) do not have the images along the first"):
+        compress(layer.apply, variables, x[0], {"": 3})
 
 
 @pytest.mark.parametrize(
@@ -154,8 +198,11 @@ def test_fewer_samples_than_dimensions_still_give_finite_factors():
         ({"ranks": {"strided": 99}}, "strided: rank 99 is not allowed"),
         ({"ranks": {"stride": 2}}, "did you mean 'strided'"),
         ({"batch_norm": "all"}, "batch_norm='all' is not allowed"),
-        ({"images": jnp.full((2, 10, 10, 4), jnp.nan)}, "NaN or infinite"),
+        ({"ranks": {}}, "table of ranks is empty"),
+        ({"sweeps": 0.5}, "sweeps=0.5 is not allowed"),
+        ({"images": jnp.full((2, 10, 10, 4), jnp.nan)}, "strided: The activations hold NaN or infinite"),
         ({"images": jnp.zeros((0, 10, 10, 4))}, "empty"),
+        ({"images": jnp.zeros((2, 10, 10, 3))}, r"does not run on images of shape \(2, 10, 10, 3\)"),
     ],
 )
 def test_what_cannot_be_used_is_refused(change, text):

@@ -1,0 +1,12 @@
+"""Flax NNX: a model in, a new model out.
+
+`decompose` cuts convolutions to given ranks, `plan` chooses the ranks, `compress` fits the factors to data.
+"""
+
+from lowrank_jax.nnx.calibrate import reestimate as reestimate
+from lowrank_jax.nnx.compress import compress as compress
+from lowrank_jax.nnx.decompose import decompose as decompose
+from lowrank_jax.nnx.decompose import reconstruct as reconstruct
+from lowrank_jax.nnx.decompose import trace as trace
+from lowrank_jax.nnx.planning import plan as plan
+from lowrank_jax.nnx.separable import SeparableConv as SeparableConv
