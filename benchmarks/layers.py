@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from turns import quartiles, write
 
 from lowrank_jax.compiling import candidate_options
-from lowrank_jax.fused import roofline
 from lowrank_jax.programs import PLAIN, Layer, factors, programs
+from lowrank_jax.roofline import roofline
 from lowrank_jax.throughput import throughput
 
 # Name, side of the inputs, channels in, channels out, side of the kernel, rank.

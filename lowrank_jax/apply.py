@@ -1,29 +1,18 @@
 """Runs an unmodified Flax Linen model with decomposed parameters."""
 
 import functools
-import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
-from lowrank_jax.matricize import AXES
-from lowrank_jax.programs import PLAIN, Layer, fuse, padded, steps
-from lowrank_jax.schemes import FACTORS, Separable, merge
-from lowrank_jax.separable import per_axis, split_options
+from lowrank_jax.factored import SPLIT, Choose, run_factored
+from lowrank_jax.schemes import FACTORS
 from lowrank_jax.trace import trace
-
-# Arguments with one entry for each spatial axis.
-SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
-         nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
-
-Choose = Callable[[Layer, Separable], str]
 
 _KINDS = (nn.Conv, nn.ConvTranspose, nn.ConvLocal)
 _FIRST = {names: first for first, names in FACTORS.items()}
@@ -128,88 +117,6 @@ def _refusal(layer: nn.Module) -> str:
     if getattr(layer, "conv_general_dilated", None) or getattr(layer, "conv_general_dilated_cls", None):
         return "it has a convolution function of its own, which may do more than convolve"
     return ""
-
-
-def run_factored(
-    layer: Any, first: str, factors: list[Any], path: str, inputs: jax.Array, programs: Choose | None = None
-) -> jax.Array:
-    """Runs a convolution layer with two factors in place of its kernel.
-
-    Args:
-        layer: `nn.Conv` or `nn.ConvTranspose` that gives all arguments.
-        first: which axis the first factor has, "vertical" or "horizontal".
-        factors: parameters ``{"kernel"}`` and ``{"kernel", "bias"}`` of the two convolutions.
-        path: of the layer, for errors.
-        inputs: array (*batch, *spatial, channels).
-        programs: as in `lowrank`.
-    """
-    size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-    scheme = _check_factors(layer, size, first, factors, path, inputs.shape[-1])
-    program = _program(layer, size, scheme, inputs, programs)
-    one, two = (factor["kernel"] for factor in factors)
-    bias = {name: leaf for name, leaf in factors[1].items() if name != "kernel"}
-    if program == "merged":
-        merged = merge(one, two, scheme.axes)
-        return layer.clone(parent=None, name=None).apply({"params": {"kernel": merged, **bias}}, inputs)
-    if program == "fused":
-        strides, padding = _cuts(layer, size, inputs)[:2]
-        flat = (inputs.reshape(-1, *inputs.shape[-3:]), one, two, bias.get("bias"))
-        flat = layer.promote_dtype(*flat, dtype=layer.dtype)
-        outputs = fuse(*flat, strides, padding, first)
-        return outputs.reshape(*inputs.shape[:-3], *outputs.shape[1:])
-    one, two = padded(one, two) if program == "padded" else (one, two)
-    options = split_options(size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]})
-    for own, how in zip(options, steps(program), strict=True):
-        own |= {"conv_general_dilated": how} if how is not jax.lax.conv_general_dilated else {}
-    between = layer.clone(parent=None, name=None, features=one.shape[-1], use_bias=False, **options[0])
-    outputs = layer.clone(parent=None, name=None, **options[1])
-    return outputs.apply({"params": {"kernel": two, **bias}}, between.apply({"params": {"kernel": one}}, inputs))
-
-
-def _program(layer: Any, size: tuple[int, ...], scheme: Separable, inputs: jax.Array, choose: Choose | None) -> str:
-    """The program of a layer; two convolutions where there is no choice, or where it pads in a way of its own."""
-    own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
-    if choose is None or type(layer) is not nn.Conv or own:
-        return PLAIN
-    cuts = _cuts(layer, size, inputs)
-    shape = (math.prod(inputs.shape[: -1 - len(size)]), *inputs.shape[-1 - len(size) :])
-    dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
-    return choose(Layer(shape, layer.features, size, *cuts, layer.feature_group_count, dtype), scheme)
-
-
-def _cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:
-    """Strides, padding as numbers, dilation of the kernel and of the inputs, one entry for each spatial axis."""
-    names = ("strides", "kernel_dilation", "input_dilation")
-    strides, dilation, spread = (per_axis(name, getattr(layer, name), len(size)) for name in names)
-    if isinstance(layer.padding, str):
-        reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-        extent = [(n - 1) * d + 1 for n, d in zip(inputs.shape[-1 - len(size) : -1], spread, strict=True)]
-        return strides, tuple(jax.lax.padtype_to_pads(extent, reach, strides, layer.padding)), dilation, spread
-    pads = per_axis("padding", layer.padding, len(size))
-    return strides, tuple((p, p) if isinstance(p, Integral) else tuple(p) for p in pads), dilation, spread
-
-
-def _check_factors(layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int) -> Separable:
-    groups = getattr(layer, "feature_group_count", 1)
-    shape = (*size, channels // groups, layer.features)
-    kernels = [factor["kernel"].shape for factor in factors]
-    rank = kernels[1][-2] if len(kernels[1]) > 1 else 0
-    scheme = Separable(rank, groups, AXES[len(size)], first)
-    scheme.check(shape, path)
-    expected = list(scheme.shapes(shape))
-    if kernels != expected:
-        raise ValueError(
-            f"{path}: factors of shapes {kernels[0]} and {kernels[1]} do not fit; this layer's kernel is {shape} "
-            f"in {groups} group(s), whose factors at rank {rank} are {expected[0]} and {expected[1]}. "
-            "Decompose the parameters of this very model, with Separable(rank, groups) for a layer with groups."
-        )
-    wanted = [{"kernel"}, {"kernel", "bias"} if layer.use_bias else {"kernel"}]
-    if [set(factor) for factor in factors] != wanted:
-        raise ValueError(
-            f"{path}: the factors hold {sorted(factors[0])} and {sorted(factors[1])}; a layer with "
-            f"use_bias={layer.use_bias} needs {sorted(wanted[0])} and {sorted(wanted[1])}."
-        )
-    return scheme
 
 
 def _explain(error: Exception, variables: Any) -> str:

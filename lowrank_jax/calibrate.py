@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.apply import run_factored
+from lowrank_jax.factored import run_factored
 from lowrank_jax.moments import Moments
 from lowrank_jax.observe import Averages, Gather, Layer, Norm, Observer, Scales, split_input
 

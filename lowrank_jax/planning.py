@@ -6,12 +6,15 @@ from typing import Any
 import flax
 
 from lowrank_jax.calibrate import calibrate, output_scales
+from lowrank_jax.compiling import training_options
+from lowrank_jax.measured import timed
 from lowrank_jax.options import options
 from lowrank_jax.plan import Plan
 from lowrank_jax.ranks import total_energy
-from lowrank_jax.selection import batched, check_images, one_budget, traced_on
+from lowrank_jax.selection import batched, check_images, one_budget, several, traced_on
 from lowrank_jax.selection import whitened_spectra as whitened_spectra
 from lowrank_jax.trace import trace
+from lowrank_jax.tuning import Timer, layer_seconds
 
 
 def plan(
@@ -22,6 +25,9 @@ def plan(
     macs: int | float | None = None,
     weights: int | float | None = None,
     bytes: int | float | None = None,
+    seconds: float | None = None,
+    batch: int = 1,
+    timer: Timer | None = None,
     multiple: int = 1,
     select: Callable = total_energy,
     **kwargs: Any,
@@ -33,8 +39,11 @@ def plan(
         variables: trained variables, "params" and others.
         images: unlabelled inputs (batch, ...); costs are those of one of them.
         *args, **kwargs: other arguments of ``apply``, in evaluation.
-        macs, weights, bytes: the budget, exactly one of them; a float up to 1 is a share of the dense network's, an
-            int is absolute.
+        macs, weights, bytes, seconds: the budget, exactly one of them; a float up to 1 is a share of the dense
+            network's, an int is absolute. With seconds, the layers are measured on this device, dense and at a few
+            ranks, and none gets a rank at which it is slower.
+        batch: how many images are to run at once, for seconds.
+        timer: that measures; keep one to measure once.
         multiple: ranks are restricted to multiples of it.
         select: a selector of `lowrank_jax.ranks` that takes options and a budget.
 
@@ -54,10 +63,14 @@ def plan(
         >>> chosen.ranks["layers_0"].rank, chosen.total("multiply_adds")
         (8, (73728, 36864))
     """
-    budget = one_budget(macs=macs, weights=weights, bytes=bytes)
+    budget = one_budget(macs=macs, weights=weights, bytes=bytes, seconds=seconds)
     variables, images = flax.core.unfreeze(variables), check_images(images)
     uses = traced_on(images, lambda images: trace(apply, variables, images, *args, **kwargs))
     seen = calibrate(apply, variables, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(apply, variables, images[:1], *args, **kwargs)
     found = whitened_spectra(variables["params"], uses, seen, scales)
-    return select(options(uses, found, multiple), budget)
+    table = options(uses, found, multiple)
+    if budget.measure == "seconds":
+        together = trace(apply, variables, several(images, batch), *args, **kwargs)
+        table = timed(table, layer_seconds(together, timer or Timer(training_options()), list(table.layers), multiple))
+    return select(table, budget)

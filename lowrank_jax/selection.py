@@ -46,6 +46,13 @@ def batched(images: jax.Array) -> Iterator[jax.Array]:
     return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
+def several(images: jax.Array, count: int) -> jax.ShapeDtypeStruct:
+    """The shape of a batch of so many images, for a trace."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"batch={count!r} is not allowed; give an int of 1 or more, how many images run at once.")
+    return jax.ShapeDtypeStruct((count, *images.shape[1:]), images.dtype)
+
+
 def one_budget(**given: int | float | None) -> Budget:
     """The budget of the one measure that is not None.
 
@@ -56,7 +63,7 @@ def one_budget(**given: int | float | None) -> Budget:
     names = {"macs": "multiply_adds"}
     budgets = [Budget(names.get(name, name), amount) for name, amount in given.items() if amount is not None]
     if len(budgets) != 1:
-        raise ValueError(f"plan needs exactly one budget, macs, weights or bytes; got {len(budgets)}.")
+        raise ValueError(f"plan needs exactly one budget, {', '.join(given)}; got {len(budgets)}.")
     return budgets[0]
 
 

@@ -15,7 +15,6 @@ within 1e-5 of the optimum over condition numbers from 1 to 1e6.
 from collections.abc import Callable
 from types import ModuleType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -68,21 +67,28 @@ def by_gram(matrix: np.ndarray, rank: int) -> Pair | None:
     if len(matrix) <= SMALL:
         return None
     syrk, gemm = _routines(blas, matrix.dtype, "syrk", "gemm")
-    values, vectors = _eigen(syrk(1.0, matrix.T, trans=1, lower=1))
+    by_column = matrix.flags.f_contiguous  # whichever of the two LAPACK reads without a copy
+    given = matrix if by_column else matrix.T
+    values, vectors = _eigen(lambda gram: syrk(1.0, given, c=gram, trans=not by_column, lower=1, overwrite_c=1), matrix)
     left_out = float(values[:-rank].sum(dtype=np.float64))
     if not rank * np.finfo(matrix.dtype).eps / 2 * values[-1] <= UNCERTAIN * left_out:
         return None
     leading = vectors(rank)
-    projected = gemm(1.0, matrix.T, leading).T
+    del vectors  # and the space of the Gram matrix with it
+    projected = gemm(1.0, given, leading, trans_a=by_column).T
     energies = np.einsum("kn,kn->k", projected, projected)
     missed = values[-rank:].sum(dtype=np.float64) - energies.sum(dtype=np.float64)
     if not _orthonormal(leading) or abs(missed) > MISSED * left_out or not energies.min() > 0:
         return None
     root = np.sqrt(np.sqrt(energies))
-    return leading * root, projected / root[:, None]
+    leading *= root
+    projected /= root[:, None]
+    return leading, projected
 
 
-def _eigen(gram: np.ndarray) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
+def _eigen(
+    write_gram: Callable[[np.ndarray], object], like: np.ndarray
+) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
     """All eigenvalues of a symmetric matrix, ascending, and a function that gives so many of the leading eigenvectors.
 
     Reduction to tridiagonal form, all eigenvalues of that by a variant of QR, eigenvectors by inverse iteration, and
@@ -90,20 +96,26 @@ def _eigen(gram: np.ndarray) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
     does not converge shows in the caller's checks.
 
     Args:
-        gram: of Fortran's order, the lower triangle; overwritten.
+        write_gram: fills the lower triangle of an array of Fortran's order with the matrix.
+        like: has as many rows as it, and its type.
     """
     names = ("sytrd", "sytrd_lwork", "sterf", "stein", "ormqr")
-    sytrd, query, sterf, stein, ormqr = _routines(lapack, gram.dtype, *names)
-    size = len(gram)
-    reflectors, diagonal, beside, tau, _ = sytrd(gram, lower=1, lwork=int(query(size, lower=1)[0]), overwrite_a=1)
+    sytrd, query, sterf, stein, ormqr = _routines(lapack, like.dtype, *names)
+    size = len(like)
+    # One column more: sytrd's reflectors begin one row below the diagonal, ormqr's on it, so that the same memory
+    # from a column earlier is what ormqr takes, its first reflector the identity. Nothing is copied.
+    space = np.zeros((size + 1) * size, like.dtype)
+    shifted, gram = (space[start : start + size * size].reshape(size, size).T for start in (0, size))
+    write_gram(gram)
+    _, diagonal, beside, tau, _ = sytrd(gram, lower=1, lwork=int(query(size, lower=1)[0]), overwrite_a=1)
     values, _ = sterf(diagonal, beside)
 
     def vectors(count: int) -> np.ndarray:
         blocks, ends = np.ones(size, np.int32), np.zeros(size, np.int32)
         ends[0] = size  # one block
         inner, _ = stein(diagonal, beside, values[-count:], blocks, ends)
-        below, *_ = ormqr("L", "N", reflectors[1:, :-1], tau, inner[1:], lwork=64 * count)
-        return np.concatenate([inner[:1], below])
+        reflections = np.concatenate([np.zeros(1, like.dtype), tau])
+        return ormqr("L", "N", shifted, reflections, inner, lwork=64 * count, overwrite_c=1)[0]
 
     return values, vectors
 

@@ -15,7 +15,7 @@ from lowrank_jax.files import whole_file
 from lowrank_jax.programs import PLAIN, STEPS, Layer, factors, programs
 from lowrank_jax.schemes import FACTORS, Separable, max_rank
 from lowrank_jax.throughput import throughput
-from lowrank_jax.uses import Trace
+from lowrank_jax.uses import KernelUse, Trace
 
 DENSE = "dense"
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
@@ -55,28 +55,31 @@ class Timer:
         times = {name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE}
         return min(times, key=lambda name: times[name])
 
-    def measure(self, layer: Layer, scheme: Separable) -> Mapping[str, float]:
+    def measure(self, layer: Layer, scheme: Separable, names: Sequence[str] = ()) -> Mapping[str, float]:
         """Seconds of a layer by the name of the program, with that of the dense layer under "dense".
 
-        Of the programs with two steps, two convolutions are measured and the pair of the steps that are fastest alone.
+        Args:
+            layer: the dense layer.
+            scheme: its decomposition.
+            names: the programs; without them all but those of two steps, and of these two convolutions and the pair
+                of the steps that are fastest alone.
         """
-        key = self._key(layer, scheme)
+        key = self._key(layer, scheme, names)
         if key not in self.times:
             with jax.ensure_compile_time_eval():  # works while a program that asks for it is being traced, too
-                self.times[key] = self._run(layer, scheme)
+                self.times[key] = self._run(layer, scheme, names)
             if self.path:
                 _write(self.path, self.times)
         return self.times[key]
 
-    def _key(self, layer: Layer, scheme: Separable) -> str:
+    def _key(self, layer: Layer, scheme: Separable, names: Sequence[str] = ()) -> str:
         where = (jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()))
-        return json.dumps([*where, dataclasses.astuple(layer), scheme.rank, scheme.first])
+        return json.dumps([*where, dataclasses.astuple(layer), scheme.rank, scheme.first, *names])
 
-    def _run(self, layer: Layer, scheme: Separable) -> dict[str, float]:
+    def _run(self, layer: Layer, scheme: Separable, names: Sequence[str]) -> dict[str, float]:
         shapes = factors(layer, scheme.rank, scheme.first)
         x, one, two, dense = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, *shapes, layer.kernel))
-        names = programs(layer, scheme.rank)
-        if len(names) > 2:
+        if not names and len(names := programs(layer, scheme.rank)) > 2:
             best = self._best_steps(layer, scheme, x, one, two)
             names = list(dict.fromkeys([PLAIN, best, *names[len(STEPS) ** 2 :]]))
 
@@ -122,19 +125,27 @@ def layer_seconds(
     """
     found: dict[str, dict[Separable | None, float]] = {}
     for path in trace.safe_paths() if paths is None else paths:
-        uses = trace.at(path)
-        row: dict[Separable | None, float] = {}
-        for scheme in _grid(uses[0], multiple):
-            times = [timer.measure(Layer.of(use, dtype), scheme) for use in uses]
-            own = [min(seconds for name, seconds in each.items() if name != DENSE) for each in times]
-            row[scheme] = sum(use.uses * seconds for use, seconds in zip(uses, own, strict=True))
-            row.setdefault(None, sum(use.uses * each[DENSE] for use, each in zip(uses, times, strict=True)))
-        if row:
-            found[path] = row
+        rows = [_row(Layer.of(use, dtype), timer, _grid(use, multiple)) for use in trace.at(path)]
+        if rows[0]:
+            times = list(zip(rows, trace.at(path), strict=True))
+            found[path] = {scheme: sum(use.uses * row[scheme] for row, use in times) for scheme in rows[0]}
     return found
 
 
-def _grid(use: Any, multiple: int) -> list[Separable]:
+def _row(layer: Layer, timer: Timer, schemes: list[Separable]) -> dict[Separable | None, float]:
+    """Times of one layer, dense and by schemes; which program suits an order is found out at its middle rank."""
+    row: dict[Separable | None, float] = {}
+    for first in dict.fromkeys(scheme.first for scheme in schemes):
+        own = [scheme for scheme in schemes if scheme.first == first]
+        best = timer.fastest(layer, own[len(own) // 2])
+        for scheme in own:
+            times = timer.measure(layer, scheme, list(dict.fromkeys([PLAIN, best])))
+            row[scheme] = min(seconds for name, seconds in times.items() if name != DENSE)
+            row[None] = min(row.get(None, times[DENSE]), times[DENSE])
+    return row
+
+
+def _grid(use: KernelUse, multiple: int) -> list[Separable]:
     size = max(s for letter, s in zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True) if letter not in "IO")
     found = []
     for first in FACTORS if size > 1 else ["vertical"]:

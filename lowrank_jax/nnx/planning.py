@@ -5,13 +5,16 @@ from typing import Any
 
 from flax import nnx
 
+from lowrank_jax.compiling import training_options
+from lowrank_jax.measured import timed
 from lowrank_jax.nnx.calibrate import calibrate, output_scales
 from lowrank_jax.nnx.decompose import trace
 from lowrank_jax.nnx.watch import evaluated
 from lowrank_jax.options import options
 from lowrank_jax.plan import Plan
 from lowrank_jax.ranks import total_energy
-from lowrank_jax.selection import batched, check_images, one_budget, traced_on, whitened_spectra
+from lowrank_jax.selection import batched, check_images, one_budget, several, traced_on, whitened_spectra
+from lowrank_jax.tuning import Timer, layer_seconds
 
 
 def plan(
@@ -21,6 +24,9 @@ def plan(
     macs: int | float | None = None,
     weights: int | float | None = None,
     bytes: int | float | None = None,
+    seconds: float | None = None,
+    batch: int = 1,
+    timer: Timer | None = None,
     multiple: int = 1,
     select: Callable = total_energy,
     **kwargs: Any,
@@ -31,7 +37,7 @@ def plan(
         model: `nnx.Module`; it runs in evaluation and is not changed.
         images: unlabelled inputs (batch, ...); costs are those of one of them.
         *args, **kwargs: other arguments of the model's call.
-        macs, weights, bytes, multiple, select: as in `lowrank_jax.plan`.
+        macs, weights, bytes, seconds, batch, timer, multiple, select: as in `lowrank_jax.plan`.
 
     Returns:
         The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and `compress`.
@@ -48,10 +54,14 @@ def plan(
         >>> chosen.ranks["layers/0"].rank, chosen.total("multiply_adds")
         (8, (73728, 36864))
     """
-    budget = one_budget(macs=macs, weights=weights, bytes=bytes)
+    budget = one_budget(macs=macs, weights=weights, bytes=bytes, seconds=seconds)
     images, still = check_images(images), evaluated(model)
     uses = traced_on(images, lambda images: trace(still, images, *args, **kwargs))
     seen = calibrate(model, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(model, images[:1], *args, **kwargs)
     found = whitened_spectra(nnx.to_pure_dict(nnx.state(model)), uses, seen, scales)
-    return select(options(uses, found, multiple), budget)
+    table = options(uses, found, multiple)
+    if budget.measure == "seconds":
+        together = trace(still, several(images, batch), *args, **kwargs)
+        table = timed(table, layer_seconds(together, timer or Timer(training_options()), list(table.layers), multiple))
+    return select(table, budget)
