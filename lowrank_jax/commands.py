@@ -33,10 +33,13 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--mean", type=floats, help="of the channels, subtracted from images scaled to [0, 1]")
         command.add_argument("--std", type=floats, help="of the channels, by which the rest is divided")
         command.add_argument(
-            "--budget", type=parse_budget, default="macs=0.5", help="macs, weights or bytes=share or count"
+            "--budget", type=parse_budget, default="macs=0.5", help="macs, weights, bytes or seconds=share, or a count"
         )
+        command.add_argument("--batch", type=int, default=1, help="images that run at once, for a budget of seconds")
         command.add_argument("--multiple", type=int, default=1, help="ranks are restricted to multiples of this")
         command.add_argument("--out", type=Path, default=Path(folder), help="folder for the results")
+    plan.add_argument("--curve", type=floats, help="shares, such as 0.3,0.5,0.7, to compress to and to draw")
+    plan.add_argument("--labels", help="classes of the images, .npy: the curve is of accuracy, not of agreement")
     compress.add_argument("--plan", type=Path, help="plan.json of an earlier run, instead of a budget")
     compress.add_argument("--sweeps", type=int, default=1, help="alternating refinements of the factors")
 
@@ -53,21 +56,63 @@ def parse_budget(text: str) -> dict[str, int | float]:
         value = float(amount) if "." in amount or "e" in amount else int(amount)
     except ValueError:
         name = ""
-    if name not in ("macs", "weights", "bytes"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no budget such as macs=0.5, weights=200000 or bytes=0.4")
+    if name not in ("macs", "weights", "bytes", "seconds"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget such as macs=0.5, weights=200000 or seconds=0.6")
     return {name: value}
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    """Writes a plan, its table and the spectra."""
+    """Writes a plan and its table, and the curve if shares are given."""
     from lowrank_jax import report
     from lowrank_jax.planning import plan
 
     apply, variables, images = load_job(args)
-    chosen = plan(apply, variables, images, **args.budget, multiple=args.multiple)
+    labels = load_labels(args.labels, len(images)) if args.labels else None
+    chosen = plan(apply, variables, images, **args.budget, batch=args.batch, multiple=args.multiple)
+    points = curve(apply, variables, images, args, labels) if args.curve else []
     with report.whole_folder(args.out) as folder:
-        _write(folder, chosen, {"command": "lowrank-jax plan"})
+        _write(folder, chosen, {"command": "lowrank-jax plan", "curve": [(p.total(m)[1], y) for p, y, m in points]})
+        if points:
+            _draw(points, labels is not None).savefig(folder / "curve.png", dpi=120)
     print(f"{chosen}\nThe plan is in {args.out / 'plan.json'}")
+
+
+def curve(apply: Callable, variables: Any, images: np.ndarray, args: argparse.Namespace, labels: Any) -> list[tuple]:
+    """For each share the plan, the share of images that the compressed network classifies as wanted, the measure.
+
+    Wanted are the labels, or what the dense network says.
+    """
+    from lowrank_jax.apply import lowrank
+    from lowrank_jax.compress import compress
+    from lowrank_jax.planning import plan
+
+    [name] = args.budget
+    wanted = classes(apply, variables, images) if labels is None else labels
+    points = []
+    for share in args.curve:
+        planned = plan(apply, variables, images, **{name: share}, batch=args.batch, multiple=args.multiple)
+        small = compress(apply, variables, images, planned.ranks) if planned.ranks else variables
+        found = float(np.mean(classes(lowrank(apply), small, images) == wanted))
+        print(f"{name}={share}: {found:.2%}", flush=True)
+        points.append((planned, found, planned.budget.measure if planned.budget else "multiply_adds"))
+    return points
+
+
+def classes(apply: Callable, variables: Any, images: np.ndarray, batch: int = 256) -> np.ndarray:
+    """The class of the largest output of each image."""
+    import jax
+
+    run = jax.jit(lambda variables, images: apply(variables, images).argmax(-1))
+    return np.concatenate([run(variables, images[i : i + batch]) for i in range(0, len(images), batch)])
+
+
+def _draw(points: list[tuple], accuracy: bool) -> Any:
+    from lowrank_jax.curve import draw_curve
+
+    figure = draw_curve({"compressed": [(plan, y) for plan, y, _ in points]}, measure=points[0][2])
+    if not accuracy:
+        figure.axes[0].set_ylabel("images classified as by the dense network, %")
+    return figure
 
 
 def run_compress(args: argparse.Namespace) -> None:
@@ -81,7 +126,7 @@ def run_compress(args: argparse.Namespace) -> None:
     apply, variables, images = load_job(args)
     start = time.perf_counter()
     planned = Plan.load(args.plan) if args.plan else None
-    chosen = planned or plan(apply, variables, images, **args.budget, multiple=args.multiple)
+    chosen = planned or plan(apply, variables, images, **args.budget, batch=args.batch, multiple=args.multiple)
     small = compress(apply, variables, images, chosen.ranks, sweeps=args.sweeps)
     seconds = time.perf_counter() - start
     error = output_error(apply, variables, small, images)
@@ -152,6 +197,16 @@ def load_images(path: str, mean: list[float] | None, std: list[float] | None) ->
             raise ValueError(f"--{name} has {len(values)} values for {images.shape[-1]} channels.")
     shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
     return (scaled - shift) / scale
+
+
+def load_labels(path: str, count: int) -> np.ndarray:
+    """The classes of a .npy file, one for each image."""
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path} holds {labels.dtype} of shape {labels.shape}, not one int for each of {count} images."
+        )
+    return labels
 
 
 def _write(folder: Path, chosen: Any, facts: dict[str, Any]) -> None:

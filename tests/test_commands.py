@@ -52,6 +52,27 @@ def test_plan_writes_a_plan_that_compress_takes(files, tmp_path):
     assert Plan.load(second / "plan.json") == plan
 
 
+def test_plan_draws_the_curve_of_agreement_or_of_accuracy(files, tmp_path, capsys):
+    common = ["plan", *files, *MODEL, "--curve", "0.6,1.0"]
+    assert main([*common, "--out", str(tmp_path / "one")]) == 0
+    assert (tmp_path / "one" / "curve.png").stat().st_size > 1000
+    facts = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert facts["curve"][1][1] == 1.0 and facts["curve"][0][0] < facts["curve"][1][0]  # all dense: all images agree
+    model, images = CifarResNet(depth=8), jnp.asarray(np.load(files[3]) / np.float32(255), jnp.float32)
+    labels = np.asarray(model.apply(load_weights(files[1]), images).argmax(-1))
+    labels[:8] = 10  # no class at all
+    np.save(tmp_path / "labels.npy", labels)
+    assert main([*common, "--labels", str(tmp_path / "labels.npy"), "--out", str(tmp_path / "two")]) == 0
+    assert "macs=1.0: 50.00%" in capsys.readouterr().out
+
+
+def test_labels_that_do_not_fit_the_images_are_refused(files, tmp_path, capsys):
+    np.save(tmp_path / "labels.npy", np.zeros(3, np.int64))
+    common = ["plan", *files, *MODEL, "--curve", "0.5", "--labels", str(tmp_path / "labels.npy")]
+    assert main([*common, "--out", str(tmp_path / "out")]) == 2
+    assert "not one int for each of 16 images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, text",
     [
