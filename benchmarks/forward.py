@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from turns import Worker, quartiles, ratios, take_turns, write
+from turns import Worker, quartiles, ratios, repeated, take_turns, write
 
 from lowrank_jax import decompose, lowrank, trace
 from lowrank_jax.experiment import PAPER_RANKS
@@ -75,6 +75,7 @@ def row(name: str, batch: int, dtype: str, python: str | None, times: str | None
     adds = trace(lowrank(model.apply), low, images[:1]).multiply_adds
     trees = {"dense": dense, "low-rank": low}
     programs: dict[str, Callable] = {}
+    counts: dict[str, int] = {}
     facts: dict[str, Any] = {"images": batch, "dtype": dtype, "multiply_adds_ratio": uses.multiply_adds / adds}
     with ExitStack() as stack:
         for kind, tree in trees.items():
@@ -82,18 +83,20 @@ def row(name: str, batch: int, dtype: str, python: str | None, times: str | None
             facts[f"fast, {kind}"] = describe(own)
             plain = jax.jit(lowrank(model.apply))
             for how, run in (("fast", own), ("jit", plain)):
-                programs[f"{how}, {kind}"] = lambda run=run, tree=tree: jax.block_until_ready(run(tree, images))
+                once = lambda run=run, tree=tree: jax.block_until_ready(run(tree, images))  # noqa: E731
+                programs[f"{how}, {kind}"], counts[f"{how}, {kind}"] = repeated(once)
             if python:
                 weights = Path(stack.enter_context(tempfile.TemporaryDirectory()), "weights.npz")
                 np.savez(weights, images=np.asarray(images), **flat(tree))
                 command = [python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype]
                 worker = stack.enter_context(Worker(command))
                 compare(plain(tree, images), worker.facts["outputs"], dtype, name)
-                programs[f"PyTorch, {kind}"] = worker
+                programs[f"PyTorch, {kind}"], counts[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
         start = time.perf_counter()
         take_turns(programs, 1)
         rounds = int(np.clip(budget / (time.perf_counter() - start), 3, 15))
-        seconds = take_turns(programs, rounds)
+        turns = take_turns(programs, rounds)
+    seconds = {key: [value / counts[key] for value in values] for key, values in turns.items()}
     return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
 
 

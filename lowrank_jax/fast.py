@@ -14,7 +14,7 @@ from lowrank_jax.compiling import candidate_options
 from lowrank_jax.programs import Layer
 from lowrank_jax.schemes import Separable
 from lowrank_jax.throughput import throughput
-from lowrank_jax.tuning import Timer
+from lowrank_jax.tuning import LEAST, Timer
 
 SLICES = (8, 16, 32)
 
@@ -130,7 +130,7 @@ def _time(runs: Mapping[Any, Callable], args: tuple, rounds: int) -> dict[Any, f
     base, *_ = outputs = {way: run(*args) for way, run in runs.items()}
     agree = [way for way, y in outputs.items() if _agree(outputs[base], y)]
     calls = {str(way): lambda run=runs[way]: jax.block_until_ready(run(*args)) for way in agree}
-    found = throughput(calls, items=1, rounds=rounds)
+    found = throughput(calls, items=1, rounds=rounds, least=LEAST)
     return {way: statistics.median(found.seconds[str(way)]) for way in agree}
 
 

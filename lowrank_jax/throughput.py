@@ -1,6 +1,7 @@
 """Fair timing of compiled programs: ahead of time, warmed up, in turn."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -65,7 +66,9 @@ def compile_fastest(fn: Callable, *args: Any) -> Program:
     return programs[max(programs, key=lambda key: times.rate(key)[1])]
 
 
-def throughput(programs: Mapping[str, Program], items: int, rounds: int = 15, warmup: int = 1) -> Throughput:
+def throughput(
+    programs: Mapping[str, Program], items: int, rounds: int = 15, warmup: int = 1, least: float = 0.0
+) -> Throughput:
     """Times programs in turn, so that a change of the machine's speed meets all of them alike.
 
     Args:
@@ -73,6 +76,7 @@ def throughput(programs: Mapping[str, Program], items: int, rounds: int = 15, wa
         items: how many items one run handles.
         rounds: counted runs of each program, at least 2.
         warmup: runs of each before, not counted.
+        least: seconds of a turn; a program that is done sooner runs several times, and its mean counts.
 
     Example:
         >>> import jax.numpy as jnp
@@ -86,12 +90,20 @@ def throughput(programs: Mapping[str, Program], items: int, rounds: int = 15, wa
             f"throughput needs a program, items >= 1 and rounds >= 2; got {items=}, {rounds=}, {list(programs)}."
         )
     seconds: dict[str, list[float]] = {key: [] for key in programs}
+    repeats = dict.fromkeys(programs, 1)
     for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=None):
         names = list(programs)
         for key in np.roll(names, turn):
-            start = time.perf_counter()
-            programs[str(key)]()
-            elapsed = time.perf_counter() - start
+            elapsed = _mean(programs[str(key)], repeats[str(key)])
             if turn >= warmup:
                 seconds[str(key)].append(elapsed)
+            elif least > elapsed:
+                repeats[str(key)] = math.ceil(least / elapsed)
     return Throughput(items, seconds)
+
+
+def _mean(program: Program, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        program()
+    return (time.perf_counter() - start) / repeats

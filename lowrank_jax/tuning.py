@@ -18,6 +18,7 @@ from lowrank_jax.throughput import throughput
 from lowrank_jax.uses import KernelUse, Trace
 
 DENSE = "dense"
+LEAST = 0.01  # seconds of a turn: shorter ones are mostly noise
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
 
 
@@ -105,7 +106,7 @@ class Timer:
             compiled = jax.jit(fn, compiler_options=self.options).lower(*args).compile()
             return lambda: jax.block_until_ready(compiled(*args))
 
-        found = throughput({name: bind(*run) for name, run in runs.items()}, items=1, rounds=self.rounds)
+        found = throughput({name: bind(*run) for name, run in runs.items()}, items=1, rounds=self.rounds, least=LEAST)
         return {name: statistics.median(seconds) for name, seconds in found.seconds.items()}
 
 

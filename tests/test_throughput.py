@@ -50,3 +50,14 @@ def test_every_candidate_option_compiles_here(options):
 def test_the_default_is_a_candidate_and_the_only_one_elsewhere():
     assert candidate_options()[0] == {}
     assert candidate_options("gpu") == candidate_options("tpu") == ({},)
+
+
+def test_short_programs_run_several_times_in_a_turn_and_their_mean_counts():
+    runs = []
+
+    def short():
+        runs.append(time.sleep(0.001))
+
+    found = throughput({"short": short}, items=1, rounds=2, least=0.02)
+    assert len(runs) > 1 + 2 * 5  # one run to see how long it takes, then two turns
+    assert all(0.001 <= seconds < 0.01 for seconds in found.seconds["short"])
