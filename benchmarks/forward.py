@@ -66,6 +66,7 @@ def flat(variables: Any) -> dict[str, np.ndarray]:
 
 
 def row(name: str, batch: int, dtype: str, python: str | None, times: str | None, budget: float) -> dict:
+    """All programs of one network, batch and type, in turn."""
     make, rival, side, choose = NETWORKS[name]
     model = make(dtype=None if dtype == "float32" else dtype)
     images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
@@ -73,31 +74,38 @@ def row(name: str, batch: int, dtype: str, python: str | None, times: str | None
     uses = trace(model.apply, dense, images[:1])
     low = {**dense, "params": decompose(dense["params"], choose(uses), uses)}
     adds = trace(lowrank(model.apply), low, images[:1]).multiply_adds
-    trees = {"dense": dense, "low-rank": low}
-    programs: dict[str, Callable] = {}
-    counts: dict[str, int] = {}
     facts: dict[str, Any] = {"images": batch, "dtype": dtype, "multiply_adds_ratio": uses.multiply_adds / adds}
+    programs: dict[str, tuple[Callable, int]] = {}
     with ExitStack() as stack:
-        for kind, tree in trees.items():
-            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=times), rounds=3)
-            facts[f"fast, {kind}"] = describe(own)
+        for kind, tree in {"dense": dense, "low-rank": low}.items():
+            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=times))
             plain = jax.jit(lowrank(model.apply))
+            facts[f"fast, {kind}"] = describe(own)
             for how, run in (("fast", own), ("jit", plain)):
                 once = lambda run=run, tree=tree: jax.block_until_ready(run(tree, images))  # noqa: E731
-                programs[f"{how}, {kind}"], counts[f"{how}, {kind}"] = repeated(once)
+                programs[f"{how}, {kind}"] = repeated(once)
             if python:
-                weights = Path(stack.enter_context(tempfile.TemporaryDirectory()), "weights.npz")
-                np.savez(weights, images=np.asarray(images), **flat(tree))
-                command = [python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype]
-                worker = stack.enter_context(Worker(command))
+                worker = stack.enter_context(pytorch(python, rival, dtype, tree, images))
                 compare(plain(tree, images), worker.facts["outputs"], dtype, name)
-                programs[f"PyTorch, {kind}"], counts[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
-        start = time.perf_counter()
-        take_turns(programs, 1)
-        rounds = int(np.clip(budget / (time.perf_counter() - start), 3, 15))
-        turns = take_turns(programs, rounds)
-    seconds = {key: [value / counts[key] for value in values] for key, values in turns.items()}
+                programs[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
+        turns = in_turn({key: run for key, (run, _) in programs.items()}, budget)
+    seconds = {key: [value / programs[key][1] for value in values] for key, values in turns.items()}
     return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
+
+
+def pytorch(python: str, rival: str, dtype: str, tree: Any, images: jax.Array) -> Worker:
+    """The worker of a network; it has read its weights when it is ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "weights.npz")
+        np.savez(weights, images=np.asarray(images), **flat(tree))
+        return Worker([python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype])
+
+
+def in_turn(programs: dict[str, Callable], budget: float) -> dict[str, list[float]]:
+    """One round to warm up, then as many as the budget of seconds has, from 3 to 15."""
+    start = time.perf_counter()
+    take_turns(programs, 1)
+    return take_turns(programs, int(np.clip(budget / (time.perf_counter() - start), 3, 15)))
 
 
 def describe(own: Fast) -> dict[str, Any]:
