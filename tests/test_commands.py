@@ -59,7 +59,7 @@ def test_plan_draws_the_curve_of_agreement_or_of_accuracy(files, tmp_path, capsy
     facts = json.loads((tmp_path / "one" / "report.json").read_text())
     assert facts["curve"][1][1] == 1.0 and facts["curve"][0][0] < facts["curve"][1][0]  # all dense: all images agree
     model, images = CifarResNet(depth=8), jnp.asarray(np.load(files[3]) / np.float32(255), jnp.float32)
-    labels = np.asarray(model.apply(load_weights(files[1]), images).argmax(-1))
+    labels = np.array(model.apply(load_weights(files[1]), images).argmax(-1))
     labels[:8] = 10  # no class at all
     np.save(tmp_path / "labels.npy", labels)
     assert main([*common, "--labels", str(tmp_path / "labels.npy"), "--out", str(tmp_path / "two")]) == 0
