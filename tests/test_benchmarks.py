@@ -254,5 +254,5 @@ def test_growth_measures_every_kind_at_two_sizes(tmp_path, capsys):
         f"{kind} {n}" for kind, sizes in growth.QUICK.items() for n in sizes
     ]
     assert {"decompose", "SVD"} == set(found["rows"][0]["seconds"])
-    assert any("growth of spectra" in check["what"] for check in found["checks"])
+    assert any("exponent of spectra" in check["what"] for check in found["checks"])
     assert "exponent" in capsys.readouterr().out
