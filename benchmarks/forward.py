@@ -110,7 +110,8 @@ def in_turn(programs: dict[str, Callable], budget: float) -> dict[str, list[floa
 
 def describe(own: Fast) -> dict[str, Any]:
     programs = {
-        f"{layer.inputs} {layer.kernel} rank {scheme.rank}": how for (layer, scheme), how in own.programs.items()
+        f"{layer.inputs} {layer.kernel} {f'rank {scheme.rank}' if scheme else 'dense'}": how
+        for (layer, scheme), how in own.programs.items()
     }
     return {"options": dict(own.options), "slice": own.size, "programs": programs}
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
-from lowrank_jax.factored import SPLIT, Choose, run_factored
+from lowrank_jax.factored import SPLIT, Choose, has_own_function, run_dense, run_factored
 from lowrank_jax.schemes import FACTORS
 from lowrank_jax.trace import trace
 
@@ -29,8 +29,9 @@ def lowrank(apply: Callable, programs: Choose | None = None) -> Callable:
 
     Args:
         apply: ``model.apply``, or a function that calls it, of (variables, *args, **kwargs).
-        programs: chooses the program of each layer, by one of the names of `lowrank_jax.programs`;
-            `lowrank_jax.tuning.fastest` measures them. Two convolutions without it.
+        programs: chooses the program of each layer, a function of (layer, scheme), by one of the names of
+            `lowrank_jax.programs`; scheme is None for a dense layer. `Timer.fastest` is one. Without it, one
+            convolution runs for a kernel and two for factors.
 
     Returns:
         A function of the same arguments.
@@ -80,7 +81,8 @@ def _intercept(given: set[int], lifted: set[str], programs, call: Callable, args
         return call(*args, **kwargs)
     names = next((names for names in PAIRS if all(layer.has_variable("params", name) for name in names)), None)
     if names is None:
-        return call(*args, **kwargs)
+        dense = layer.has_variable("params", "kernel") and len(args) == 1 and not kwargs
+        return run_dense(layer, call, args[0], programs) if dense else call(*args, **kwargs)
     path = "/".join(layer.path)
     if reason := _refusal(layer):
         raise ValueError(_REFUSED.format(path, reason))
@@ -114,7 +116,7 @@ def _refusal(layer: nn.Module) -> str:
         return "its parameters hold both a dense kernel and factors"
     if getattr(layer, "transpose_kernel", False):
         return "transpose_kernel=True flips its kernel"
-    if getattr(layer, "conv_general_dilated", None) or getattr(layer, "conv_general_dilated_cls", None):
+    if has_own_function(layer):
         return "it has a convolution function of its own, which may do more than convolve"
     return ""
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lowrank_jax.matricize import fit_axes
-from lowrank_jax.schemes import FACTORS, Separable, merge
+from lowrank_jax.schemes import FACTORS, Separable, factor_all, merge
 from lowrank_jax.suggest import suggest
 from lowrank_jax.uses import Trace
 
@@ -56,14 +56,17 @@ def decompose(
     """
     flat = flatten_dict(params, keep_empty_nodes=True)
     layers = layer_leaves(flat, leaves[0])
+    found: dict[tuple, tuple[Separable, jax.Array]] = {}
     for path, value in choose(ranks, trace).items():
         key = find_layer(path, layers, leaves[0])
         kernel = check_kernel(path, layers[key], leaves)
-        scheme = find_scheme(path, value, kernel, axes, trace)
+        found[key] = find_scheme(path, value, kernel, axes, trace), kernel
+    schemes, kernels = zip(*found.values(), strict=True)
+    for key, scheme, factors in zip(found, schemes, factor_all(schemes, kernels), strict=True):
         names = FACTORS[scheme.first]
         rest = {name: flat.pop((*key, name)) for name in layers[key] if name != leaves[0]}
         del flat[(*key, leaves[0])]
-        flat |= {(*key, name, leaves[0]): x for name, x in zip(names, scheme.factor(kernel), strict=True)}
+        flat |= {(*key, name, leaves[0]): x for name, x in zip(names, factors, strict=True)}
         flat |= {(*key, names[1], name): leaf for name, leaf in rest.items()}
     return unflatten_dict(flat)
 

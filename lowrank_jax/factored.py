@@ -1,4 +1,4 @@
-"""One Linen convolution run with two factors in place of its kernel, by any of the programs."""
+"""One Linen convolution, dense or with two factors in place of its kernel, run by any of the programs."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank_jax.matricize import AXES
-from lowrank_jax.programs import PLAIN, Layer, fuse, padded, steps
+from lowrank_jax.programs import PLAIN, Layer, dense_step, fuse, padded, steps
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import per_axis, split_options
 
@@ -18,7 +18,19 @@ from lowrank_jax.separable import per_axis, split_options
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
          nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
 
-Choose = Callable[[Layer, Separable], str]
+Choose = Callable[[Layer, Separable | None], str]
+_CHOSEN = {"conv_general_dilated": jax.lax.conv_general_dilated}
+
+
+def run_dense(layer: Any, call: Callable, inputs: jax.Array, programs: Choose | None) -> jax.Array:
+    """Runs a convolution layer that has its kernel; ``call`` is its own way to do so."""
+    size = _size(layer)
+    own = _described(layer, size, inputs) if programs and not has_own_function(layer) else None
+    step = dense_step(programs(own, None)) if programs and own else jax.lax.conv_general_dilated
+    if step is jax.lax.conv_general_dilated:
+        return call(inputs)
+    other = layer.clone(parent=None, name=None, conv_general_dilated=step)
+    return other.apply({"params": layer.variables["params"]}, inputs)
 
 
 def run_factored(
@@ -34,38 +46,47 @@ def run_factored(
         inputs: array (*batch, *spatial, channels).
         programs: as in `lowrank`.
     """
-    size = (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
+    size = _size(layer)
     scheme = _check_factors(layer, size, first, factors, path, inputs.shape[-1])
-    program = _program(layer, size, scheme, inputs, programs)
+    own = _described(layer, size, inputs) if programs else None
+    program = programs(own, scheme) if programs and own else PLAIN
     one, two = (factor["kernel"] for factor in factors)
     bias = {name: leaf for name, leaf in factors[1].items() if name != "kernel"}
     if program == "merged":
         merged = merge(one, two, scheme.axes)
-        return layer.clone(parent=None, name=None).apply({"params": {"kernel": merged, **bias}}, inputs)
-    if program == "fused":
-        strides, padding = _cuts(layer, size, inputs)[:2]
+        return layer.clone(parent=None, name=None, **_CHOSEN).apply({"params": {"kernel": merged, **bias}}, inputs)
+    if own and program == "fused":
         arrays = (inputs.reshape(-1, *inputs.shape[-3:]), one, two, bias.get("bias"))
         flat, one, two, added = layer.promote_dtype(*arrays, dtype=layer.dtype)
-        outputs = fuse(flat, one, two, added, strides, padding, first)
+        outputs = fuse(flat, one, two, added, own.strides, own.padding, first)
         return outputs.reshape(*inputs.shape[:-3], *outputs.shape[1:])
     one, two = padded(one, two) if program == "padded" else (one, two)
     options = split_options(size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]})
-    for own, how in zip(options, steps(program), strict=True):
-        own |= {"conv_general_dilated": how} if how is not jax.lax.conv_general_dilated else {}
+    for each, how in zip(options, steps(program), strict=True):
+        each |= {"conv_general_dilated": how} if type(layer) is nn.Conv else {}  # which also says that it is chosen
     between = layer.clone(parent=None, name=None, features=one.shape[-1], use_bias=False, **options[0])
     outputs = layer.clone(parent=None, name=None, **options[1])
     return outputs.apply({"params": {"kernel": two, **bias}}, between.apply({"params": {"kernel": one}}, inputs))
 
 
-def _program(layer: Any, size: tuple[int, ...], scheme: Separable, inputs: jax.Array, choose: Choose | None) -> str:
-    """The program of a layer; two convolutions where there is no choice, or where it pads in a way of its own."""
+def _size(layer: Any) -> tuple[int, ...]:
+    return (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
+
+
+def has_own_function(layer: Any) -> bool:
+    """Whether a layer convolves by a function that it was given."""
+    return bool(getattr(layer, "conv_general_dilated", None) or getattr(layer, "conv_general_dilated_cls", None))
+
+
+def _described(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> Layer | None:
+    """The layer as numbers; None where it is of another kind or pads in a way of its own."""
     own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
-    if choose is None or type(layer) is not nn.Conv or own:
-        return PLAIN
+    if type(layer) is not nn.Conv or own or inputs.ndim < 1 + len(size):
+        return None
     cuts = _cuts(layer, size, inputs)
     shape = (math.prod(inputs.shape[: -1 - len(size)]), *inputs.shape[-1 - len(size) :])
     dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
-    return choose(Layer(shape, layer.features, size, *cuts, layer.feature_group_count, dtype), scheme)
+    return Layer(shape, layer.features, size, *cuts, layer.feature_group_count, dtype)
 
 
 def _cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:

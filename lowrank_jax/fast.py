@@ -1,7 +1,6 @@
 """The fastest way to run a whole network on this device, found by measuring the ways there are."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,12 +10,14 @@ import jax.numpy as jnp
 
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
-from lowrank_jax.programs import Layer
+from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
 from lowrank_jax.throughput import throughput
 from lowrank_jax.tuning import LEAST, Timer
 
-SLICES = (8, 16, 32)
+SLICES = (8, 16, 32, 64)
+CLOSE = 1.3  # times the fastest: within it a way is measured on, because noise or other programs could make it first
+Way = tuple[int, int | None]  # index of the compiler options, size of the slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Fast:
         run: the function, under ``jax.jit``; takes any batch.
         options: compiler options.
         size: images that run through the network at a time; None for all of them.
-        programs: measured layers to the names of their programs; empty if two convolutions were faster everywhere.
+        programs: layers, with their scheme or None if dense, to the names of their programs; empty if plain
+            convolutions were faster everywhere.
         seconds: what was tried to the median of its time on the images given.
     """
 
     run: Callable
     options: Mapping[str, Any]
     size: int | None
-    programs: Mapping[tuple[Layer, Separable], str]
+    programs: Mapping[tuple[Layer, Separable | None], str]
     seconds: Mapping[str, float]
 
     def __call__(self, variables: Any, images: Any) -> Any:
@@ -53,9 +55,9 @@ def fast(
     """Measures ways to run a Linen network in evaluation, dense or decomposed, and returns the fastest.
 
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
-    other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then
-    the fastest program of each decomposed layer, at that slice. A way whose outputs are not those of the plain program,
-    to rounding, is dropped; such a network mixes its images.
+    other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
+    under each set that came close, the fastest program of each layer. A way whose outputs are not those of the plain
+    program, to rounding, is dropped; such a network mixes its images.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -63,7 +65,7 @@ def fast(
         images: batch of the size that is to be fast.
         slices: sizes to try; those of the batch and above are left out.
         timers: makes the `Timer` of the layers, from compiler options.
-        rounds: runs of each way that are counted, in turn.
+        rounds: runs of each close way that are counted, in turn.
 
     Example:
         >>> from flax import linen as nn
@@ -75,30 +77,75 @@ def fast(
         >>> run(small, images).shape
         (4, 8, 8, 16)
     """
+    network = lambda programs: lowrank(apply, programs)  # noqa: E731
+    return search(network, variables, images, slices=slices, timers=timers, rounds=rounds)
+
+
+def search(
+    network: Callable,
+    variables: Any,
+    images: Any,
+    *,
+    slices: Sequence[int] = SLICES,
+    timers: Callable[[Mapping[str, Any]], Timer] = Timer,
+    rounds: int = 5,
+) -> Fast:
+    """What `fast` does, for any network.
+
+    Args:
+        network: makes a function of (variables, images) that runs each layer by the program that the argument, a
+            function of (layer, scheme) or None, chooses.
+        variables, images, slices, timers, rounds: as in `fast`.
+    """
     images = jnp.asarray(images)
-    network = lowrank(apply)
     sizes = [None, *(size for size in slices if 0 < size < len(images))]
-    plain = {(index, size): in_slices(network, size) for index in range(len(candidate_options())) for size in sizes}
-    runs = {way: jax.jit(fn, compiler_options=candidate_options()[way[0]]) for way, fn in plain.items()}
-    times = _time(runs, (variables, images), rounds)
-    index, size = min(times, key=lambda way: times[way])
-    options = candidate_options()[index]
-    seconds = {_name(candidate_options()[i], s): value for (i, s), value in times.items()}
+    ways = [(index, size) for index in range(len(candidate_options())) for size in sizes]
+    plain = {_name(way): _compiled(network(None), way) for way in ways}
+    seconds = _race(plain, (variables, images), rounds)
 
-    found: dict[tuple[Layer, Separable], str] = {}
-    timer = timers(options)
+    tables: dict[str, Mapping[tuple[Layer, Separable | None], str]] = {name: {} for name in plain}
+    for way in _close(ways, seconds):
+        choose = _Table(timers(candidate_options()[way[0]]))
+        run = _compiled(network(choose), way)
+        run.eval_shape(variables, images)  # fills the table
+        if set(choose.names.values()) - {PLAIN, "convolve"}:
+            name = f"{_name(way)}, programs"
+            plain[name], tables[name] = run, choose.names
+    if len(plain) > len(ways):
+        near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
+        first = min(seconds, key=lambda name: seconds[name])
+        seconds |= _race({first: near[first]} | near, (variables, images), rounds)
+    best = min(seconds, key=lambda name: seconds[name])
+    index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
+    return Fast(plain[best], candidate_options()[index], size, tables[best], seconds)
 
-    def choose(layer: Layer, scheme: Separable) -> str:
-        return found.setdefault((layer, scheme), timer.fastest(layer, scheme))
 
-    chosen = jax.jit(in_slices(lowrank(apply, programs=choose), size), compiler_options=options)
-    chosen.eval_shape(variables, images)  # fills the table of programs
-    both = _time({"plain": runs[index, size], "programs": chosen}, (variables, images), rounds) if found else {}
-    if "programs" in both:
-        seconds[f"{_name(options, size)}, programs"] = both["programs"]
-    if both.get("programs", math.inf) < both.get("plain", 0):
-        return Fast(chosen, options, size, found, seconds)
-    return Fast(runs[index, size], options, size, {}, seconds)
+class _Table:
+    """The programs that a timer chose, as they are asked for while a network is traced."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.timer, self.names = timer, dict[tuple[Layer, Separable | None], str]()
+
+    def __call__(self, layer: Layer, scheme: Separable | None) -> str:
+        key = layer, scheme
+        if key not in self.names:
+            self.names[key] = self.timer.fastest(layer, scheme)
+        return self.names[key]
+
+
+def _close(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[Way]:
+    """The best way of each set of compiler options that came close to the fastest."""
+    found = []
+    for index in dict.fromkeys(index for index, _ in ways):
+        own = [way for way in ways if way[0] == index and _name(way) in seconds]
+        best = min(own, key=lambda way: seconds[_name(way)], default=None)
+        if best and seconds[_name(best)] <= CLOSE * min(seconds.values()):
+            found.append(best)
+    return found
+
+
+def _compiled(network: Callable, way: Way) -> Any:
+    return jax.jit(in_slices(network, way[1]), compiler_options=candidate_options()[way[0]])
 
 
 def in_slices(apply: Callable, size: int | None) -> Callable:
@@ -125,13 +172,19 @@ def in_slices(apply: Callable, size: int | None) -> Callable:
     return run
 
 
-def _time(runs: Mapping[Any, Callable], args: tuple, rounds: int) -> dict[Any, float]:
-    """Medians in seconds; the first function tells the outputs, and those that give others are left out."""
-    base, *_ = outputs = {way: run(*args) for way, run in runs.items()}
-    agree = [way for way, y in outputs.items() if _agree(outputs[base], y)]
-    calls = {str(way): lambda run=runs[way]: jax.block_until_ready(run(*args)) for way in agree}
-    found = throughput(calls, items=1, rounds=rounds, least=LEAST)
-    return {way: statistics.median(found.seconds[str(way)]) for way in agree}
+def _race(runs: Mapping[str, Callable], args: tuple, rounds: int) -> dict[str, float]:
+    """Medians in seconds. Two rounds of all leave those that are close, which run on.
+
+    The first function tells the outputs; those that give others are left out.
+    """
+    base, *_ = outputs = {name: run(*args) for name, run in runs.items()}
+    agree = [name for name, y in outputs.items() if _agree(outputs[base], y)]
+    calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in agree}
+    heat = throughput(calls, items=1, rounds=2, least=LEAST).seconds
+    times = {name: min(values) for name, values in heat.items()}
+    near = {name: call for name, call in calls.items() if times[name] <= CLOSE * min(times.values())}
+    final = throughput(near, items=1, rounds=rounds, least=LEAST).seconds
+    return times | {name: statistics.median(values) for name, values in final.items()}
 
 
 def _agree(wanted: Any, found: Any) -> bool:
@@ -147,6 +200,8 @@ def _agree(wanted: Any, found: Any) -> bool:
     )
 
 
-def _name(options: Mapping[str, Any], size: int | None) -> str:
-    how = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "default options"
+def _name(way: Way) -> str:
+    index, size = way
+    options = candidate_options()[index].items()
+    how = ", ".join(f"{key}={value!r}" for key, value in options) or "default options"
     return f"{how}, {'all at once' if size is None else f'slices of {size}'}"

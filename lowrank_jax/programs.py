@@ -1,8 +1,8 @@
-"""The programs that compute one separable layer: which is fastest depends on its shape and on the device.
+"""The programs that compute one layer, dense or separable: which is fastest depends on its shape and on the device.
 
-A factor has taps along one axis. Besides the convolution itself, two programs give the same sums: one product to the
-channels of all taps, of which shifted copies are added (few channels out), and a product with shifted copies of the
-inputs side by side (few channels in). A whole layer may also run with its rank padded by zeros to a multiple that the
+Besides the convolution itself, a product with shifted copies of the inputs side by side gives the same sums; of a
+factor, which has taps along one axis, so does one product to the channels of all taps, of which shifted copies are
+added (few channels out). A whole separable layer may also run with its rank padded by zeros to a multiple that the
 hardware prefers, with its dense kernel rebuilt, or, on a GPU, as one kernel that keeps what is between the two
 convolutions on the chip (`lowrank_jax.fused`).
 """
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lowrank_jax.matricize import AXES
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import split_options
+from lowrank_jax.steps import STEPS
 from lowrank_jax.uses import KernelUse
 
 PLAIN = "convolve+convolve"
@@ -48,14 +49,14 @@ class Layer:
     dtype: str = "float32"
 
     @classmethod
-    def of(cls, use: KernelUse, dtype: Any = "float32") -> "Layer":
+    def of(cls, use: KernelUse) -> "Layer":
         """The layer of a traced program; of a stack of kernels, one slice."""
         if use.kind == "product" or not use.axes:
             raise ValueError(f"{use.path or '(computed)'}: no convolution of a known layout; leave it out.")
         sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
         size = tuple(sizes[letter] for letter in use.axes if letter not in "IO")
         options = (use.strides, use.padding, use.dilation, use.input_dilation)
-        return cls(use.inputs, sizes["O"], size, *options, groups=use.groups, dtype=jnp.dtype(dtype).name)
+        return cls(use.inputs, sizes["O"], size, *options, groups=use.groups, dtype=use.dtype)
 
     @property
     def axes(self) -> str:
@@ -109,15 +110,20 @@ class Layer:
         return functools.partial(self.convolve, **own[0]), functools.partial(self.convolve, **own[1])
 
 
-def programs(layer: Layer, rank: int) -> list[str]:
-    """Names of the programs that can run a layer at a rank; the first is always possible.
+def programs(layer: Layer, rank: int | None) -> list[str]:
+    """Names of the programs that can run a layer at a rank, or dense; the first is always possible.
 
     Example:
         >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
         >>> programs(layer, 3)[:3], len(programs(layer, 8))
         (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 10)
+        >>> programs(layer, None)
+        ['convolve', 'gather']
     """
-    if layer.groups > 1 or len(layer.size) != 2 or set(layer.input_dilation) != {1}:
+    cut = layer.groups == 1 and len(layer.size) == 2 and set(layer.input_dilation) == {1}
+    if rank is None:
+        return ["convolve", *(["gather"] if cut else [])]
+    if not cut:
         return [PLAIN, "merged"]
     pairs = [f"{one}+{two}" for one in STEPS for two in STEPS]
     fits = jax.default_backend() == "gpu" and set(layer.dilation) == {1}
@@ -144,82 +150,18 @@ def steps(program: str) -> tuple[Callable, Callable]:
     return STEPS[names[0]], STEPS[names[1]]
 
 
+def dense_step(program: str) -> Callable:
+    """The function that runs a dense layer, with the arguments of ``jax.lax.conv_general_dilated``."""
+    if program not in STEPS:
+        raise ValueError(f"The program {program!r} is not known for a dense layer; give one of {', '.join(STEPS)}.")
+    return STEPS[program]
+
+
 def padded(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same factors of one group, with zeros up to a rank that is a multiple of `MULTIPLE`."""
     extra = -two.shape[-2] % MULTIPLE
     still = [(0, 0)] * (one.ndim - 2)
     return jnp.pad(one, [*still, (0, 0), (0, extra)]), jnp.pad(two, [*still, (0, extra), (0, 0)])
-
-
-def shift(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """A convolution along one axis as one product to the channels of all taps, then a sum of shifted slices.
-
-    Takes the arguments of ``jax.lax.conv_general_dilated``, channels last, and is that function where the kernel has
-    taps along more than one axis, groups or dilated inputs. Sums in float32 or wider.
-    """
-    cut = _cut(inputs, kernel, strides, padding, options)
-    if cut is None:
-        return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
-    taps, channels, features = kernel.shape[cut.axis - 1], *kernel.shape[-2:]
-    flat = kernel.reshape(taps, channels, features).transpose(1, 0, 2).reshape(channels, -1)
-    spread = cut.pad(_product(inputs, flat, options))
-    parts = [cut.tap(spread, i)[..., i * features : (i + 1) * features] for i in range(taps)]
-    return sum(parts[1:], parts[0]).astype(jnp.result_type(inputs, kernel))
-
-
-def gather(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """A convolution along one axis as one product with shifted copies of the inputs side by side; else as `shift`."""
-    cut = _cut(inputs, kernel, strides, padding, options)
-    if cut is None:
-        return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
-    spread, taps = cut.pad(inputs), kernel.shape[cut.axis - 1]
-    patches = jnp.concatenate([cut.tap(spread, i) for i in range(taps)], -1)
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    return _product(patches, flat, options).astype(jnp.result_type(inputs, kernel))
-
-
-STEPS: dict[str, Callable] = {"convolve": jax.lax.conv_general_dilated, "shift": shift, "gather": gather}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """Slices of an array along one of its axes, one for each tap."""
-
-    axis: int
-    before: int
-    after: int
-    dilation: int
-    stride: int
-    outputs: int
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(self.before, self.after) if axis == self.axis else (0, 0) for axis in range(x.ndim)])
-
-    def tap(self, x: jax.Array, index: int) -> jax.Array:
-        start = index * self.dilation
-        stop = start + (self.outputs - 1) * self.stride + 1
-        return jax.lax.slice_in_dim(x, start, stop, self.stride, self.axis)
-
-
-def _cut(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, options: dict[str, Any]) -> _Cut | None:
-    """How to cut the inputs; None where the kernel is no plain one along one of two axes."""
-    size, dilation = kernel.shape[:-2], tuple(options.get("rhs_dilation") or (1,) * (kernel.ndim - 2))
-    long = [axis for axis, taps in enumerate(size) if taps > 1]
-    plain = options.get("feature_group_count", 1) == 1 and set(options.get("lhs_dilation") or (1,)) == {1}
-    if len(size) != 2 or len(long) > 1 or not plain:
-        return None
-    axis = long[0] if long else 0
-    reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-    pads = jax.lax.padtype_to_pads(inputs.shape[1:-1], reach, strides, padding) if isinstance(padding, str) else padding
-    if strides[1 - axis] != 1 or tuple(pads[1 - axis]) != (0, 0) or min(pads[axis]) < 0:
-        return None
-    outputs = (inputs.shape[1 + axis] + sum(pads[axis]) - reach[axis]) // strides[axis] + 1
-    return _Cut(1 + axis, pads[axis][0], pads[axis][1], dilation[axis], strides[axis], outputs) if outputs > 0 else None
-
-
-def _product(x: jax.Array, matrix: jax.Array, options: dict[str, Any]) -> jax.Array:
-    wide = jnp.promote_types(jnp.result_type(x, matrix), jnp.float32)
-    return jnp.matmul(x, matrix, precision=options.get("precision"), preferred_element_type=wide)
 
 
 def factors(layer: Layer, rank: int, first: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,14 +1,17 @@
 """The decompositions of one kernel, each a small frozen config."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.cores import side_by_side
 from lowrank_jax.matricize import Array, from_matrix, from_pair, split_axes, to_matrix, to_pair
 from lowrank_jax.truncate import truncated
 
@@ -66,18 +69,12 @@ class Separable:
         Raises:
             ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide n.
         """
-        kernel = jnp.asarray(kernel)  # a float64 NumPy kernel takes the widest type that is enabled
-        rank = self.check(kernel.shape, "Separable")
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        if where := on_one_device(kernel):
-            one, two = self._factors(np.asarray(kernel).astype(wide), rank)
-            return jax.device_put(one.astype(kernel.dtype), where), jax.device_put(two.astype(kernel.dtype), where)
-        first, second = self._factors(kernel.astype(wide), rank)
-        return first.astype(kernel.dtype), second.astype(kernel.dtype)
+        return factor_all([self], [kernel])[0]
 
-    def _factors(self, kernel: Array, rank: int) -> tuple[Array, Array]:
-        left, right = truncated(to_matrix(to_pair(kernel, self.axes, self.first), self.groups), rank)
-        return self.fold(left, right, kernel.shape)
+    def _factors(self, kernel: Array, wide: Any) -> tuple[Array, Array]:
+        matrix = to_matrix(to_pair(kernel.astype(wide), self.axes, self.first), self.groups)
+        first, second = self.fold(*truncated(matrix, int(self.rank)), kernel.shape)
+        return first.astype(kernel.dtype), second.astype(kernel.dtype)
 
     def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
         """Turns the factors of the matrix of each group into the two kernels.
@@ -119,6 +116,19 @@ class Separable:
         if len(shape) < len(self.axes):
             raise ValueError(f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}.")
         return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
+
+
+def factor_all(schemes: Sequence[Separable], kernels: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """Factors of many kernels, each as `Separable.factor` gives them; those with values are done side by side."""
+    kernels = [jnp.asarray(kernel) for kernel in kernels]  # a float64 NumPy one takes the widest type that is enabled
+    places, jobs = list(map(on_one_device, kernels)), []
+    for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
+        scheme.check(kernel.shape, "Separable")
+        given: Any = np.asarray(kernel) if where else kernel
+        jobs.append(functools.partial(scheme._factors, given, jnp.promote_types(kernel.dtype, jnp.float32)))
+    cores = None if all(places) else 1  # what JAX traces belongs to this thread
+    pairs = side_by_side(jobs, [kernel.size for kernel in kernels], cores)
+    return [jax.device_put(pair, where) if where else pair for pair, where in zip(pairs, places, strict=True)]
 
 
 def on_one_device(array: jax.Array) -> jax.sharding.Sharding | None:

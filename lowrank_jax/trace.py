@@ -177,6 +177,7 @@ def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         bytes=repeats * _bytes(x, kernel, out),
         count=count,
         reason=reason,
+        dtype=np.dtype(x.dtype).name,
     )
     return use, 1
 
@@ -208,6 +209,7 @@ def _product(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         bytes=repeats * _bytes(eqn.invars[0].aval, eqn.invars[1].aval, out),
         count=count,
         reason="it is a matrix product, not a convolution",
+        dtype=np.dtype(other.dtype).name,
     )
     return use, operand
 

@@ -13,16 +13,16 @@ within 1e-5 of the optimum over condition numbers from 1 to 1e6.
 """
 
 from collections.abc import Callable
-from types import ModuleType
 
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from scipy.linalg import blas, lapack
 
+from lowrank_jax.blas import routine
 from lowrank_jax.matricize import Array
 
 SMALL = 128  # smaller side up to which a full decomposition takes no longer
+BLOCK = 64  # columns at a time, for which LAPACK's blocked routines get room
 UNCERTAIN, MISSED = 1e-3, 1e-5  # of the energy left out
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -66,16 +66,21 @@ def by_gram(matrix: np.ndarray, rank: int) -> Pair | None:
         return found and (found[1].T, found[0].T)
     if len(matrix) <= SMALL:
         return None
-    syrk, gemm = _routines(blas, matrix.dtype, "syrk", "gemm")
+    (m, n), dtype = matrix.shape, matrix.dtype
     by_column = matrix.flags.f_contiguous  # whichever of the two LAPACK reads without a copy
-    given = matrix if by_column else matrix.T
-    values, vectors = _eigen(lambda gram: syrk(1.0, given, c=gram, trans=not by_column, lower=1, overwrite_c=1), matrix)
+    given = matrix if by_column else np.ascontiguousarray(matrix)
+    read, step = ("N", m) if by_column else ("T", n)  # how, and the distance of its columns or rows
+    values, vectors = _eigen(
+        lambda gram: routine("syrk", dtype)("L", read, m, n, 1.0, given, step, 0.0, gram, m), given
+    )
     left_out = float(values[:-rank].sum(dtype=np.float64))
-    if not rank * np.finfo(matrix.dtype).eps / 2 * values[-1] <= UNCERTAIN * left_out:
+    if not rank * np.finfo(dtype).eps / 2 * values[-1] <= UNCERTAIN * left_out:
         return None
     leading = vectors(rank)
     del vectors  # and the space of the Gram matrix with it
-    projected = gemm(1.0, given, leading, trans_a=by_column).T
+    columns, turned = np.empty((n, rank), dtype, "F"), "T" if by_column else "N"
+    routine("gemm", dtype)(turned, "N", n, rank, m, 1.0, given, step, leading, m, 0.0, columns, n)
+    projected = columns.T
     energies = np.einsum("kn,kn->k", projected, projected)
     missed = values[-rank:].sum(dtype=np.float64) - energies.sum(dtype=np.float64)
     if not _orthonormal(leading) or abs(missed) > MISSED * left_out or not energies.min() > 0:
@@ -87,7 +92,7 @@ def by_gram(matrix: np.ndarray, rank: int) -> Pair | None:
 
 
 def _eigen(
-    write_gram: Callable[[np.ndarray], object], like: np.ndarray
+    write_gram: Callable[[np.ndarray], None], like: np.ndarray
 ) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
     """All eigenvalues of a symmetric matrix, ascending, and a function that gives so many of the leading eigenvectors.
 
@@ -99,30 +104,29 @@ def _eigen(
         write_gram: fills the lower triangle of an array of Fortran's order with the matrix.
         like: has as many rows as it, and its type.
     """
-    names = ("sytrd", "sytrd_lwork", "sterf", "stein", "ormqr")
-    sytrd, query, sterf, stein, ormqr = _routines(lapack, like.dtype, *names)
-    size = len(like)
+    size, dtype = len(like), like.dtype
     # One column more: sytrd's reflectors begin one row below the diagonal, ormqr's on it, so that the same memory
     # from a column earlier is what ormqr takes, its first reflector the identity. Nothing is copied.
-    space = np.zeros((size + 1) * size, like.dtype)
+    space = np.zeros((size + 1) * size, dtype)
     shifted, gram = (space[start : start + size * size].reshape(size, size).T for start in (0, size))
     write_gram(gram)
-    _, diagonal, beside, tau, _ = sytrd(gram, lower=1, lwork=int(query(size, lower=1)[0]), overwrite_a=1)
-    values, _ = sterf(diagonal, beside)
+    diagonal, beside, scales, work = (np.zeros(length, dtype) for length in (size, size, size, BLOCK * size))
+    info = np.zeros(1, np.intc)
+    routine("sytrd", dtype)("L", size, gram, size, diagonal, beside, scales[1:], work, len(work), info)
+    values, used = diagonal.copy(), beside.copy()
+    routine("sterf", dtype)(size, values, used, info)
 
     def vectors(count: int) -> np.ndarray:
-        blocks, ends = np.ones(size, np.int32), np.zeros(size, np.int32)
-        ends[0] = size  # one block
-        inner, _ = stein(diagonal, beside, values[-count:], blocks, ends)
-        reflections = np.concatenate([np.zeros(1, like.dtype), tau])
-        return ormqr("L", "N", shifted, reflections, inner, lwork=64 * count, overwrite_c=1)[0]
+        found, failed = np.zeros((size, count), dtype, "F"), np.empty(count, np.intc)
+        block, ends = np.ones(size, np.intc), np.full(size, size, np.intc)  # the whole is one block
+        room = (np.empty(5 * size, dtype), np.empty(size, np.intc), failed, info)
+        routine("stein", dtype)(size, diagonal, beside, count, values[-count:], block, ends, found, size, *room)
+        work = np.empty(BLOCK * count, dtype)
+        given = (shifted, size, scales, found, size, work, len(work), info)
+        routine("ormqr", dtype)("L", "N", size, count, size, *given)
+        return found
 
     return values, vectors
-
-
-def _routines(library: ModuleType, dtype: np.dtype, *names: str) -> list[Callable]:
-    """Routines of one library alone: NumPy has another copy of it, whose idle threads would hold the cores."""
-    return [getattr(library, ("d" if dtype == np.float64 else "s") + name) for name in names]
 
 
 def _orthonormal(vectors: np.ndarray) -> bool:

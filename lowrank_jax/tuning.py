@@ -1,6 +1,7 @@
-"""Times of separable layers on this device, measured once: the fastest program of each, and tables for the planner."""
+"""Times of layers on this device, measured once: the fastest program of each, and tables for the planner."""
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.files import whole_file
-from lowrank_jax.programs import PLAIN, STEPS, Layer, factors, programs
+from lowrank_jax.programs import PLAIN, Layer, factors, programs
 from lowrank_jax.schemes import FACTORS, Separable, max_rank
+from lowrank_jax.steps import STEPS
 from lowrank_jax.throughput import throughput
 from lowrank_jax.uses import KernelUse, Trace
 
@@ -51,17 +53,20 @@ class Timer:
         self.path = None if path is None else Path(path)
         self.times: dict[str, dict[str, float]] = _read(self.path) if self.path and self.path.exists() else {}
 
-    def fastest(self, layer: Layer, scheme: Separable) -> str:
+    def fastest(self, layer: Layer, scheme: Separable | None) -> str:
         """Name of the fastest program of a layer; for `lowrank(apply, programs=timer.fastest)`."""
+        names = programs(layer, None if scheme is None else scheme.rank)
+        if len(names) == 1:
+            return names[0]
         times = {name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE}
         return min(times, key=lambda name: times[name])
 
-    def measure(self, layer: Layer, scheme: Separable, names: Sequence[str] = ()) -> Mapping[str, float]:
-        """Seconds of a layer by the name of the program, with that of the dense layer under "dense".
+    def measure(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> Mapping[str, float]:
+        """Seconds of a layer by the name of the program, with those of the fastest dense one under "dense".
 
         Args:
             layer: the dense layer.
-            scheme: its decomposition.
+            scheme: its decomposition; without one, the programs of the dense layer are measured.
             names: the programs; without them all but those of two steps, and of these two convolutions and the pair
                 of the steps that are fastest alone.
         """
@@ -73,13 +78,19 @@ class Timer:
                 _write(self.path, self.times)
         return self.times[key]
 
-    def _key(self, layer: Layer, scheme: Separable, names: Sequence[str] = ()) -> str:
+    def _key(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> str:
         where = (jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()))
-        return json.dumps([*where, dataclasses.astuple(layer), scheme.rank, scheme.first, *names])
+        how = (scheme.rank, scheme.first) if scheme else (None, None)
+        return json.dumps([*where, dataclasses.astuple(layer), *how, *names])
 
-    def _run(self, layer: Layer, scheme: Separable, names: Sequence[str]) -> dict[str, float]:
+    def _run(self, layer: Layer, scheme: Separable | None, names: Sequence[str]) -> dict[str, float]:
+        x, kernel = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, layer.kernel))
+        dense = {n: (functools.partial(layer.convolve, step=STEPS[n]), x, kernel) for n in programs(layer, None)}
+        if scheme is None:
+            times = self._time(dense)
+            return times | {DENSE: min(times.values())}
         shapes = factors(layer, scheme.rank, scheme.first)
-        x, one, two, dense = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, *shapes, layer.kernel))
+        one, two = (jnp.full(shape, 0.5, layer.dtype) for shape in shapes)
         if not names and len(names := programs(layer, scheme.rank)) > 2:
             best = self._best_steps(layer, scheme, x, one, two)
             names = list(dict.fromkeys([PLAIN, best, *names[len(STEPS) ** 2 :]]))
@@ -87,8 +98,8 @@ class Timer:
         def pair(name: str) -> Any:
             return lambda x, one, two: layer.run(name, scheme.first, x, one, two)
 
-        runs = {name: (pair(name), x, one, two) for name in names}
-        return self._time(runs | {DENSE: (layer.convolve, x, dense)})
+        times = self._time({name: (pair(name), x, one, two) for name in names} | dense)
+        return {name: times[name] for name in names} | {DENSE: min(times[name] for name in dense)}
 
     def _best_steps(self, layer: Layer, scheme: Separable, x: jax.Array, one: jax.Array, two: jax.Array) -> str:
         halves = layer.halves(scheme.first)
@@ -111,7 +122,7 @@ class Timer:
 
 
 def layer_seconds(
-    trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1, dtype: Any = "float32"
+    trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1
 ) -> dict[str, dict[Separable | None, float]]:
     """Times of every layer dense and at a few ranks in both orders: the table for `lowrank_jax.ranks.latency`.
 
@@ -122,11 +133,10 @@ def layer_seconds(
         timer: that measures.
         paths: the layers; without them all that the trace proves safe.
         multiple: ranks are restricted to multiples of it.
-        dtype: type of the computation.
     """
     found: dict[str, dict[Separable | None, float]] = {}
     for path in trace.safe_paths() if paths is None else paths:
-        rows = [_row(Layer.of(use, dtype), timer, _grid(use, multiple)) for use in trace.at(path)]
+        rows = [_row(Layer.of(use), timer, _grid(use, multiple)) for use in trace.at(path)]
         if rows[0]:
             times = list(zip(rows, trace.at(path), strict=True))
             found[path] = {scheme: sum(use.uses * row[scheme] for row, use in times) for scheme in rows[0]}

@@ -26,6 +26,7 @@ class KernelUse:
         bytes: inputs, kernel and outputs of all the uses, each moved once.
         count: "exact", "at most" (in a branch of a ``cond``) or "per iteration" (in a ``while``).
         reason: why the layer cannot be decomposed safely; "" if it can.
+        dtype: type of the inputs of the convolution or product.
     """
 
     path: str
@@ -44,6 +45,7 @@ class KernelUse:
     bytes: int
     count: str = "exact"
     reason: str = ""
+    dtype: str = "float32"
 
     @property
     def weights(self) -> int:

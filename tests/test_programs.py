@@ -1,4 +1,4 @@
-"""The programs of a separable layer compute the same, and `lowrank` runs any of them."""
+"""The programs of a layer, dense or separable, compute the same, and `lowrank` runs any of them."""
 
 import itertools
 
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_jax as lr
-from lowrank_jax.programs import PLAIN, STEPS, Layer, factors, padded, programs, steps
+from lowrank_jax.programs import PLAIN, Layer, dense_step, factors, padded, programs, steps
+from lowrank_jax.steps import STEPS
 
 # Sums of up to 5 * 7 products of order one, in another order: a few units in the last place of the type.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -52,6 +53,11 @@ def test_every_program_computes_the_two_convolutions(size, strides, dilation, pa
         found = (jax.jit(run) if compiled else run)(x, one, two)
         assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
         assert gap(wanted, found) <= TOLERANCE[dtype], name
+    kernel = jnp.asarray(np.random.default_rng(1).standard_normal(own.kernel), dtype)
+    for name in programs(own, None):
+        run = lambda x, kernel, name=name: own.convolve(x, kernel, dense_step(name))  # noqa: E731
+        found = (jax.jit(run) if compiled else run)(x, kernel)
+        assert found.dtype == dtype and gap(own.convolve(x, kernel), found) <= TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("name", ["shift", "gather"])
@@ -74,9 +80,16 @@ def test_steps_take_padding_by_name(padding):
         assert gap(wanted, own.convolve(x, kernel, step, padding=padding)) < 1e-5
 
 
+def test_a_kernel_with_taps_along_both_axes_can_be_gathered_but_not_shifted():
+    own, x = layer(size=(3, 2), strides=(2, 1), padding=((2, 0), (0, 1))), jnp.ones((2, 9, 8, 4))
+    kernel = jax.random.normal(jax.random.key(0), own.kernel)
+    np.testing.assert_array_equal(own.convolve(x, kernel), own.convolve(x, kernel, STEPS["shift"]))
+    assert gap(own.convolve(x, kernel), own.convolve(x, kernel, STEPS["gather"])) < 1e-5
+
+
 def test_layers_with_groups_or_dilated_inputs_have_no_other_steps():
-    assert programs(layer(groups=2), 2) == [PLAIN, "merged"]
-    assert programs(Layer((1, 8, 4), 6, (3,), (1,), ((1, 1),), (1,), (1,)), 2) == [PLAIN, "merged"]
+    for own in (layer(groups=2), Layer((1, 8, 4), 6, (3,), (1,), ((1, 1),), (1,), (1,))):
+        assert programs(own, 2) == [PLAIN, "merged"] and programs(own, None) == ["convolve"]
 
 
 def test_padding_the_rank_changes_nothing_and_is_offered_only_where_it_pads():
@@ -91,6 +104,9 @@ def test_padding_the_rank_changes_nothing_and_is_offered_only_where_it_pads():
 def test_unknown_programs_are_refused_with_those_there_are(name):
     with pytest.raises(ValueError, match=r"convolve, shift, gather"):
         steps(name)
+    if name != "convolve":
+        with pytest.raises(ValueError, match=r"dense layer; give one of convolve, shift, gather"):
+            dense_step(name)
 
 
 def test_a_layer_is_read_from_a_trace_in_any_layout():
@@ -136,14 +152,57 @@ def test_lowrank_runs_the_program_that_is_chosen(name):
 
 
 def test_the_program_of_a_layer_is_the_one_in_the_compiled_text():
-    model, x = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((1, 8, 8, 4))
-    small = {"params": lr.decompose(model.init(jax.random.key(0), x)["params"], {"layers_0": 2})}
+    # In half precision a product is no 1 x 1 convolution, so that what is left can be counted.
+    model, x = nn.Sequential([nn.Conv(8, (3, 3), dtype=jnp.bfloat16)]), jnp.ones((1, 8, 8, 4))
+    dense = model.init(jax.random.key(0), x)
+    small = {"params": lr.decompose(dense["params"], {"layers_0": 2})}
 
-    def convolutions(name: str) -> int:
-        return str(jax.make_jaxpr(lr.lowrank(model.apply, programs=lambda *_: name))(small, x)).count("conv_g")
+    def convolutions(name: str, tree=small) -> int:
+        return str(jax.make_jaxpr(lr.lowrank(model.apply, programs=lambda *_: name))(tree, x)).count("conv_g")
 
     counts = {name: convolutions(name) for name in (PLAIN, "shift+convolve", "gather+shift", "merged")}
     assert counts == {PLAIN: 2, "shift+convolve": 1, "gather+shift": 0, "merged": 1}
+    assert convolutions("convolve", dense) == 1 and convolutions("gather", dense) == 0
+
+
+def test_products_in_float32_are_convolutions_that_xla_makes_products_of():
+    own = layer(size=(1, 1), padding=((0, 0), (0, 0)))
+    x, kernel = jnp.ones(own.inputs), jnp.ones(own.kernel)
+    compiled = jax.jit(lambda x, k: own.convolve(x, k, STEPS["gather"])).lower(x, kernel).compile().as_text()
+    if jax.default_backend() == "cpu":
+        assert " convolution(" not in compiled
+
+
+class Mixed(nn.Module):
+    """A layer that is decomposed, dense ones of every kind, and one with a function of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        x = nn.Conv(8, (3, 3), feature_group_count=2, use_bias=False)(x)
+        x = nn.Conv(8, (3, 3), padding="CIRCULAR")(x)
+        x = nn.Conv(8, (1, 3), strides=(1, 2), mask=jnp.ones((1, 3, 8, 8)))(x)
+        x = nn.Conv(8, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated)(x)
+        x = nn.ConvTranspose(8, (3, 3))(x)
+        return nn.Conv(4, (3, 3))(x[0])
+
+
+def test_dense_layers_are_asked_for_their_program_and_factors_are_not_asked_again():
+    model, x = Mixed(), jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    variables = model.init(jax.random.key(0), x)
+    small = {"params": lr.decompose(variables["params"], {"Conv_0": 3})}
+    asked = []
+
+    def choose(own, scheme):
+        asked.append((own.size, own.groups, own.inputs[0], scheme and scheme.rank))
+        return "gather" if scheme is None else "merged"
+
+    run = lr.lowrank(model.apply, programs=choose)
+    found = run(small, x)
+    assert gap(lr.lowrank(model.apply)(small, x), found) < 1e-5
+    wanted = [((3, 3), 1, 2, 3), ((3, 3), 2, 2, None), ((1, 3), 1, 2, None), ((3, 3), 1, 1, None)]
+    assert asked == wanted
+    assert gap(found, jax.jit(run)(small, x)) < 1e-5 and gap(model.apply(variables, x), run(variables, x)) < 1e-5
 
 
 def test_gradients_pass_through_every_program():
@@ -156,3 +215,8 @@ def test_gradients_pass_through_every_program():
     wanted = jax.grad(loss)((one, two), PLAIN)
     for name, index in itertools.product(programs(own, 3), (0, 1)):
         assert gap(wanted[index], jax.grad(loss)((one, two), name)[index]) < 1e-4, name
+    kernel = jnp.ones(own.kernel)
+    whole = [
+        jax.grad(lambda k, n=n: jnp.sum(own.convolve(x, k, STEPS[n]) ** 2))(kernel) for n in ("convolve", "gather")
+    ]
+    assert gap(*whole) < 1e-4

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lowrank_jax.compiling import candidate_options, training_options
+from lowrank_jax.compiling import _known, candidate_options, training_options
 from lowrank_jax.throughput import Throughput, compile_fastest, throughput
 
 
@@ -40,6 +40,10 @@ def test_the_fastest_program_computes_the_function():
 def test_a_measurement_without_meaning_is_refused(bad):
     with pytest.raises(ValueError, match="throughput needs"):
         throughput(**({"programs": {"a": lambda: None}, "items": 1, "rounds": 2} | bad))
+
+
+def test_options_that_this_xla_does_not_know_are_no_candidates():
+    assert _known({}) and not _known({"xla_no_such_option": "1"})
 
 
 @pytest.mark.parametrize("options", [*candidate_options(), training_options()])

@@ -51,6 +51,16 @@ def test_what_is_measured_are_programs_that_the_layer_has():
     assert all(seconds > 0 for seconds in times.values())
 
 
+def test_the_programs_of_a_dense_layer_are_measured_too_and_one_program_needs_no_measuring():
+    timer = Timer(rounds=2)
+    times = timer.measure(LAYER, None)
+    assert set(times) == {*programs(LAYER, None), DENSE} and times[DENSE] == min(times.values())
+    assert timer.fastest(LAYER, None) == min(programs(LAYER, None), key=lambda name: times[name])
+    known = len(timer.times)
+    groups = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), groups=2)
+    assert timer.fastest(groups, None) == "convolve" and len(timer.times) == known
+
+
 def test_times_are_kept_in_a_file_and_read_by_another_timer(tmp_path, monkeypatch):
     path = tmp_path / "times.json"
     first = Timer(rounds=2, path=path)
@@ -90,6 +100,15 @@ def test_the_table_has_dense_and_both_orders_and_no_rank_that_costs_more_weights
     assert all(scheme.rank % 4 == 0 and uses.at("Conv_1")[0].weights_at(scheme) <= 5 * 5 * 8 * 8 for scheme in schemes)
 
 
+def test_the_table_is_of_the_type_that_the_program_computes_in():
+    model, x = nn.Conv(6, (3, 3), dtype=jnp.bfloat16), jnp.ones((2, 8, 8, 4))
+    uses = lr.trace(model.apply, model.init(jax.random.key(0), x), x)
+    assert uses[0].dtype == "bfloat16"
+    timer = Timer(rounds=2)
+    layer_seconds(uses, timer)
+    assert timer.times and all('"bfloat16"' in key for key in timer.times)
+
+
 def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
     model, variables, images = net
     uses = lr.trace(model.apply, variables, images)
@@ -109,13 +128,36 @@ def test_slices_give_the_outputs_of_the_whole_batch(net, size, jitted):
     np.testing.assert_allclose(found, model.apply(variables, images), atol=1e-6)
 
 
-def test_fast_runs_any_batch_and_says_what_it_tried(net):
+class Named(Timer):
+    """Finds these programs the fastest without measuring."""
+
+    dense, low = "gather", "shift+gather"
+
+    def fastest(self, layer, scheme):
+        return self.dense if scheme is None else self.low
+
+
+class Usual(Named):
+    dense, low = "convolve", PLAIN
+
+
+@pytest.mark.parametrize("timers", [lambda o: Timer(o, rounds=2), Named])
+def test_fast_runs_any_batch_and_says_what_it_tried(net, timers):
     model, _, images = net
-    run = fast(model.apply, small(net), images, slices=(2,), timers=lambda o: Timer(o, rounds=2), rounds=2)
-    wanted = lr.lowrank(model.apply)(small(net), images)
-    np.testing.assert_allclose(run(small(net), images), wanted, atol=1e-5)
-    np.testing.assert_allclose(run(small(net), images[:3]), wanted[:3], atol=1e-5)
-    assert any("slices of 2" in name for name in run.seconds) and any("programs" in name for name in run.seconds)
+    tree = {**net[1], "params": lr.decompose(net[1]["params"], {"Conv_1": 3})}
+    run = fast(model.apply, tree, images, slices=(2,), timers=timers, rounds=2)
+    wanted = lr.lowrank(model.apply)(tree, images)
+    np.testing.assert_allclose(run(tree, images), wanted, atol=1e-5)
+    np.testing.assert_allclose(run(tree, images[:3]), wanted[:3], atol=1e-5)
+    assert any("slices of 2" in name for name in run.seconds)
+    if timers is Named:
+        assert any("programs" in name for name in run.seconds)
+
+
+def test_fast_does_not_run_a_table_of_plain_convolutions_again(net):
+    model, variables, images = net
+    run = fast(model.apply, variables, images, slices=(), timers=Usual, rounds=2)
+    assert not any("programs" in name for name in run.seconds) and run.programs == {}
 
 
 def test_fast_leaves_out_ways_that_change_the_outputs(net):

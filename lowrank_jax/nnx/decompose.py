@@ -7,8 +7,8 @@ from flax import nnx
 from lowrank_jax.decompose import Ranks, check_kernel, choose, find_layer
 from lowrank_jax.matricize import AXES
 from lowrank_jax.nnx.layers import Layers, Users, find_layers, groups_of, refusal, swap
-from lowrank_jax.nnx.separable import SeparableConv, factor, merged, pair, separate, whole
-from lowrank_jax.schemes import Separable
+from lowrank_jax.nnx.separable import SeparableConv, as_variables, merged, pair, separate, whole
+from lowrank_jax.schemes import Separable, factor_all
 from lowrank_jax.trace import trace as trace_program
 from lowrank_jax.uses import Trace
 
@@ -41,9 +41,11 @@ def decompose(model: Model, ranks: Ranks | None = None, trace: Trace | None = No
     model = nnx.clone(model)
     layers, users = find_layers(model)
     new: dict[int, nnx.Module] = {}
-    for path, scheme in find_schemes(layers, users, ranks, trace).items():
-        kernel = layers[find_layer(path, layers)].kernel
-        factors = factor(kernel, scheme)
+    schemes = find_schemes(layers, users, ranks, trace)
+    kernels = [layers[find_layer(path, layers)].kernel for path in schemes]
+    pairs = factor_all(list(schemes.values()), [kernel.get_value() for kernel in kernels])
+    for kernel, scheme, pair_ in zip(kernels, schemes.values(), pairs, strict=True):
+        factors = as_variables(kernel, pair_)
         new |= {id(conv): separate(conv, scheme.first, factors, conv.bias) for _, conv in users[id(kernel)]}
     return swap(model, new)
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from lowrank_jax.matricize import AXES
 from lowrank_jax.nnx.layers import SPLIT, clone_layer
-from lowrank_jax.schemes import FACTORS, Separable, merge
+from lowrank_jax.schemes import FACTORS, merge
 from lowrank_jax.separable import split_options
 
 
@@ -35,9 +35,8 @@ def pair(layer: SeparableConv) -> tuple[Any, Any]:
     return one, two
 
 
-def factor(kernel: nnx.Variable, scheme: Separable) -> list[nnx.Variable]:
+def as_variables(kernel: nnx.Variable, factors: tuple[jax.Array, jax.Array]) -> list[nnx.Variable]:
     """The factors as variables of the kernel's own kind, of which the axis between is on no axis of a mesh."""
-    factors = scheme.factor(kernel.get_value())
     if mesh := kernel.get_metadata().get("out_sharding"):
         mesh = (*mesh, *[None] * (factors[0].ndim - len(mesh)))
         meshes = ((*mesh[:-1], None), (*mesh[:-2], None, mesh[-1]))

@@ -1,0 +1,39 @@
+"""Jobs of the host side by side on its cores."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
+
+
+def side_by_side(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], cores: int | None = None) -> list[T]:
+    """Runs jobs and returns their results in order; each on one core where there are enough of them, else in turn.
+
+    Much of a decomposition cannot use more than one core, so that two layers on a core each take less time than one
+    after the other on both. The largest starts first. As many run as the others can keep up with the largest, which
+    also bounds the memory: what they hold together is under the sum of all.
+
+    Args:
+        jobs: functions without arguments that leave Python's lock free while they compute.
+        sizes: how large each is.
+        cores: to use; without it those that this process may.
+    """
+    cores = cores or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    workers = min(cores, int(sum(sizes) / max(sizes, default=1) - 0.5))
+    if workers < 2:
+        return [job() for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: -sizes[index])
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        futures = {index: pool.submit(jobs[index]) for index in order}
+        return [futures[index].result() for index in range(len(jobs))]
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The numerical libraries of this process; to find them takes longer than a small decomposition."""
+    return ThreadpoolController()
