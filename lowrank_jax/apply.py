@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from lowrank_jax.decompose import PAIRS, factored_layers, reconstruct
-from lowrank_jax.factored import SPLIT, Choose, has_own_function, run_dense, run_factored
+from lowrank_jax.factored import SPLIT, has_own_function, run_dense, run_factored
+from lowrank_jax.programs import Choose
 from lowrank_jax.schemes import FACTORS
 from lowrank_jax.trace import trace
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank_jax.matricize import AXES
-from lowrank_jax.programs import PLAIN, Layer, dense_step, fuse, padded, steps
+from lowrank_jax.programs import PLAIN, Choose, Layer, chosen, fuse, padded, steps
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import per_axis, split_options
 
@@ -18,19 +18,16 @@ from lowrank_jax.separable import per_axis, split_options
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
          nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
 
-Choose = Callable[[Layer, Separable | None], str]
 _CHOSEN = {"conv_general_dilated": jax.lax.conv_general_dilated}
 
 
 def run_dense(layer: Any, call: Callable, inputs: jax.Array, programs: Choose | None) -> jax.Array:
     """Runs a convolution layer that has its kernel; ``call`` is its own way to do so."""
-    size = _size(layer)
-    own = _described(layer, size, inputs) if programs and not has_own_function(layer) else None
-    step = dense_step(programs(own, None)) if programs and own else jax.lax.conv_general_dilated
-    if step is jax.lax.conv_general_dilated:
+    if programs is None or type(layer) is not nn.Conv or has_own_function(layer):
         return call(inputs)
-    other = layer.clone(parent=None, name=None, conv_general_dilated=step)
-    return other.apply({"params": layer.variables["params"]}, inputs)
+    other = layer.clone(parent=None, name=None, conv_general_dilated=chosen(programs))
+    outputs: Any = other.apply({"params": layer.variables["params"]}, inputs)
+    return outputs
 
 
 def run_factored(
@@ -83,13 +80,13 @@ def _described(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> Layer | 
     own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
     if type(layer) is not nn.Conv or own or inputs.ndim < 1 + len(size):
         return None
-    cuts = _cuts(layer, size, inputs)
+    own_cuts = cuts(layer, size, inputs)
     shape = (math.prod(inputs.shape[: -1 - len(size)]), *inputs.shape[-1 - len(size) :])
     dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
-    return Layer(shape, layer.features, size, *cuts, layer.feature_group_count, dtype)
+    return Layer(shape, layer.features, size, *own_cuts, layer.feature_group_count, dtype)
 
 
-def _cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:
+def cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:
     """Strides, padding as numbers, dilation of the kernel and of the inputs, one entry for each spatial axis."""
     names = ("strides", "kernel_dilation", "input_dilation")
     strides, dilation, spread = (per_axis(name, getattr(layer, name), len(size)) for name in names)

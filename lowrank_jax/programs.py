@@ -21,6 +21,7 @@ from lowrank_jax.separable import split_options
 from lowrank_jax.steps import STEPS
 from lowrank_jax.uses import KernelUse
 
+Choose = Callable[["Layer", Separable | None], str]  # the program of a layer; None for the scheme if it is dense
 PLAIN = "convolve+convolve"
 MULTIPLE = 8  # of the rank, in the program "padded"
 
@@ -155,6 +156,25 @@ def dense_step(program: str) -> Callable:
     if program not in STEPS:
         raise ValueError(f"The program {program!r} is not known for a dense layer; give one of {', '.join(STEPS)}.")
     return STEPS[program]
+
+
+def chosen(choose: Choose) -> Callable:
+    """A function with the arguments of ``jax.lax.conv_general_dilated``, channels last, by which a dense layer runs
+    the program that is chosen for it."""
+
+    def convolve(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+        size, ones = kernel.shape[:-2], (1,) * (kernel.ndim - 2)
+        dilation, spread = (tuple(options.get(name) or ones) for name in ("rhs_dilation", "lhs_dilation"))
+        if isinstance(padding, str):
+            reach, extent = ([(n - 1) * d + 1 for n, d in zip(*pair, strict=True)] for pair in
+                             ((size, dilation), (inputs.shape[1:-1], spread)))  # fmt: skip
+            padding = jax.lax.padtype_to_pads(extent, reach, strides, padding)
+        cuts = (tuple(strides), tuple(map(tuple, padding)), dilation, spread)
+        groups, dtype = options.get("feature_group_count", 1), jnp.result_type(inputs, kernel).name
+        layer = Layer(inputs.shape, kernel.shape[-1], size, *cuts, groups, dtype)
+        return dense_step(choose(layer, None))(inputs, kernel, strides, padding, **options)
+
+    return convolve
 
 
 def padded(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,7 +41,7 @@ def gap(a, b) -> float:
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_every_program_computes_the_two_convolutions(size, strides, dilation, padding, first, dtype, compiled):
     if any(n + sum(p) < (k - 1) * d + 1 for n, p, k, d in zip((9, 8), padding, size, dilation, strict=True)):
         return  # no output at all
@@ -200,8 +200,8 @@ def test_dense_layers_are_asked_for_their_program_and_factors_are_not_asked_agai
     run = lr.lowrank(model.apply, programs=choose)
     found = run(small, x)
     assert gap(lr.lowrank(model.apply)(small, x), found) < 1e-5
-    wanted = [((3, 3), 1, 2, 3), ((3, 3), 2, 2, None), ((1, 3), 1, 2, None), ((3, 3), 1, 1, None)]
-    assert asked == wanted
+    dense = [((3, 3), 2, 2, None), ((3, 3), 1, 2, None), ((1, 3), 1, 2, None), ((3, 3), 1, 1, None)]
+    assert asked == [((3, 3), 1, 2, 3), *dense]
     assert gap(found, jax.jit(run)(small, x)) < 1e-5 and gap(model.apply(variables, x), run(variables, x)) < 1e-5
 
 
