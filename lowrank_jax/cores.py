@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
+_LIMITED = threading.Lock()  # two that set the library's cores at once would each restore what the other had set
 
 
 def side_by_side(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], cores: int | None = None) -> list[T]:
@@ -28,7 +30,7 @@ def side_by_side(jobs: Sequence[Callable[[], T]], sizes: Sequence[int], cores: i
     if workers < 2:
         return [job() for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -sizes[index])
-    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with _LIMITED, _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         futures = {index: pool.submit(jobs[index]) for index in order}
         return [futures[index].result() for index in range(len(jobs))]
 

@@ -13,6 +13,7 @@ from lowrank_jax.matricize import AXES
 from lowrank_jax.programs import PLAIN, Choose, Layer, chosen, fuse, padded, steps
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import per_axis, split_options
+from lowrank_jax.steps import padding_as_numbers
 
 # Arguments with one entry for each spatial axis.
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
@@ -91,9 +92,8 @@ def cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, t
     names = ("strides", "kernel_dilation", "input_dilation")
     strides, dilation, spread = (per_axis(name, getattr(layer, name), len(size)) for name in names)
     if isinstance(layer.padding, str):
-        reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-        extent = [(n - 1) * d + 1 for n, d in zip(inputs.shape[-1 - len(size) : -1], spread, strict=True)]
-        return strides, tuple(jax.lax.padtype_to_pads(extent, reach, strides, layer.padding)), dilation, spread
+        extent = inputs.shape[-1 - len(size) : -1]
+        return strides, padding_as_numbers(layer.padding, extent, size, strides, dilation, spread), dilation, spread
     pads = per_axis("padding", layer.padding, len(size))
     return strides, tuple((p, p) if isinstance(p, Integral) else tuple(p) for p in pads), dilation, spread
 

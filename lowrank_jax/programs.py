@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lowrank_jax.matricize import AXES
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import split_options
-from lowrank_jax.steps import STEPS
+from lowrank_jax.steps import STEPS, padding_as_numbers
 from lowrank_jax.uses import KernelUse
 
 Choose = Callable[["Layer", Separable | None], str]  # the program of a layer; None for the scheme if it is dense
@@ -159,19 +159,18 @@ def dense_step(program: str) -> Callable:
 
 
 def chosen(choose: Choose) -> Callable:
-    """A function with the arguments of ``jax.lax.conv_general_dilated``, channels last, by which a dense layer runs
-    the program that is chosen for it."""
+    """A convolution that runs by the program chosen for its layer when its inputs are known.
+
+    Takes the arguments of ``jax.lax.conv_general_dilated``, channels last, so that a Flax layer can have it as its
+    own function.
+    """
 
     def convolve(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
         size, ones = kernel.shape[:-2], (1,) * (kernel.ndim - 2)
         dilation, spread = (tuple(options.get(name) or ones) for name in ("rhs_dilation", "lhs_dilation"))
-        if isinstance(padding, str):
-            reach, extent = ([(n - 1) * d + 1 for n, d in zip(*pair, strict=True)] for pair in
-                             ((size, dilation), (inputs.shape[1:-1], spread)))  # fmt: skip
-            padding = jax.lax.padtype_to_pads(extent, reach, strides, padding)
-        cuts = (tuple(strides), tuple(map(tuple, padding)), dilation, spread)
+        pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation, spread)
         groups, dtype = options.get("feature_group_count", 1), jnp.result_type(inputs, kernel).name
-        layer = Layer(inputs.shape, kernel.shape[-1], size, *cuts, groups, dtype)
+        layer = Layer(inputs.shape, kernel.shape[-1], size, tuple(strides), pads, dilation, spread, groups, dtype)
         return dense_step(choose(layer, None))(inputs, kernel, strides, padding, **options)
 
     return convolve

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ class _Cut:
 
     axis: int
     taps: int
-    padding: tuple[int, ...]
+    padding: tuple[int, int]
     dilation: int
     stride: int
     outputs: int
@@ -77,12 +77,30 @@ def _cuts(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, opti
     plain = options.get("feature_group_count", 1) == 1 and set(options.get("lhs_dilation") or (1,)) == {1}
     if len(size) != 2 or not plain:
         return []
+    pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation)
     reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-    pads = jax.lax.padtype_to_pads(inputs.shape[1:-1], reach, strides, padding) if isinstance(padding, str) else padding
     outputs = [(inputs.shape[1 + i] + sum(pads[i]) - reach[i]) // strides[i] + 1 for i in (0, 1)]
     if min(min(pair) for pair in pads) < 0 or min(outputs) < 1:
         return []
-    return [_Cut(1 + i, size[i], tuple(pads[i]), dilation[i], strides[i], outputs[i]) for i in (0, 1)]
+    return [_Cut(1 + i, size[i], pads[i], dilation[i], strides[i], outputs[i]) for i in (0, 1)]
+
+
+def padding_as_numbers(
+    padding: Any, extent: Sequence[int], size: Sequence[int], strides: Any, dilation: Any, input_dilation: Any = None
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) for each spatial axis, of a padding that may be "SAME" or "VALID".
+
+    Args:
+        padding: a name or pairs.
+        extent, size: of the inputs and of the kernel along each spatial axis.
+        strides, dilation, input_dilation: one entry for each spatial axis; 1 without the last.
+    """
+    if not isinstance(padding, str):
+        return tuple((before, after) for before, after in padding)
+    spread = input_dilation or (1,) * len(size)
+    pairs = ((extent, spread), (size, dilation))
+    whole, reach = ([(n - 1) * d + 1 for n, d in zip(*pair, strict=True)] for pair in pairs)
+    return tuple(jax.lax.padtype_to_pads(whole, reach, strides, padding))
 
 
 def _product(x: jax.Array, matrix: jax.Array, options: dict[str, Any]) -> jax.Array:

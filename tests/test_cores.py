@@ -57,6 +57,16 @@ def test_each_job_has_one_core_and_afterwards_the_library_has_all_again():
     assert all(set(threads) == {1} for threads in found) and blas_threads() == before
 
 
+def test_threads_that_decompose_at_once_leave_the_library_its_cores():
+    before = blas_threads()
+    calls = [threading.Thread(target=side_by_side, args=([lambda: time.sleep(0.005)] * 6, [1] * 6, 2)) for _ in "abc"]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert blas_threads() == before
+
+
 def test_an_error_in_a_job_is_raised_and_the_library_has_its_cores_again():
     before = blas_threads()
     with pytest.raises(ZeroDivisionError):

@@ -54,7 +54,7 @@ def images():
 RANKS = {"first": 3, "twice": lr.Separable(4, first="horizontal"), "grouped": lr.Separable(2, groups=2), "up": 3}
 
 
-@pytest.mark.parametrize("name", [PLAIN, "shift+gather", "gather+shift", "padded", "merged"])
+@pytest.mark.parametrize("name", [PLAIN, "shift+gather", "gather+shift", "padded", "merged", "fused"])
 @pytest.mark.parametrize("jitted", [False, True])
 def test_every_program_gives_the_outputs_of_two_convolutions(model, images, name, jitted):
     small, asked = decompose(model, RANKS), []

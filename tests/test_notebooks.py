@@ -24,7 +24,13 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 SHAPES = [(8, 32, 32, 64), (1, 10), (16, 10), (16, 10)]  # of the logits
 
 
-@pytest.mark.parametrize("example, shape", list(zip(EXAMPLES, SHAPES, strict=True)))
+def examples():
+    """The README's examples with their shapes; those that measure take longer."""
+    pairs = zip(EXAMPLES, SHAPES, strict=True)
+    return [pytest.param(*pair, marks=pytest.mark.slow if "Timer" in pair[0] else ()) for pair in pairs]
+
+
+@pytest.mark.parametrize("example, shape", examples())
 def test_the_readmes_examples_run(example, shape, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one writes a file
     scope: dict = {}
