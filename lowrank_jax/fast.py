@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
+from lowrank_jax.jaxprs import coarsest_eps
 from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
 from lowrank_jax.throughput import throughput
@@ -56,8 +57,8 @@ def fast(
 
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
-    under each set that came close, the fastest program of each layer. A way whose outputs are not those of the plain
-    program, to rounding, is dropped; such a network mixes its images.
+    under each set and at its best slice, the fastest program of each layer. A way whose outputs are not those of the
+    plain program, to rounding, is dropped; such a network mixes its images.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -101,20 +102,22 @@ def search(
     sizes = [None, *(size for size in slices if 0 < size < len(images))]
     ways = [(index, size) for index in range(len(candidate_options())) for size in sizes]
     plain = {_name(way): _compiled(network(None), way) for way in ways}
-    seconds = _race(plain, (variables, images), rounds)
+    args = (variables, images)
+    tolerance = coarsest_eps(jax.make_jaxpr(network(None))(*args)) ** 0.5
+    seconds = _race(plain, args, rounds, tolerance)
 
     tables: dict[str, Mapping[tuple[Layer, Separable | None], str]] = {name: {} for name in plain}
-    for way in _close(ways, seconds):
+    for way in _best_of_each(ways, seconds):
         choose = _Table(timers(candidate_options()[way[0]]))
         run = _compiled(network(choose), way)
-        run.eval_shape(variables, images)  # fills the table
+        run.eval_shape(*args)  # fills the table
         if set(choose.names.values()) - {PLAIN, "convolve"}:
             name = f"{_name(way)}, programs"
             plain[name], tables[name] = run, choose.names
     if len(plain) > len(ways):
         near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
-        seconds |= _race({first: near[first]} | near, (variables, images), rounds)
+        seconds |= _race({first: near[first]} | near, args, rounds, tolerance)
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
     return Fast(plain[best], candidate_options()[index], size, tables[best], seconds)
@@ -133,15 +136,13 @@ class _Table:
         return self.names[key]
 
 
-def _close(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[Way]:
-    """The best way of each set of compiler options that came close to the fastest."""
-    found = []
-    for index in dict.fromkeys(index for index, _ in ways):
-        own = [way for way in ways if way[0] == index and _name(way) in seconds]
-        best = min(own, key=lambda way: seconds[_name(way)], default=None)
-        if best and seconds[_name(best)] <= CLOSE * min(seconds.values()):
-            found.append(best)
-    return found
+def _best_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[Way]:
+    """The fastest way under each set of compiler options: which is best with other programs is not known yet."""
+    known = [way for way in ways if _name(way) in seconds]
+    best: dict[int, Way] = {}
+    for way in sorted(known, key=lambda way: seconds[_name(way)]):
+        best.setdefault(way[0], way)
+    return list(best.values())
 
 
 def _compiled(network: Callable, way: Way) -> Any:
@@ -172,13 +173,13 @@ def in_slices(apply: Callable, size: int | None) -> Callable:
     return run
 
 
-def _race(runs: Mapping[str, Callable], args: tuple, rounds: int) -> dict[str, float]:
+def _race(runs: Mapping[str, Callable], args: tuple, rounds: int, tolerance: float) -> dict[str, float]:
     """Medians in seconds. Two rounds of all leave those that are close, which run on.
 
     The first function tells the outputs; those that give others are left out.
     """
     base, *_ = outputs = {name: run(*args) for name, run in runs.items()}
-    agree = [name for name, y in outputs.items() if _agree(outputs[base], y)]
+    agree = [name for name, y in outputs.items() if _agree(outputs[base], y, tolerance)]
     calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in agree}
     heat = throughput(calls, items=1, rounds=2, least=LEAST).seconds
     times = {name: min(values) for name, values in heat.items()}
@@ -187,17 +188,18 @@ def _race(runs: Mapping[str, Callable], args: tuple, rounds: int) -> dict[str, f
     return times | {name: statistics.median(values) for name, values in final.items()}
 
 
-def _agree(wanted: Any, found: Any) -> bool:
-    """Equal to rounding: to the root of the precision of the type, in the Euclidean norm of each array."""
+def _agree(wanted: Any, found: Any, tolerance: float) -> bool:
+    """Equal to rounding: within a tolerance in the Euclidean norm of each array.
+
+    The tolerance is the root of the precision of the coarsest type in the program. What sums in another order differs
+    by a few units of that precision in every layer; what is computed from other images differs altogether.
+    """
     shapes, others = (jax.tree.map(lambda y: (y.shape, y.dtype), tree) for tree in (wanted, found))
     if shapes != others:
         return False
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
-    return all(
-        jnp.linalg.norm((a - b).astype(jnp.float32))
-        <= jnp.finfo(a.dtype).eps ** 0.5 * jnp.linalg.norm(a.astype(jnp.float32))
-        for a, b in pairs
-    )
+    wide = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
+    return all(jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(a) for a, b in wide)
 
 
 def _name(way: Way) -> str:

@@ -1,9 +1,10 @@
 """The program of a forward pass, and the programs inside its equations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def traced(apply: Callable, variables: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list, dict[int, Any]]:
@@ -33,3 +34,22 @@ def programs(params: dict[str, Any]) -> list[Any]:
 def opened(program: Any) -> Any:
     """A jaxpr without its constants, whichever of the two a JAX generation stores."""
     return getattr(program, "jaxpr", program)
+
+
+def coarsest_eps(program: Any) -> float:
+    """The machine epsilon of the coarsest floating type that a program computes in; 0 if it computes in none.
+
+    Example:
+        >>> coarsest_eps(jax.make_jaxpr(lambda x: x.astype("bfloat16").sum().astype("float32"))(1.0))
+        0.0078125
+    """
+    types = {var.aval.dtype for var in _results(opened(program)) if hasattr(var.aval, "dtype")}
+    floating = [dtype for dtype in types if jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
+
+
+def _results(program: Any) -> Iterator[Any]:
+    for eqn in program.eqns:
+        yield from eqn.outvars
+        for inner in programs(eqn.params):
+            yield from _results(inner)

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 import lowrank_jax as lr
+from lowrank_jax.compiling import candidate_options
 from lowrank_jax.fast import fast, in_slices
 from lowrank_jax.options import options
 from lowrank_jax.programs import PLAIN, Layer, programs
@@ -169,6 +170,23 @@ def test_fast_leaves_out_ways_that_change_the_outputs(net):
 
     run = fast(apply, variables, images, slices=(2,), rounds=2)
     assert run.size is None and not any("slices" in name for name in run.seconds)
+
+
+def test_ways_are_compared_in_the_precision_that_the_network_computes_in(net):
+    """Outputs in float32 of layers in bfloat16 differ by the rounding of those."""
+    layers = [nn.Conv(8, (3, 3), dtype=jnp.bfloat16), nn.Conv(8, (3, 3), dtype=jnp.bfloat16)]
+    model = nn.Sequential([*layers, lambda x: x.astype(jnp.float32)])
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
+    variables = model.init(jax.random.key(0), images)
+    run = fast(model.apply, variables, images, slices=(2,), timers=Named, rounds=2)
+    assert sum("programs" in name for name in run.seconds) == len(candidate_options())
+
+
+def test_fast_takes_outputs_that_are_no_floats(net):
+    model, variables, images = net
+    classes = lambda variables, images: model.apply(variables, images).argmax(-1)  # noqa: E731
+    run = fast(classes, variables, images, slices=(2,), timers=Usual, rounds=2)
+    assert run(variables, images).dtype == jnp.int32
 
 
 def test_fast_takes_bfloat16(net):
