@@ -1,7 +1,6 @@
 """The fastest way to run a whole network on this device, found by measuring the ways there are."""
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ from lowrank_jax.compiling import candidate_options
 from lowrank_jax.jaxprs import coarsest_eps
 from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
-from lowrank_jax.throughput import throughput
+from lowrank_jax.throughput import CLOSE, race
 from lowrank_jax.tuning import LEAST, Timer
 
 SLICES = (8, 16, 32, 64)
-CLOSE = 1.3  # times the fastest: within it a way is measured on, because noise or other programs could make it first
+MOST = 30.0  # seconds of the last runs of a comparison
 Way = tuple[int, int | None]  # index of the compiler options, size of the slices
 
 
@@ -174,18 +173,11 @@ def in_slices(apply: Callable, size: int | None) -> Callable:
 
 
 def _race(runs: Mapping[str, Callable], args: tuple, rounds: int, tolerance: float) -> dict[str, float]:
-    """Medians in seconds. Two rounds of all leave those that are close, which run on.
-
-    The first function tells the outputs; those that give others are left out.
-    """
+    """Seconds of the functions; those that do not give the outputs of the first one are left out."""
     base, *_ = outputs = {name: run(*args) for name, run in runs.items()}
     agree = [name for name, y in outputs.items() if _agree(outputs[base], y, tolerance)]
     calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in agree}
-    heat = throughput(calls, items=1, rounds=2, least=LEAST).seconds
-    times = {name: min(values) for name, values in heat.items()}
-    near = {name: call for name, call in calls.items() if times[name] <= CLOSE * min(times.values())}
-    final = throughput(near, items=1, rounds=rounds, least=LEAST).seconds
-    return times | {name: statistics.median(values) for name, values in final.items()}
+    return race(calls, rounds, LEAST, MOST)
 
 
 def _agree(wanted: Any, found: Any, tolerance: float) -> bool:

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from lowrank_jax.compiling import candidate_options
 
+LAPPED = 3.0  # times the fastest: slower programs run once
+CLOSE = 1.3  # times the fastest: within it noise or another program beside it could make a program first
 Program = Callable[[], Any]
 
 
@@ -100,6 +102,41 @@ def throughput(
             elif least > elapsed:
                 repeats[str(key)] = math.ceil(least / elapsed)
     return Throughput(items, seconds)
+
+
+def race(
+    programs: Mapping[str, Program], rounds: int, least: float = 0.0, seconds: float = math.inf
+) -> dict[str, float]:
+    """Seconds of each program; only those that can be the fastest run often.
+
+    After one run each, those up to `LAPPED` times the fastest run twice more, in turn, and of these those up to
+    `CLOSE` times the fastest as often as is asked. Medians of the last runs of each.
+
+    Args:
+        programs: as in `throughput`.
+        rounds: last runs of each program, at least 2.
+        least: seconds of a turn, as in `throughput`.
+        seconds: that the last runs may take together; there are fewer of them, but 2, where they are long.
+
+    Example:
+        >>> times = race({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, rounds=2)
+        >>> times["short"] < times["long"]
+        True
+    """
+    times = {name: _once(program, least) for name, program in programs.items()}
+    for margin in (LAPPED, CLOSE):
+        near = {name: call for name, call in programs.items() if times[name] <= margin * min(times.values())}
+        fitting = int(seconds / sum(times[name] for name in near)) if margin == CLOSE and seconds < math.inf else rounds
+        count = max(2, min(rounds, fitting)) if margin == CLOSE else 2
+        found = throughput(near, items=1, rounds=count, warmup=int(least > 0), least=least).seconds
+        times |= {name: statistics.median(values) for name, values in found.items()}
+    return times
+
+
+def _once(program: Program, least: float) -> float:
+    program()
+    elapsed = _mean(program, 1)
+    return elapsed if elapsed >= least else _mean(program, math.ceil(least / elapsed))
 
 
 def _mean(program: Program, repeats: int) -> float:

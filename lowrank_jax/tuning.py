@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from lowrank_jax.files import whole_file
 from lowrank_jax.programs import PLAIN, Layer, factors, programs
 from lowrank_jax.schemes import FACTORS, Separable, max_rank
 from lowrank_jax.steps import STEPS
-from lowrank_jax.throughput import throughput
+from lowrank_jax.throughput import race
 from lowrank_jax.uses import KernelUse, Trace
 
 DENSE = "dense"
-LEAST = 0.01  # seconds of a turn: shorter ones are mostly noise
+LEAST, MOST = 0.01, 2.0  # seconds: shorter turns are mostly noise, longer comparisons are not worth it
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
 
 
@@ -32,7 +31,7 @@ class Timer:
 
     Args:
         options: compiler options, as of ``jax.jit``; one of `lowrank_jax.compiling.candidate_options`.
-        rounds: runs of each program that are counted; their median is taken.
+        rounds: runs of each program that is close to the fastest; their median is taken.
         path: JSON file to start from and to keep up to date; measured times of other devices in it stay.
 
     Raises:
@@ -118,8 +117,7 @@ class Timer:
             compiled = jax.jit(fn, compiler_options=self.options).lower(*args).compile()
             return lambda: jax.block_until_ready(compiled(*args))
 
-        found = throughput({name: bind(*run) for name, run in runs.items()}, items=1, rounds=self.rounds, least=LEAST)
-        return {name: statistics.median(seconds) for name, seconds in found.seconds.items()}
+        return race({name: bind(*run) for name, run in runs.items()}, self.rounds, LEAST, MOST)
 
 
 def layer_seconds(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lowrank_jax.compiling import _known, candidate_options, training_options
-from lowrank_jax.throughput import Throughput, compile_fastest, throughput
+from lowrank_jax.throughput import Throughput, compile_fastest, race, throughput
 
 
 def test_programs_run_in_turn_and_warm_up_is_not_counted():
@@ -65,3 +65,26 @@ def test_short_programs_run_several_times_in_a_turn_and_their_mean_counts():
     found = throughput({"short": short}, items=1, rounds=2, least=0.02)
     assert len(runs) > 1 + 2 * 5  # one run to see how long it takes, then two turns
     assert all(0.001 <= seconds < 0.01 for seconds in found.seconds["short"])
+
+
+def test_in_a_race_only_the_fast_run_often():
+    runs = dict.fromkeys(("first", "second", "lapped"), 0)
+
+    def program(name, seconds):
+        def run():
+            runs[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    programs = {"first": program("first", 0.01), "second": program("second", 0.02), "lapped": program("lapped", 0.1)}
+    times = race(programs, rounds=9)
+    assert runs == {"first": 2 + 2 + 9, "second": 2 + 2, "lapped": 2}
+    assert times["first"] < times["second"] < times["lapped"] and 0.1 <= times["lapped"] < 0.2
+    assert race({"only": program("first", 0.0)}, rounds=2, least=0.001).keys() == {"only"}
+
+
+def test_a_race_of_long_programs_has_fewer_rounds():
+    runs = []
+    race({name: lambda: runs.append(time.sleep(0.01)) for name in "ab"}, rounds=100, seconds=0.1)
+    assert len(runs) <= 2 * (2 + 2 + 5)
