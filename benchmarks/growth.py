@@ -127,7 +127,7 @@ def point(kind: str, size: int, rounds: int, seed: int) -> dict:
 def run_point(kind: str, size: int, rounds: int, seed: int, threads: int) -> dict:
     """The same in a process of its own, as a row."""
     command = [sys.executable, str(Path(__file__).resolve()), "--point", kind, str(size)]
-    command += ["--rounds", str(rounds), "--seed", str(seed)]
+    command += ["--rounds", str(rounds), "--seed", str(seed), "--threads", str(threads)]
     env = os.environ | {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -195,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--point", nargs=2, metavar=("KIND", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.point:
+        if hasattr(os, "sched_setaffinity"):  # `decompose` takes all cores that it may, whatever the libraries' threads
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         print(json.dumps(point(args.point[0], int(args.point[1]), args.rounds, args.seed)))
         return
     rows = []
