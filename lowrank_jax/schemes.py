@@ -126,9 +126,12 @@ def factor_all(schemes: Sequence[Separable], kernels: Sequence[jax.Array]) -> li
         scheme.check(kernel.shape, "Separable")
         given: Any = np.asarray(kernel) if where else kernel
         jobs.append(functools.partial(scheme._factors, given, jnp.promote_types(kernel.dtype, jnp.float32)))
+
+    def place(index: int, pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        return jax.device_put(pair, where) if (where := places[index]) else pair
+
     cores = None if all(places) else 1  # what JAX traces belongs to this thread
-    pairs = side_by_side(jobs, [kernel.size for kernel in kernels], cores)
-    return [jax.device_put(pair, where) if where else pair for pair, where in zip(pairs, places, strict=True)]
+    return side_by_side(jobs, [kernel.size for kernel in kernels], place, cores)
 
 
 def on_one_device(array: jax.Array) -> jax.sharding.Sharding | None:

@@ -1,7 +1,9 @@
 """Jobs side by side on the cores, and the routines that leave Python's lock free for them."""
 
+import gc
 import threading
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,10 @@ from lowrank_jax.cores import side_by_side
 from lowrank_jax.schemes import factor_all
 
 
+def keep(index, result):
+    return result
+
+
 def blas_threads() -> list[int]:
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
@@ -25,7 +31,8 @@ def blas_threads() -> list[int]:
 @settings(max_examples=30, deadline=None)
 def test_results_come_in_the_order_of_the_jobs(sizes, cores):
     jobs = [lambda index=index: index for index in range(len(sizes))]
-    assert side_by_side(jobs, sizes, cores) == list(range(len(sizes)))
+    found = side_by_side(jobs, sizes, lambda index, result: (index, result), cores)
+    assert found == [(index, index) for index in range(len(sizes))]
 
 
 def test_the_largest_starts_first_and_no_more_run_than_there_are_cores():
@@ -41,25 +48,49 @@ def test_the_largest_starts_first_and_no_more_run_than_there_are_cores():
             running[0] -= 1
 
     sizes = [1, 2, 3, 5, 4, 3]
-    side_by_side([lambda i=i: job(i) for i in range(6)], sizes, 2)
+    side_by_side([lambda i=i: job(i) for i in range(6)], sizes, keep, 2)
     assert started[0] == 3 and most[0] == 2
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [5, 1, 1], [5, 5]])
 def test_jobs_that_cannot_keep_up_with_the_largest_run_in_turn_in_this_thread(sizes):
-    found = side_by_side([threading.current_thread] * len(sizes), sizes, 8)
+    found = side_by_side([threading.current_thread] * len(sizes), sizes, keep, 8)
     assert found == [threading.current_thread()] * len(sizes)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_results_are_handed_on_in_this_thread_and_not_kept(cores):
+    class Result:
+        pass
+
+    made, threads = [], []
+
+    def job():
+        result = Result()
+        made.append(weakref.ref(result))
+        return result
+
+    def then(index, result):
+        threads.append(threading.current_thread())
+        return index
+
+    assert side_by_side([job] * 8, [1] * 8, then, cores) == list(range(8))
+    gc.collect()
+    assert len(made) == 8 and not any(ref() for ref in made)
+    assert set(threads) == {threading.current_thread()}
 
 
 def test_each_job_has_one_core_and_afterwards_the_library_has_all_again():
     before = blas_threads()
-    found = side_by_side([blas_threads] * 4, [1] * 4, 2)
+    found = side_by_side([blas_threads] * 4, [1] * 4, keep, 2)
     assert all(set(threads) == {1} for threads in found) and blas_threads() == before
 
 
 def test_threads_that_decompose_at_once_leave_the_library_its_cores():
     before = blas_threads()
-    calls = [threading.Thread(target=side_by_side, args=([lambda: time.sleep(0.005)] * 6, [1] * 6, 2)) for _ in "abc"]
+    calls = [
+        threading.Thread(target=side_by_side, args=([lambda: time.sleep(0.005)] * 6, [1] * 6, keep, 2)) for _ in "abc"
+    ]
     for call in calls:
         call.start()
     for call in calls:
@@ -70,7 +101,7 @@ def test_threads_that_decompose_at_once_leave_the_library_its_cores():
 def test_an_error_in_a_job_is_raised_and_the_library_has_its_cores_again():
     before = blas_threads()
     with pytest.raises(ZeroDivisionError):
-        side_by_side([lambda: 1 // 0] * 4, [1] * 4, 2)
+        side_by_side([lambda: 1 // 0] * 4, [1] * 4, keep, 2)
     assert blas_threads() == before
 
 
