@@ -113,7 +113,9 @@ def describe(own: Fast) -> dict[str, Any]:
         f"{layer.inputs} {layer.kernel} {f'rank {scheme.rank}' if scheme else 'dense'}": how
         for (layer, scheme), how in own.programs.items()
     }
-    return {"options": dict(own.options), "slice": own.size, "programs": programs, "tried_s": dict(own.seconds)}
+    pools = {f"{pool.kind} {pool.inputs} {pool.window}": how for pool, how in own.pools.items()}
+    found = {"options": dict(own.options), "slice": own.size, "programs": programs, "pools": pools}
+    return found | {"tried_s": dict(own.seconds)}
 
 
 def compare(ours: Any, theirs: list[float], dtype: str, name: str) -> None:

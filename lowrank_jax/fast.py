@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
 from lowrank_jax.jaxprs import coarsest_eps
+from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
 from lowrank_jax.throughput import CLOSE, race
@@ -28,8 +29,9 @@ class Fast:
         run: the function, under ``jax.jit``; takes any batch.
         options: compiler options.
         size: images that run through the network at a time; None for all of them.
-        programs: layers, with their scheme or None if dense, to the names of their programs; empty if plain
-            convolutions were faster everywhere.
+        programs: layers, with their scheme or None if dense, to the names of their programs; empty if the plain
+            network was faster.
+        pools: poolings to the names of their programs; empty in the same case.
         seconds: what was tried to the median of its time on the images given.
     """
 
@@ -37,6 +39,7 @@ class Fast:
     options: Mapping[str, Any]
     size: int | None
     programs: Mapping[tuple[Layer, Separable | None], str]
+    pools: Mapping[Pool, str]
     seconds: Mapping[str, float]
 
     def __call__(self, variables: Any, images: Any) -> Any:
@@ -56,8 +59,9 @@ def fast(
 
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
-    under each set and at its best slice, the fastest program of each layer. A way whose outputs are not those of the
-    plain program, to rounding, is dropped; such a network mixes its images.
+    under each set and at its best slice, the fastest program of each layer and of each pooling (slices, or XLA's loop
+    over the windows). A way whose outputs are not those of the plain program, to rounding, is dropped; such a network
+    mixes its images.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -103,37 +107,50 @@ def search(
     ways = [(index, size) for index in range(len(candidate_options())) for size in sizes]
     plain = {_name(way): _compiled(network(None), way) for way in ways}
     args = (variables, images)
-    tolerance = coarsest_eps(jax.make_jaxpr(network(None))(*args)) ** 0.5
+    program = jax.make_jaxpr(network(None))(*args)
+    tolerance = coarsest_eps(program) ** 0.5
     seconds = _race(plain, args, rounds, tolerance)
 
-    tables: dict[str, Mapping[tuple[Layer, Separable | None], str]] = {name: {} for name in plain}
+    tables: dict[str, _Table] = {}
     for way in _best_of_each(ways, seconds):
-        choose = _Table(timers(candidate_options()[way[0]]))
-        run = _compiled(network(choose), way)
+        table = _Table(timers(candidate_options()[way[0]]))
+        chosen = pooled(network(table), table.pool) if any(pools(program)) else network(table)
+        run = _compiled(chosen, way)
         run.eval_shape(*args)  # fills the table
-        if set(choose.names.values()) - {PLAIN, "convolve"}:
+        if table.differs:
             name = f"{_name(way)}, programs"
-            plain[name], tables[name] = run, choose.names
+            plain[name], tables[name] = run, table
     if len(plain) > len(ways):
         near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
         seconds |= _race({first: near[first]} | near, args, rounds, tolerance)
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
-    return Fast(plain[best], candidate_options()[index], size, tables[best], seconds)
+    names, own = (tables[best].names, tables[best].pools) if best in tables else ({}, {})
+    return Fast(plain[best], candidate_options()[index], size, names, own, seconds)
 
 
 class _Table:
     """The programs that a timer chose, as they are asked for while a network is traced."""
 
     def __init__(self, timer: Timer) -> None:
-        self.timer, self.names = timer, dict[tuple[Layer, Separable | None], str]()
+        self.timer, self.names, self.pools = timer, dict[tuple[Layer, Separable | None], str](), dict[Pool, str]()
 
     def __call__(self, layer: Layer, scheme: Separable | None) -> str:
         key = layer, scheme
         if key not in self.names:
             self.names[key] = self.timer.fastest(layer, scheme)
         return self.names[key]
+
+    def pool(self, pool: Pool) -> str:
+        if pool not in self.pools:
+            self.pools[pool] = self.timer.fastest_pool(pool)
+        return self.pools[pool]
+
+    @property
+    def differs(self) -> bool:
+        """Whether some program is not that of the plain network."""
+        return bool({*self.names.values(), *self.pools.values()} - {PLAIN, "convolve", POOLS[0]})
 
 
 def _best_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[Way]:

@@ -13,7 +13,8 @@ def shift(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **op
     """A convolution along one axis as one product to the channels of all taps, then a sum of shifted slices.
 
     Takes the arguments of ``jax.lax.conv_general_dilated``, channels last, and is that function where the kernel has
-    taps along more than one axis, groups or dilated inputs. Sums in float32 or wider.
+    taps along more than one axis, groups or dilated inputs, or where it is such a product already. Sums in float32 or
+    wider.
     """
     cuts = _cuts(inputs, kernel, strides, padding, options)
     moved = [cut for cut in cuts if not cut.idle]
@@ -30,7 +31,8 @@ def gather(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **o
     """A convolution as one product with shifted copies of the inputs side by side, one for each tap.
 
     Takes the arguments of ``jax.lax.conv_general_dilated``, channels last with two spatial axes, and is that function
-    where there are groups, dilated inputs or other axes. Sums in float32 or wider.
+    where there are groups, dilated inputs or other axes, or where it is such a product already. Sums in float32 or
+    wider.
     """
     cuts = _cuts(inputs, kernel, strides, padding, options)
     if not cuts:
@@ -82,7 +84,8 @@ def _cuts(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, opti
     outputs = [(inputs.shape[1 + i] + sum(pads[i]) - reach[i]) // strides[i] + 1 for i in (0, 1)]
     if min(min(pair) for pair in pads) < 0 or min(outputs) < 1:
         return []
-    return [_Cut(1 + i, size[i], pads[i], dilation[i], strides[i], outputs[i]) for i in (0, 1)]
+    cuts = [_Cut(1 + i, size[i], pads[i], dilation[i], strides[i], outputs[i]) for i in (0, 1)]
+    return [] if all(cut.idle for cut in cuts) and _product_as_convolution(inputs, kernel) else cuts
 
 
 def padding_as_numbers(
@@ -106,11 +109,19 @@ def padding_as_numbers(
 def _product(x: jax.Array, matrix: jax.Array, options: dict[str, Any]) -> jax.Array:
     """The product over the channels, (batch, height, width, channels) by (channels, features), in float32 or wider."""
     wide, precision = jnp.promote_types(jnp.result_type(x, matrix), jnp.float32), options.get("precision")
-    if jax.default_backend() == "cpu" and x.dtype == matrix.dtype == wide:
-        # XLA's CPU compiler makes the same product of it, but later than of a product of arrays: loops that are fused
-        # with a reshaped array ran up to twice as long. In half precision only a product is run by its fast kernels.
+    if _product_as_convolution(x, matrix):
         names = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
             x, matrix[None, None], (1, 1), "VALID", dimension_numbers=names, precision=precision
         )
     return jnp.matmul(x, matrix, precision=precision, preferred_element_type=wide)
+
+
+def _product_as_convolution(x: jax.Array, weights: jax.Array) -> bool:
+    """Whether a 1x1 convolution is the better form of a product.
+
+    XLA's CPU compiler makes the same product of it, but later than of a product of arrays: loops that are fused with
+    a reshaped array ran up to twice as long. In half precision only a product is run by its fast kernels.
+    """
+    wide = jnp.promote_types(jnp.result_type(x, weights), jnp.float32)
+    return jax.default_backend() == "cpu" and x.dtype == weights.dtype == wide

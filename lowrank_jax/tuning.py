@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.files import whole_file
+from lowrank_jax.pools import POOLS, Pool
 from lowrank_jax.programs import PLAIN, Layer, factors, programs
 from lowrank_jax.schemes import FACTORS, Separable, max_rank
 from lowrank_jax.steps import STEPS
@@ -69,18 +70,32 @@ class Timer:
             names: the programs; without them all but those of two steps, and of these two convolutions and the pair
                 of the steps that are fastest alone.
         """
-        key = self._key(layer, scheme, names)
+        return self._known(self._key(layer, scheme, names), lambda: self._run(layer, scheme, names))
+
+    def fastest_pool(self, pool: Pool) -> str:
+        """Name of the fastest program of a pooling, for `lowrank_jax.pools.pooled`."""
+
+        def run() -> dict[str, float]:
+            x = jnp.full(pool.inputs, 0.5, pool.dtype)
+            return self._time({name: (functools.partial(pool.run, name), x) for name in POOLS})
+
+        times = self._known(self._line(dataclasses.astuple(pool)), run)
+        return min(times, key=lambda name: times[name])
+
+    def _known(self, key: str, run: Callable[[], dict[str, float]]) -> Mapping[str, float]:
         if key not in self.times:
             with jax.ensure_compile_time_eval():  # works while a program that asks for it is being traced, too
-                self.times[key] = self._run(layer, scheme, names)
+                self.times[key] = run()
             if self.path:
                 _write(self.path, self.times)
         return self.times[key]
 
     def _key(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> str:
-        where = (jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()))
         how = (scheme.rank, scheme.first) if scheme else (None, None)
-        return json.dumps([*where, dataclasses.astuple(layer), *how, *names])
+        return self._line(dataclasses.astuple(layer), *how, *names)
+
+    def _line(self, *what: Any) -> str:
+        return json.dumps([jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()), *what])
 
     def _run(self, layer: Layer, scheme: Separable | None, names: Sequence[str]) -> dict[str, float]:
         x, kernel = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, layer.kernel))
@@ -113,11 +128,17 @@ class Timer:
         return "+".join(best)
 
     def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
-        def bind(fn: Any, *args: Any) -> Any:
-            compiled = jax.jit(fn, compiler_options=self.options).lower(*args).compile()
+        """Seconds of functions with their arguments; those that are the same program run once."""
+        lowered = {name: jax.jit(fn, compiler_options=self.options).lower(*args) for name, (fn, *args) in runs.items()}
+        text = {name: each.as_text() for name, each in lowered.items()}
+        same = {name: next(other for other in text if text[other] == text[name]) for name in text}
+
+        def bind(name: str) -> Callable:
+            compiled, args = lowered[name].compile(), runs[name][1:]
             return lambda: jax.block_until_ready(compiled(*args))
 
-        return race({name: bind(*run) for name, run in runs.items()}, self.rounds, LEAST, MOST)
+        times = race({name: bind(name) for name in dict.fromkeys(same.values())}, self.rounds, LEAST, MOST)
+        return {name: times[first] for name, first in same.items()}
 
 
 def layer_seconds(
