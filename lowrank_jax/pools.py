@@ -62,11 +62,13 @@ class Pool:
 
         Slices are compared or summed in float32 or wider, because XLA's CPU compiler rounds after every operation in
         half precision, which is slow as well.
+
+        Raises:
+            ValueError: the program is unknown.
         """
         operation, start = (jax.lax.max, -jnp.inf) if self.kind == "max" else (jax.lax.add, 0.0)
         if program == "window":
-            empty = jnp.asarray(start, x.dtype)
-            return jax.lax.reduce_window(x, empty[()], operation, self.window, self.strides, self.padding)
+            return jax.lax.reduce_window(x, start, operation, self.window, self.strides, self.padding)
         if program != "slices":
             raise ValueError(f"The program {program!r} of a pooling is not known; give one of {', '.join(POOLS)}.")
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

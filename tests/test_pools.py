@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.fast import fast
-from lowrank_jax.pools import Pool, pooled, pools
+from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.tuning import Timer
 
 KINDS = st.sampled_from(["max", "sum"])
@@ -95,10 +95,12 @@ def test_a_network_with_slices_gives_its_own_outputs(jit):
     assert inner.count("reduce_window") == 1  # that of the loop
 
 
-def test_gradients_go_through_slices():
+@pytest.mark.parametrize("program", POOLS)
+@pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
+def test_gradients_go_through_both_programs(pool, program):
     x = random((1, 6, 6, 2))
-    loss = lambda x: (nn.max_pool(jnp.sin(x), (3, 3), (2, 2), "SAME") ** 2).sum()  # noqa: E731
-    np.testing.assert_allclose(jax.grad(pooled(loss, slices))(x), jax.grad(loss)(x), rtol=1e-5)
+    loss = lambda x: (pool(jnp.sin(x), (3, 3), (2, 2), "SAME") ** 2).sum()  # noqa: E731
+    np.testing.assert_allclose(jax.grad(pooled(loss, lambda pool: program))(x), jax.grad(loss)(x), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
