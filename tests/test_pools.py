@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowrank_jax import nnx as lrx
 from lowrank_jax.fast import fast
 from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.tuning import Timer
@@ -154,3 +156,12 @@ def test_fast_runs_poolings_by_slices_where_they_are_faster():
     np.testing.assert_array_equal(run({}, images), model.apply({}, images))
     assert set(run.pools.values()) == {"slices"}  # ten times faster here
     assert "programs" in min(run.seconds, key=lambda name: run.seconds[name])
+
+
+def test_an_nnx_model_runs_its_poolings_by_slices():
+    conv, images = nnx.Conv(3, 32, (3, 3), rngs=nnx.Rngs(0), dtype="bfloat16"), random((32, 32, 32, 3))
+    model = nnx.Sequential(conv, lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME"))
+    run = lrx.fast(model, images, slices=(), timers=Slices, rounds=2)
+    found, wanted = (np.asarray(y, np.float32) for y in (run(nnx.state(model), images), model(images)))
+    np.testing.assert_allclose(found, wanted, rtol=0.03, atol=0.03)  # kernels of XLA's two sets in half precision
+    assert set(run.pools.values()) == {"slices"}
