@@ -114,8 +114,8 @@ def describe(own: Fast) -> dict[str, Any]:
         for (layer, scheme), how in own.programs.items()
     }
     pools = {f"{pool.kind} {pool.inputs} {pool.window}": how for pool, how in own.pools.items()}
-    found = {"options": dict(own.options), "slice": own.size, "programs": programs, "pools": pools}
-    return found | {"tried_s": dict(own.seconds)}
+    facts = {"options": dict(own.options), "slice": own.size, "tried_s": dict(own.seconds)}
+    return facts | {"programs": programs, "pools": pools}
 
 
 def compare(ours: Any, theirs: list[float], dtype: str, name: str) -> None:

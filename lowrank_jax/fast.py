@@ -120,7 +120,7 @@ def search(
         if table.differs:
             name = f"{_name(way)}, programs"
             plain[name], tables[name] = run, table
-    if len(plain) > len(ways):
+    if tables:
         near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
         seconds |= _race({first: near[first]} | near, args, rounds, tolerance)

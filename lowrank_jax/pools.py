@@ -16,7 +16,6 @@ from lowrank_jax.jaxprs import opened, programs
 POOLS = ("window", "slices")
 MOST_PLACES = 64  # of a window; each is one slice of the program
 _KINDS = {"reduce_window_max": "max", "reduce_window_sum": "sum"}
-_JITS = ("jit", "pjit")  # the name before and since jax 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def pools(program: Any) -> Iterator[Pool]:
     for eqn in opened(program).eqns:
         if pool := Pool.of(eqn):
             yield pool
-        elif eqn.primitive.name in _JITS:
+        elif eqn.primitive.name == "jit":
             yield from (pool for inner in programs(eqn.params) for pool in pools(inner))
 
 
@@ -135,7 +134,7 @@ def _evaluate(program: Any, inputs: list, choose: Callable[[Pool], str]) -> list
 def _run(eqn: Any, inputs: list, choose: Callable[[Pool], str]) -> list:
     if pool := Pool.of(eqn):
         return [pool.run(choose(pool), *inputs)]
-    if eqn.primitive.name in _JITS and any(pools(eqn.params["jaxpr"])):
+    if eqn.primitive.name == "jit" and any(pools(eqn.params["jaxpr"])):
         return _evaluate(eqn.params["jaxpr"], inputs, choose)
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))

@@ -130,14 +130,14 @@ class Timer:
     def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
         """Seconds of functions with their arguments; those that are the same program run once."""
         lowered = {name: jax.jit(fn, compiler_options=self.options).lower(*args) for name, (fn, *args) in runs.items()}
-        text = {name: each.as_text() for name, each in lowered.items()}
-        same = {name: next(other for other in text if text[other] == text[name]) for name in text}
+        seen: dict[str, str] = {}
+        same = {name: seen.setdefault(program.as_text(), name) for name, program in lowered.items()}
 
         def bind(name: str) -> Callable:
             compiled, args = lowered[name].compile(), runs[name][1:]
             return lambda: jax.block_until_ready(compiled(*args))
 
-        times = race({name: bind(name) for name in dict.fromkeys(same.values())}, self.rounds, LEAST, MOST)
+        times = race({name: bind(name) for name in seen.values()}, self.rounds, LEAST, MOST)
         return {name: times[first] for name, first in same.items()}
 
 

@@ -17,6 +17,11 @@ from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.tuning import Timer
 
 KINDS = st.sampled_from(["max", "sum"])
+TOLERANCES = {
+    "float32": {"rtol": 1e-6, "atol": 1e-6},
+    "bfloat16": {"rtol": 0.03, "atol": 0.02},
+    "float16": {"rtol": 4e-3, "atol": 0.02},
+}
 PADS = st.sampled_from([(0, 0), (0, 1), (1, 1), (2, 0), (-1, 0)])
 
 
@@ -32,15 +37,8 @@ def window(x, **dilation):
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "SAME", **dilation)
 
 
-def parameters(dtype):
-    return {
-        "rtol": {"float32": 1e-6, "bfloat16": 0.03, "float16": 4e-3}[dtype],
-        "atol": 0.02 if dtype != "float32" else 1e-6,
-    }
-
-
 @settings(max_examples=40, deadline=None)
-@given(KINDS, st.integers(1, 4), st.integers(1, 3), PADS, PADS, st.sampled_from(["float32", "bfloat16", "float16"]))
+@given(KINDS, st.integers(1, 4), st.integers(1, 3), PADS, PADS, st.sampled_from(list(TOLERANCES)))
 def test_slices_give_what_windows_give(kind, size, stride, rows, columns, dtype):
     pool = Pool((2, 7, 6, 3), (1, size, 2, 1), (1, stride, 1, 1), ((0, 0), rows, columns, (0, 0)), kind, dtype)
     x = random(pool.inputs, dtype)
@@ -49,7 +47,7 @@ def test_slices_give_what_windows_give(kind, size, stride, rows, columns, dtype)
     if kind == "max":
         assert (one == two).all()  # a maximum is one of its numbers
     else:  # XLA sums half precision in half precision: up to 8 numbers with a rounding after each
-        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, two)), **parameters(dtype))
+        np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (one, two)), **TOLERANCES[dtype])
 
 
 def test_nan_and_infinity_go_through():
@@ -124,10 +122,8 @@ def test_what_slices_cannot_give_stays_as_it_is(fn):
 
 
 def test_a_pooling_is_measured_once_and_kept(tmp_path, monkeypatch):
-    pool, path = (
-        Pool((2, 8, 8, 4), (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (0, 1), (0, 1), (0, 0)), "max"),
-        tmp_path / "t.json",
-    )
+    pool = Pool((2, 8, 8, 4), (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (0, 1), (0, 1), (0, 0)), "max")
+    path = tmp_path / "t.json"
     timer = Timer(rounds=2, path=path)
     best = timer.fastest_pool(pool)
     (times,) = timer.times.values()
@@ -148,10 +144,8 @@ class Slices(Timer):
 
 
 def test_fast_runs_poolings_by_slices_where_they_are_faster():
-    model, images = (
-        nn.Sequential([lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME")]),
-        random((64, 32, 32, 32), "bfloat16"),
-    )
+    model = nn.Sequential([lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME")])
+    images = random((64, 32, 32, 32), "bfloat16")
     run = fast(model.apply, {}, images, slices=(), timers=Slices, rounds=2)
     np.testing.assert_array_equal(run({}, images), model.apply({}, images))
     assert set(run.pools.values()) == {"slices"}  # ten times faster here
