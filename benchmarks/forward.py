@@ -1,10 +1,11 @@
 """Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a table.
 
 python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [--batches 1 32 256]
-    [--dtypes float32 bfloat16] [--out benchmarks/results/forward.json]
+    [--dtypes float32 bfloat16] [--keep-memory] [--out benchmarks/results/forward.json]
 
 Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under plain ``jax.jit``;
 PyTorch runs eager, channels_last, in processes of its own. All take turns. Outputs are compared before.
+With --keep-memory no process, PyTorch's included, gives freed memory back to the system.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from turns import Worker, quartiles, ratios, repeated, take_turns, write
 
-from lowrank_jax import decompose, lowrank, trace
+from lowrank_jax import decompose, keep_memory, lowrank, trace
 from lowrank_jax.experiment import PAPER_RANKS
 from lowrank_jax.fast import Fast, fast
 from lowrank_jax.models import NIN, CifarResNet
@@ -31,6 +32,7 @@ from lowrank_jax.models.imagenet import VGG16, ResNet50
 from lowrank_jax.tuning import Timer
 from lowrank_jax.uses import Trace
 
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
 VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
 RIVAL = Path(__file__).with_name("rival_torch.py")
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of outputs: rounding through up to 50 layers
@@ -65,7 +67,7 @@ def flat(variables: Any) -> dict[str, np.ndarray]:
     return {"/".join(path[1:]): np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
 
 
-def row(name: str, batch: int, dtype: str, python: str | None, times: str | None, budget: float) -> dict:
+def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
     """All programs of one network, batch and type, in turn."""
     make, rival, side, choose = NETWORKS[name]
     model = make(dtype=None if dtype == "float32" else dtype)
@@ -78,27 +80,28 @@ def row(name: str, batch: int, dtype: str, python: str | None, times: str | None
     programs: dict[str, tuple[Callable, int]] = {}
     with ExitStack() as stack:
         for kind, tree in {"dense": dense, "low-rank": low}.items():
-            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=times))
+            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=args.times))
             plain = jax.jit(lowrank(model.apply))
             facts[f"fast, {kind}"] = describe(own)
             for how, run in (("fast", own), ("jit", plain)):
                 once = lambda run=run, tree=tree: jax.block_until_ready(run(tree, images))  # noqa: E731
                 programs[f"{how}, {kind}"] = repeated(once)
-            if python:
-                worker = stack.enter_context(pytorch(python, rival, dtype, tree, images))
+            if args.torch_python:
+                env = KEPT if args.keep_memory else {}
+                worker = stack.enter_context(pytorch(args.torch_python, rival, dtype, tree, images, env))
                 compare(plain(tree, images), worker.facts["outputs"], dtype, name)
                 programs[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
-        turns = in_turn({key: run for key, (run, _) in programs.items()}, budget)
+        turns = in_turn({key: run for key, (run, _) in programs.items()}, args.seconds)
     seconds = {key: [value / programs[key][1] for value in values] for key, values in turns.items()}
     return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
 
 
-def pytorch(python: str, rival: str, dtype: str, tree: Any, images: jax.Array) -> Worker:
+def pytorch(python: str, rival: str, dtype: str, tree: Any, images: jax.Array, env: dict[str, str]) -> Worker:
     """The worker of a network; it has read its weights when it is ready."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "weights.npz")
         np.savez(weights, images=np.asarray(images), **flat(tree))
-        return Worker([python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype])
+        return Worker([python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype], env=env)
 
 
 def in_turn(programs: dict[str, Callable], budget: float) -> dict[str, list[float]]:
@@ -150,14 +153,17 @@ def main() -> None:
     parser.add_argument("--times", help="JSON file that keeps the measured times of layers")
     parser.add_argument("--seconds", type=float, default=20, help="of the counted rounds of a row, 3 to 15 rounds")
     parser.add_argument("--largest", type=int, default=32, help="largest batch of the networks with 224 pixels")
+    parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
     args = parser.parse_args()
+    if args.keep_memory and not keep_memory():
+        parser.error("--keep-memory: this C library has no such settings; leave it out")
     rows: list[dict] = []
     for name in args.networks:
         for dtype in args.dtypes:
             for batch in args.batches:
                 if NETWORKS[name][2] == 224 and batch > args.largest:
                     continue
-                rows.append(row(name, batch, dtype, args.torch_python, args.times, args.seconds))
+                rows.append(row(name, batch, dtype, args))
                 print(summary(rows[-1:])[0], flush=True)
                 write(args.out, "forward", rows, seed=0, notes=summary(rows), cores=os.cpu_count())
 

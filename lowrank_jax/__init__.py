@@ -1,5 +1,6 @@
 """Low-rank compression of pretrained Flax convolutional networks."""
 
+from lowrank_jax.allocator import keep_memory as keep_memory
 from lowrank_jax.apply import lowrank as lowrank
 from lowrank_jax.budget import Budget as Budget
 from lowrank_jax.checkpoint import load_weights as load_weights
