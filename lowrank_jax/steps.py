@@ -22,7 +22,7 @@ def shift(inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **op
         return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
     cut, (channels, features) = (moved or cuts)[0], kernel.shape[-2:]
     flat = kernel.reshape(-1, channels, features).transpose(1, 0, 2).reshape(channels, -1)
-    spread = cut.pad(_product(inputs, flat, options))
+    spread = _product(cut.pad(inputs), flat, options)  # the product has the channels of all taps to pad
     parts = [cut.tap(spread, i)[..., i * features : (i + 1) * features] for i in range(cut.taps)]
     return sum(parts[1:], parts[0]).astype(jnp.result_type(inputs, kernel))
 
@@ -65,7 +65,9 @@ class _Cut:
         return (self.taps, self.stride, self.padding) == (1, 1, (0, 0))
 
     def pad(self, x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [self.padding if axis == self.axis else (0, 0) for axis in range(x.ndim)])
+        """The array with zeros before and after, joined to it: XLA's CPU loop for a padding asks at each element."""
+        zeros = [jnp.zeros((*x.shape[: self.axis], n, *x.shape[self.axis + 1 :]), x.dtype) for n in self.padding]
+        return jnp.concatenate([zeros[0], x, zeros[1]], self.axis) if any(self.padding) else x
 
     def tap(self, x: jax.Array, index: int) -> jax.Array:
         start = index * self.dilation
