@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from turns import Worker, quartiles, ratios, repeated, take_turns, write
 
 from lowrank_jax import decompose, keep_memory, lowrank, trace
+from lowrank_jax.allocator import SETTINGS
 from lowrank_jax.experiment import PAPER_RANKS
 from lowrank_jax.fast import Fast, fast
 from lowrank_jax.models import NIN, CifarResNet
@@ -32,7 +33,7 @@ from lowrank_jax.models.imagenet import VGG16, ResNet50
 from lowrank_jax.tuning import Timer
 from lowrank_jax.uses import Trace
 
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
+KEPT = {name: str(value) for name, (_, value) in SETTINGS.items()}
 VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
 RIVAL = Path(__file__).with_name("rival_torch.py")
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of outputs: rounding through up to 50 layers

@@ -2,7 +2,8 @@
 
 import ctypes
 
-_SETTINGS = {-4: 0, -1: 2**31 - 1, -8: 1}  # of mallopt(3): M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+# Of mallopt(3): the name as an environment variable to the number and the value.
+SETTINGS = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1), "MALLOC_ARENA_MAX": (-8, 1)}
 
 
 def keep_memory() -> bool:
@@ -28,4 +29,4 @@ def keep_memory() -> bool:
         return False
     if not (hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version")):
         return False
-    return all(library.mallopt(setting, value) for setting, value in _SETTINGS.items())
+    return all(library.mallopt(setting, value) for setting, value in SETTINGS.values())
