@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.agreement import agree, rounding
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
-from lowrank_jax.jaxprs import coarsest_eps
 from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
@@ -60,8 +60,8 @@ def fast(
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
     under each set and at its best slice, the fastest program of each layer and of each pooling (slices, or XLA's loop
-    over the windows). A way whose outputs are not those of the plain program, to rounding, is dropped; such a network
-    mixes its images.
+    over the windows). A way whose outputs are not those of the plain program, to rounding, is dropped: the network
+    mixes its images, or a kernel that XLA calls is wrong for some shape.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -108,7 +108,7 @@ def search(
     plain = {_name(way): _compiled(network(None), way) for way in ways}
     args = (variables, images)
     program = jax.make_jaxpr(network(None))(*args)
-    tolerance = coarsest_eps(program) ** 0.5
+    tolerance = rounding(program)
     seconds = _race(plain, args, rounds, tolerance)
 
     tables: dict[str, _Table] = {}
@@ -193,23 +193,9 @@ def in_slices(apply: Callable, size: int | None) -> Callable:
 def _race(runs: Mapping[str, Callable], args: tuple, rounds: int, tolerance: float) -> dict[str, float]:
     """Seconds of the functions; those that do not give the outputs of the first one are left out."""
     base, *_ = outputs = {name: run(*args) for name, run in runs.items()}
-    agree = [name for name, y in outputs.items() if _agree(outputs[base], y, tolerance)]
-    calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in agree}
+    right = [base, *(name for name, y in outputs.items() if name != base and agree(outputs[base], y, tolerance))]
+    calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in right}
     return race(calls, rounds, LEAST, MOST)
-
-
-def _agree(wanted: Any, found: Any, tolerance: float) -> bool:
-    """Equal to rounding: within a tolerance in the Euclidean norm of each array.
-
-    The tolerance is the root of the precision of the coarsest type in the program. What sums in another order differs
-    by a few units of that precision in every layer; what is computed from other images differs altogether.
-    """
-    shapes, others = (jax.tree.map(lambda y: (y.shape, y.dtype), tree) for tree in (wanted, found))
-    if shapes != others:
-        return False
-    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
-    wide = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
-    return all(jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(a) for a, b in wide)
 
 
 def _name(way: Way) -> str:

@@ -5,7 +5,9 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
+from lowrank_jax.agreement import agree
 from lowrank_jax.compiling import _known, candidate_options, training_options
 from lowrank_jax.throughput import Throughput, compile_fastest, race, throughput
 
@@ -88,3 +90,35 @@ def test_a_race_of_long_programs_has_fewer_rounds():
     runs = []
     race({name: lambda: runs.append(time.sleep(0.01)) for name in "ab"}, rounds=100, seconds=0.1)
     assert len(runs) <= 2 * (2 + 2 + 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", candidate_options()[1:])
+def test_every_candidate_option_computes_the_same_convolutions(options, dtype):
+    model = nn.Sequential([
+        nn.Conv(16, (3, 1), dtype=dtype), nn.Conv(24, (1, 3), strides=(1, 2), dtype=dtype), nn.gelu,
+        nn.Conv(8, (3, 3), kernel_dilation=2, padding="VALID", dtype=dtype), nn.relu,
+        nn.Conv(16, (3, 5), feature_group_count=8, padding=((0, 2), (3, 1)), dtype=dtype),
+        nn.ConvTranspose(4, (2, 2), strides=(2, 2), dtype=dtype), nn.Conv(3, (1, 1), dtype=dtype),
+    ])  # fmt: skip
+    images = jax.random.normal(jax.random.key(0), (3, 12, 15, 3))
+    variables = model.init(jax.random.key(1), images)
+    wanted, found = (jax.jit(model.apply, compiler_options=o)(variables, images) for o in ({}, options))
+    # seven layers, each rounded to the type
+    assert agree(wanted, found, tolerance=20 * float(jnp.finfo(dtype).eps))
+
+
+def test_a_program_that_computes_something_else_is_never_the_fastest(monkeypatch):
+    monkeypatch.setattr("lowrank_jax.throughput.agree", lambda *_: False)
+    compiled = []
+    monkeypatch.setattr("lowrank_jax.throughput.throughput", lambda *_, **__: compiled.append(1))
+    assert compile_fastest(jnp.sin, jnp.ones(3))().shape == (3,) and not compiled
+
+
+def test_outputs_agree_by_shape_type_and_value():
+    x = {"a": jnp.arange(3.0), "b": jnp.zeros(2)}
+    assert agree(x, jax.tree.map(lambda y: y * (1 + 1e-6), x), 1e-5)
+    assert not agree(x, jax.tree.map(lambda y: y * 1.01, x), 1e-3)
+    assert not agree(x, jax.tree.map(lambda y: y.astype("bfloat16"), x), 1.0)
+    assert not agree(x, jax.tree.map(lambda y: y[:1], x), 1.0)
+    assert not agree(x, jax.tree.map(lambda y: y + jnp.nan, x), 1.0)

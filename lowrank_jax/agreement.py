@@ -1,0 +1,36 @@
+"""Whether two programs give the same outputs, to rounding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.jaxprs import coarsest_eps
+
+
+def rounding(program: Any) -> float:
+    """The relative difference of outputs that is rounding: the root of the precision of the coarsest type in a jaxpr.
+
+    What sums in another order differs by a few units of that precision in every layer; what is computed from other
+    images, or by a broken kernel, differs altogether.
+
+    Example:
+        >>> rounding(jax.make_jaxpr(lambda x: x.astype("bfloat16").sum().astype("float32"))(jnp.ones(3)))
+        0.08838834764831845
+    """
+    return coarsest_eps(program) ** 0.5
+
+
+def agree(wanted: Any, found: Any, tolerance: float) -> bool:
+    """Whether two pytrees have the same shapes and types and are equal within a tolerance, in the norm of each array.
+
+    Example:
+        >>> agree({"a": jnp.ones(3)}, {"a": jnp.ones(3) + 1e-6}, tolerance=1e-3)
+        True
+    """
+    shapes, others = (jax.tree.map(lambda y: (y.shape, y.dtype), tree) for tree in (wanted, found))
+    if shapes != others:
+        return False
+    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
+    wide = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
+    return all(jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(a) for a, b in wide)
