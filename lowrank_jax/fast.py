@@ -59,9 +59,9 @@ def fast(
 
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
-    under each set and at its best slice, the fastest program of each layer and of each pooling (slices, or XLA's loop
-    over the windows). A way whose outputs are not those of the plain program, to rounding, is dropped: the network
-    mixes its images, or a kernel that XLA calls is wrong for some shape.
+    under each set and at its best slices, the fastest program of each layer and of each pooling (slices, or XLA's loop
+    over the windows), measured at the best one. A way whose outputs are not those of the plain program, to rounding,
+    is dropped: the network mixes its images, or a kernel that XLA calls is wrong for some shape.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -112,14 +112,16 @@ def search(
     seconds = _race(plain, args, rounds, tolerance)
 
     tables: dict[str, _Table] = {}
-    for way in _best_of_each(ways, seconds):
-        table = _Table(timers(candidate_options()[way[0]]))
-        chosen = pooled(network(table), table.pool) if any(pools(program)) else network(table)
-        run = _compiled(chosen, way)
-        run.eval_shape(*args)  # fills the table
-        if table.differs:
-            name = f"{_name(way)}, programs"
-            plain[name], tables[name] = run, table
+    for close in _close_of_each(ways, seconds):
+        timer, known = timers(candidate_options()[close[0][0]]), dict[Any, str]()
+        for way in close:
+            table = _Table(timer, known)
+            chosen = pooled(network(table), table.pool) if any(pools(program)) else network(table)
+            run = _compiled(chosen, way)
+            run.eval_shape(*args)  # fills the table
+            if table.differs:
+                name = f"{_name(way)}, programs"
+                plain[name], tables[name] = run, table
     if tables:
         near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
@@ -131,21 +133,28 @@ def search(
 
 
 class _Table:
-    """The programs that a timer chose, as they are asked for while a network is traced."""
+    """The programs that a timer chose, as they are asked for while a network is traced.
 
-    def __init__(self, timer: Timer) -> None:
-        self.timer, self.names, self.pools = timer, dict[tuple[Layer, Separable | None], str](), dict[Pool, str]()
+    Attributes:
+        names, pools: those of this network.
+        known: those of layers and poolings by all but the batch, shared by networks that differ in the batch alone.
+    """
+
+    def __init__(self, timer: Timer, known: dict[Any, str]) -> None:
+        self.timer, self.known = timer, known
+        self.names, self.pools = dict[tuple[Layer, Separable | None], str](), dict[Pool, str]()
 
     def __call__(self, layer: Layer, scheme: Separable | None) -> str:
-        key = layer, scheme
-        if key not in self.names:
-            self.names[key] = self.timer.fastest(layer, scheme)
-        return self.names[key]
+        key = dataclasses.replace(layer, inputs=layer.inputs[1:]), scheme
+        if key not in self.known:
+            self.known[key] = self.timer.fastest(layer, scheme)
+        return self.names.setdefault((layer, scheme), self.known[key])
 
     def pool(self, pool: Pool) -> str:
-        if pool not in self.pools:
-            self.pools[pool] = self.timer.fastest_pool(pool)
-        return self.pools[pool]
+        key = dataclasses.replace(pool, inputs=pool.inputs[1:])
+        if key not in self.known:
+            self.known[key] = self.timer.fastest_pool(pool)
+        return self.pools.setdefault(pool, self.known[key])
 
     @property
     def differs(self) -> bool:
@@ -153,13 +162,17 @@ class _Table:
         return bool({*self.names.values(), *self.pools.values()} - {PLAIN, "convolve", POOLS[0]})
 
 
-def _best_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[Way]:
-    """The fastest way under each set of compiler options: which is best with other programs is not known yet."""
-    known = [way for way in ways if _name(way) in seconds]
-    best: dict[int, Way] = {}
-    for way in sorted(known, key=lambda way: seconds[_name(way)]):
-        best.setdefault(way[0], way)
-    return list(best.values())
+def _close_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[list[Way]]:
+    """The ways under each set of compiler options that are close to its fastest, which comes first.
+
+    Which set and which of these sizes is best with other programs is not known yet.
+    """
+    close: dict[int, list[Way]] = {}
+    for way in sorted((way for way in ways if _name(way) in seconds), key=lambda way: seconds[_name(way)]):
+        own = close.setdefault(way[0], [way])
+        if way not in own and seconds[_name(way)] <= CLOSE * seconds[_name(own[0])]:
+            own.append(way)
+    return list(close.values())
 
 
 def _compiled(network: Callable, way: Way) -> Any:

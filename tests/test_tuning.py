@@ -156,6 +156,21 @@ def test_fast_runs_any_batch_and_says_what_it_tried(net, timers):
         assert any("programs" in name for name in run.seconds)
 
 
+def test_layers_that_differ_in_the_batch_alone_are_measured_at_one_size(net):
+    model, _, images = net
+    asked: dict[int, list] = {}
+
+    class Asked(Named):
+        def fastest(self, layer, scheme):
+            asked.setdefault(id(self), []).append((layer.size, scheme))
+            return super().fastest(layer, scheme)
+
+    run = fast(model.apply, small(net), images, slices=(2, 3), timers=Asked, rounds=2)
+    assert len(asked) == len(candidate_options())
+    assert all(len(own) == len(set(own)) == 2 for own in asked.values())
+    assert all(layer.inputs[0] == (run.size or len(images)) for layer, _ in run.programs)
+
+
 def test_fast_does_not_run_a_table_of_plain_convolutions_again(net):
     model, variables, images = net
     run = fast(model.apply, variables, images, slices=(), timers=Usual, rounds=2)
@@ -179,7 +194,10 @@ def test_ways_are_compared_in_the_precision_that_the_network_computes_in(net):
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
     variables = model.init(jax.random.key(0), images)
     run = fast(model.apply, variables, images, slices=(2,), timers=Named, rounds=2)
-    assert sum("programs" in name for name in run.seconds) == len(candidate_options())
+    with_programs = [name.rpartition(", programs")[0] for name in run.seconds if "programs" in name]
+    assert len({name.partition(", all at")[0].partition(", slices")[0] for name in with_programs}) == len(
+        candidate_options()
+    )
 
 
 def test_fast_takes_outputs_that_are_no_floats(net):
