@@ -1,5 +1,6 @@
 """Whether two programs give the same outputs, to rounding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,3 +35,14 @@ def agree(wanted: Any, found: Any, tolerance: float) -> bool:
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
     wide = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
     return all(jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(a) for a, b in wide)
+
+
+def most_agreed(outputs: Mapping[str, Any], tolerance: float) -> str:
+    """Name of the outputs that most of the others agree with; of equals the first.
+
+    Example:
+        >>> most_agreed({"broken": jnp.full(3, jnp.nan), "one": jnp.ones(3), "other": jnp.ones(3)}, tolerance=1e-3)
+        'one'
+    """
+    votes = {name: sum(agree(own, other, tolerance) for other in outputs.values()) for name, own in outputs.items()}
+    return max(votes, key=lambda name: votes[name])

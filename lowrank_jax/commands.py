@@ -102,7 +102,10 @@ def classes(apply: Callable, variables: Any, images: np.ndarray, batch: int = 25
     """The class of the largest output of each image."""
     import jax
 
-    run = jax.jit(lambda variables, images: apply(variables, images).argmax(-1))
+    from lowrank_jax.compiling import default_options
+
+    classify = lambda variables, images: apply(variables, images).argmax(-1)  # noqa: E731
+    run = jax.jit(classify, compiler_options=default_options())
     return np.concatenate([run(variables, images[i : i + batch]) for i in range(0, len(images), batch)])
 
 
@@ -142,8 +145,9 @@ def output_error(apply: Callable, variables: Any, small: Any, images: np.ndarray
     import jax
 
     from lowrank_jax.apply import lowrank
+    from lowrank_jax.compiling import default_options
 
-    dense, low = jax.jit(apply), jax.jit(lowrank(apply))
+    dense, low = (jax.jit(f, compiler_options=default_options()) for f in (apply, lowrank(apply)))
     gap = norm = 0.0
     for start in range(0, len(images), batch):
         wanted, found = (

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.agreement import agree, rounding
+from lowrank_jax.agreement import agree, most_agreed, rounding
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
 from lowrank_jax.pools import POOLS, Pool, pooled, pools
@@ -60,8 +60,8 @@ def fast(
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
     under each set and at its best slices, the fastest program of each layer and of each pooling (slices, or XLA's loop
-    over the windows), measured at the best one. A way whose outputs are not those of the plain program, to rounding,
-    is dropped: the network mixes its images, or a kernel that XLA calls is wrong for some shape.
+    over the windows), measured at the best one. A way whose outputs are not those of most ways with
+    the whole batch, to rounding, is dropped: the network mixes its images, or XLA computes it wrongly, which happens.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -109,7 +109,8 @@ def search(
     args = (variables, images)
     program = jax.make_jaxpr(network(None))(*args)
     tolerance = rounding(program)
-    seconds = _race(plain, args, rounds, tolerance)
+    whole = [_name(way) for way in ways if way[1] is None]  # a slice may lack what a network mixes
+    seconds = _race(plain, args, rounds, tolerance, whole)
 
     tables: dict[str, _Table] = {}
     for close in _close_of_each(ways, seconds):
@@ -125,7 +126,7 @@ def search(
     if tables:
         near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
-        seconds |= _race({first: near[first]} | near, args, rounds, tolerance)
+        seconds |= _race(near, args, rounds, tolerance, [first])
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
     names, own = (tables[best].names, tables[best].pools) if best in tables else ({}, {})
@@ -203,9 +204,12 @@ def in_slices(apply: Callable, size: int | None) -> Callable:
     return run
 
 
-def _race(runs: Mapping[str, Callable], args: tuple, rounds: int, tolerance: float) -> dict[str, float]:
-    """Seconds of the functions; those that do not give the outputs of the first one are left out."""
-    base, *_ = outputs = {name: run(*args) for name, run in runs.items()}
+def _race(
+    runs: Mapping[str, Callable], args: tuple, rounds: int, tolerance: float, judges: Sequence[str]
+) -> dict[str, float]:
+    """Seconds of the functions; those that do not give the outputs that most judges give are left out."""
+    outputs = {name: run(*args) for name, run in runs.items()}
+    base = most_agreed({name: outputs[name] for name in judges}, tolerance)
     right = [base, *(name for name, y in outputs.items() if name != base and agree(outputs[base], y, tolerance))]
     calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in right}
     return race(calls, rounds, LEAST, MOST)

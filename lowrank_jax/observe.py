@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.compiling import training_options
+from lowrank_jax.compiling import default_options
 from lowrank_jax.matricize import AXES
 from lowrank_jax.moments import Geometry, Moments, moments
 
@@ -207,7 +207,7 @@ def _convolution(geometry: Geometry, precision: Any, dtype: Any) -> Callable[[ja
         precision=precision,
         preferred_element_type=dtype,
     )
-    return jax.jit(convolve, compiler_options=training_options())
+    return jax.jit(convolve, compiler_options=default_options())
 
 
 def split_input(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import flax
 
 from lowrank_jax.calibrate import calibrate, output_scales
-from lowrank_jax.compiling import training_options
+from lowrank_jax.compiling import default_options
 from lowrank_jax.measured import timed
 from lowrank_jax.options import options
 from lowrank_jax.plan import Plan
@@ -72,5 +72,5 @@ def plan(
     table = options(uses, found, multiple)
     if budget.measure == "seconds":
         together = trace(apply, variables, several(images, batch), *args, **kwargs)
-        table = timed(table, layer_seconds(together, timer or Timer(training_options()), list(table.layers), multiple))
+        table = timed(table, layer_seconds(together, timer or Timer(default_options()), list(table.layers), multiple))
     return select(table, budget)

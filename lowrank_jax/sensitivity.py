@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.compiling import training_options
+from lowrank_jax.compiling import default_options
 from lowrank_jax.decompose import find_layer, layer_leaves
 from lowrank_jax.matricize import from_matrix, from_pair, to_matrix, to_pair
 from lowrank_jax.spectra import known_use
@@ -80,7 +80,7 @@ def divergences(
             kernels[keys[path]] = kernels[keys[path]] - change.astype(kernels[keys[path]].dtype)
         return apply({**variables, "params": unflatten_dict(kernels)}, x, *args, **kwargs)
 
-    program = jax.jit(outputs, compiler_options=training_options())
+    program = jax.jit(outputs, compiler_options=default_options())
     whole = {key: np.zeros(basis[1].shape[-1], np.float32) for key, basis in bases.items()}
     parts = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images), batch)]
     dense = [np.asarray(program(whole, x), np.float64) for x in parts]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lowrank_jax.agreement import agree, rounding
+from lowrank_jax.agreement import agree, most_agreed, rounding
 from lowrank_jax.compiling import candidate_options
 
 LAPPED = 3.0  # times the fastest: slower programs run once
@@ -49,7 +49,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def compile_fastest(fn: Callable, *args: Any) -> Program:
     """Compiles a function ahead of time under each of `candidate_options` and keeps the fastest program.
 
-    A program whose outputs are not those of the default, to rounding, is left out.
+    A program whose outputs are not those of most programs, to rounding, is left out.
 
     Args:
         fn: function of arrays.
@@ -64,14 +64,14 @@ def compile_fastest(fn: Callable, *args: Any) -> Program:
         compiled = jax.jit(fn, compiler_options=options).lower(*args).compile()
         return lambda: jax.block_until_ready(compiled(*args))
 
-    default, *others = map(bind, candidate_options())
-    wanted, tolerance = default(), rounding(jax.make_jaxpr(fn)(*args))
-    right = [program for program in others if agree(wanted, program(), tolerance)]
-    programs = {str(index): program for index, program in enumerate([default, *right])}
-    if len(programs) == 1:
-        return default
-    times = throughput(programs, items=1, rounds=3)
-    return programs[max(programs, key=lambda key: times.rate(key)[1])]
+    programs = {str(index): bind(options) for index, options in enumerate(candidate_options())}
+    outputs, tolerance = {key: program() for key, program in programs.items()}, rounding(jax.make_jaxpr(fn)(*args))
+    base = most_agreed(outputs, tolerance)
+    right = {key: programs[key] for key in programs if key == base or agree(outputs[base], outputs[key], tolerance)}
+    if len(right) == 1:
+        return right[base]
+    times = throughput(right, items=1, rounds=3)
+    return right[max(right, key=lambda key: times.rate(key)[1])]
 
 
 def throughput(

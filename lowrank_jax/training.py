@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from lowrank_jax.compiling import training_options
+from lowrank_jax.compiling import default_options
 
 Apply = Callable[..., Any]  # model.apply of a Linen model whose __call__ takes train=
 Preprocess = Callable[[jax.Array], jax.Array]
@@ -110,7 +110,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, dict(collections), optimizer, key), loss
 
-    return jax.jit(step, donate_argnums=0, compiler_options=training_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=default_options())
 
 
 def one_cycle_sgd(peak: float, steps: int, weight_decay: float = 5e-4) -> optax.GradientTransformation:
@@ -168,10 +168,12 @@ def train(
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "preprocess"))
-def _count_correct(apply, preprocess, variables, images, labels):
-    logits = apply(variables, preprocess(images))
-    return jnp.sum(jnp.argmax(logits, -1) == labels)
+@functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too
+def _count_correct(apply, preprocess):
+    def count(variables, images, labels):
+        return jnp.sum(jnp.argmax(apply(variables, preprocess(images)), -1) == labels)
+
+    return jax.jit(count, compiler_options=default_options())
 
 
 def evaluate(
@@ -192,10 +194,10 @@ def evaluate(
     """
     if not len(labels):
         raise ValueError("evaluate needs at least one image.")
-    correct = 0
+    correct, count = 0, _count_correct(apply, preprocess)
     for start in range(0, len(labels), batch_size):
         x, y = images[start : start + batch_size], labels[start : start + batch_size]
         missing = batch_size - len(y)
         x = np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
-        correct += int(_count_correct(apply, preprocess, variables, x, np.pad(y, (0, missing), constant_values=-1)))
+        correct += int(count(variables, x, np.pad(y, (0, missing), constant_values=-1)))
     return correct / len(labels)

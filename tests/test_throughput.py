@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from lowrank_jax.agreement import agree
-from lowrank_jax.compiling import _known, candidate_options, training_options
+from lowrank_jax.agreement import agree, most_agreed
+from lowrank_jax.compiling import _known, candidate_options, default_options
 from lowrank_jax.throughput import Throughput, compile_fastest, race, throughput
 
 
@@ -48,7 +48,7 @@ def test_options_that_this_xla_does_not_know_are_no_candidates():
     assert _known({}) and not _known({"xla_no_such_option": "1"})
 
 
-@pytest.mark.parametrize("options", [*candidate_options(), training_options()])
+@pytest.mark.parametrize("options", [*candidate_options(), default_options()])
 def test_every_candidate_option_compiles_here(options):
     assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6
 
@@ -113,6 +113,13 @@ def test_a_program_that_computes_something_else_is_never_the_fastest(monkeypatch
     compiled = []
     monkeypatch.setattr("lowrank_jax.throughput.throughput", lambda *_, **__: compiled.append(1))
     assert compile_fastest(jnp.sin, jnp.ones(3))().shape == (3,) and not compiled
+
+
+def test_the_outputs_of_most_are_trusted_and_of_equals_the_first():
+    x, broken = jnp.arange(3.0), jnp.full(3, jnp.nan)
+    assert most_agreed({"broken": broken, "far": x + 1, "a": x, "b": x * (1 + 1e-7)}, 1e-5) == "a"
+    assert most_agreed({"default": x, "other": x + 1}, 1e-5) == "default"
+    assert most_agreed({"default": broken, "other": broken}, 1e-5) == "default"
 
 
 def test_outputs_agree_by_shape_type_and_value():

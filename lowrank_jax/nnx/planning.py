@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from lowrank_jax.compiling import training_options
+from lowrank_jax.compiling import default_options
 from lowrank_jax.measured import timed
 from lowrank_jax.nnx.calibrate import calibrate, output_scales
 from lowrank_jax.nnx.decompose import trace
@@ -63,5 +63,5 @@ def plan(
     table = options(uses, found, multiple)
     if budget.measure == "seconds":
         together = trace(still, several(images, batch), *args, **kwargs)
-        table = timed(table, layer_seconds(together, timer or Timer(training_options()), list(table.layers), multiple))
+        table = timed(table, layer_seconds(together, timer or Timer(default_options()), list(table.layers), multiple))
     return select(table, budget)
