@@ -1,11 +1,12 @@
 """Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a table.
 
 python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [--batches 1 32 256]
-    [--dtypes float32 bfloat16] [--keep-memory] [--out benchmarks/results/forward.json]
+    [--dtypes float32 bfloat16] [--keep-memory] [--freeze] [--out benchmarks/results/forward.json]
 
 Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under plain ``jax.jit``;
 PyTorch runs eager, channels_last, in processes of its own. All take turns. Outputs are compared before.
-With --keep-memory no process, PyTorch's included, gives freed memory back to the system.
+With --keep-memory no process, PyTorch's included, gives freed memory back to the system; with --freeze `fast` makes
+the weights constants of its programs.
 """
 
 import argparse
@@ -81,18 +82,19 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
     programs: dict[str, tuple[Callable, int]] = {}
     with ExitStack() as stack:
         for kind, tree in {"dense": dense, "low-rank": low}.items():
-            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=args.times))
+            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=args.times), freeze=args.freeze)
             plain = jax.jit(lowrank(model.apply))
             facts[f"fast, {kind}"] = describe(own)
-            right = differ(own(tree, images), plain(tree, images)) < AGREE[dtype]
+            given = None if args.freeze else tree
+            right = differ(own(given, images), plain(tree, images)) < AGREE[dtype]
             facts[f"jit, {kind}"] = "right" if right else "wrong outputs"  # seen of XLA's default program in bfloat16
-            for how, run in (("fast", own), ("jit", plain)):
-                once = lambda run=run, tree=tree: jax.block_until_ready(run(tree, images))  # noqa: E731
+            for how, run, variables in (("fast", own, given), ("jit", plain, tree)):
+                once = lambda run=run, own=variables: jax.block_until_ready(run(own, images))  # noqa: E731
                 programs[f"{how}, {kind}"] = repeated(once)
             if args.torch_python:
                 env = KEPT if args.keep_memory else {}
                 worker = stack.enter_context(pytorch(args.torch_python, rival, dtype, tree, images, env))
-                if not (gap := differ(own(tree, images), worker.facts["outputs"])) < AGREE[dtype]:
+                if not (gap := differ(own(given, images), worker.facts["outputs"])) < AGREE[dtype]:
                     raise ValueError(f"{name}: the outputs of PyTorch differ by {gap:.2g}, which is not rounding.")
                 programs[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
         turns = in_turn({key: run for key, (run, _) in programs.items()}, args.seconds)
@@ -129,7 +131,8 @@ def differ(ours: Any, theirs: Any) -> float:
     """Relative difference of the outputs for the first image, of which a rival's are the first ones."""
     mine, other = (np.asarray(jnp.asarray(y, jnp.float32)).reshape(-1) for y in (ours[0], jnp.asarray(theirs)))
     size = min(mine.size, other.size)
-    return float(np.linalg.norm(mine[:size] - other[:size]) / np.linalg.norm(mine[:size]))
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(mine[:size] - other[:size]) / np.linalg.norm(mine[:size]))
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of the counted rounds of a row, 3 to 15 rounds")
     parser.add_argument("--largest", type=int, default=32, help="largest batch of the networks with 224 pixels")
     parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
+    parser.add_argument("--freeze", action="store_true", help="the weights are constants of the programs of `fast`")
     args = parser.parse_args()
     if args.keep_memory and not keep_memory():
         parser.error("--keep-memory: this C library has no such settings; leave it out")

@@ -33,6 +33,7 @@ class Fast:
             network was faster.
         pools: poolings to the names of their programs; empty in the same case.
         seconds: what was tried to the median of its time on the images given.
+        frozen: whether the variables are part of the program.
     """
 
     run: Callable
@@ -41,8 +42,11 @@ class Fast:
     programs: Mapping[tuple[Layer, Separable | None], str]
     pools: Mapping[Pool, str]
     seconds: Mapping[str, float]
+    frozen: bool = False
 
     def __call__(self, variables: Any, images: Any) -> Any:
+        if self.frozen and variables is not None:
+            raise ValueError("The variables are part of this program: give None for them, or search without freeze.")
         return self.run(variables, images)
 
 
@@ -54,6 +58,7 @@ def fast(
     slices: Sequence[int] = SLICES,
     timers: Callable[[Mapping[str, Any]], Timer] = Timer,
     rounds: int = 5,
+    freeze: bool = False,
 ) -> Fast:
     """Measures ways to run a Linen network in evaluation, dense or decomposed, and returns the fastest.
 
@@ -71,6 +76,9 @@ def fast(
         timers: makes the `Timer` of the layers, from compiler options. To measure 50 layers at 224 pixels takes
             minutes on a CPU; ``lambda options: Timer(options, path="times.json")`` keeps the times for the next call.
         rounds: runs of each close way that are counted, in turn.
+        freeze: makes the variables constants of the program, which lays them out for its kernels when it is compiled
+            and not in each call: a gain at a batch of one, for a larger program. The result is a function of (None,
+            images).
 
     Example:
         >>> from flax import linen as nn
@@ -83,7 +91,7 @@ def fast(
         (4, 8, 8, 16)
     """
     network = lambda programs: lowrank(apply, programs)  # noqa: E731
-    return search(network, variables, images, slices=slices, timers=timers, rounds=rounds)
+    return search(network, variables, images, slices=slices, timers=timers, rounds=rounds, freeze=freeze)
 
 
 def search(
@@ -94,19 +102,21 @@ def search(
     slices: Sequence[int] = SLICES,
     timers: Callable[[Mapping[str, Any]], Timer] = Timer,
     rounds: int = 5,
+    freeze: bool = False,
 ) -> Fast:
     """What `fast` does, for any network.
 
     Args:
         network: makes a function of (variables, images) that runs each layer by the program that the argument, a
             function of (layer, scheme) or None, chooses.
-        variables, images, slices, timers, rounds: as in `fast`.
+        variables, images, slices, timers, rounds, freeze: as in `fast`.
     """
     images = jnp.asarray(images)
+    args = (None if freeze else variables, images)
+    network = _frozen(network, variables) if freeze else network
     sizes = [None, *(size for size in slices if 0 < size < len(images))]
     ways = [(index, size) for index in range(len(candidate_options())) for size in sizes]
     plain = {_name(way): _compiled(network(None), way) for way in ways}
-    args = (variables, images)
     program = jax.make_jaxpr(network(None))(*args)
     tolerance = rounding(program)
     whole = [_name(way) for way in ways if way[1] is None]  # a slice may lack what a network mixes
@@ -130,7 +140,11 @@ def search(
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
     names, own = (tables[best].names, tables[best].pools) if best in tables else ({}, {})
-    return Fast(plain[best], candidate_options()[index], size, names, own, seconds)
+    return Fast(plain[best], candidate_options()[index], size, names, own, seconds, freeze)
+
+
+def _frozen(network: Callable, variables: Any) -> Callable:
+    return lambda programs: lambda _, images: network(programs)(variables, images)
 
 
 class _Table:

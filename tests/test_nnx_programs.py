@@ -99,6 +99,15 @@ def test_fast_takes_the_state_and_any_batch(images, dtype):
     assert any("slices of 2" in name for name in run.seconds) and any("programs" in name for name in run.seconds)
 
 
+def test_a_frozen_model_has_its_weights(images):
+    small = decompose(Net(nnx.Rngs(0), None), {"first": 3, "twice": 4})
+    run = fast(small, images, slices=(2,), timers=Named, rounds=2, freeze=True)
+    small.eval()
+    np.testing.assert_allclose(run(None, images), small(images), atol=ATOL)
+    with pytest.raises(ValueError, match="variables are part of this program"):
+        run(nnx.state(small), images)
+
+
 def test_fast_runs_what_is_no_model_not_at_all(images):
     with pytest.raises(ValueError, match=r"give an nnx\.Module"):
         fast(lambda x: x, images)

@@ -178,6 +178,16 @@ def test_fast_does_not_run_a_table_of_plain_convolutions_again(net):
     assert not any("programs" in name for name in run.seconds) and run.programs == {}
 
 
+@pytest.mark.parametrize("size", [(), (2,)])
+def test_a_frozen_network_has_its_weights_and_refuses_others(net, size):
+    model, _, images = net
+    run = fast(model.apply, small(net), images, slices=size, timers=Named, rounds=2, freeze=True)
+    np.testing.assert_allclose(run(None, images), lr.lowrank(model.apply)(small(net), images), atol=1e-5)
+    assert run(None, images[:3]).shape == (3, 8) and any("programs" in name for name in run.seconds)
+    with pytest.raises(ValueError, match=r"variables are part of this program: give None .*without freeze"):
+        run(small(net), images)
+
+
 def test_fast_leaves_out_ways_that_change_the_outputs(net):
     model, variables, images = net
 

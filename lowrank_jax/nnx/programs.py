@@ -26,15 +26,17 @@ def fast(
     slices: Sequence[int] = SLICES,
     timers: Callable[[Mapping[str, Any]], Timer] = Timer,
     rounds: int = 5,
+    freeze: bool = False,
 ) -> Fast:
     """Measures ways to run an NNX model in evaluation, dense or decomposed, and returns the fastest.
 
     Args:
         model: `nnx.Module`; it is not changed.
-        images, slices, timers, rounds: as in `lowrank_jax.fast`.
+        images, slices, timers, rounds, freeze: as in `lowrank_jax.fast`.
 
     Returns:
-        A compiled function of (``nnx.state(model)``, images) with the attributes of `lowrank_jax.fast.Fast`.
+        A compiled function of (``nnx.state(model)``, images), of (None, images) if frozen, with the attributes of
+        `lowrank_jax.fast.Fast`.
 
     Example:
         >>> model, images = nnx.Sequential(nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0))), jnp.ones((4, 8, 8, 8))
@@ -51,7 +53,7 @@ def fast(
 
         return run
 
-    return search(network, state, images, slices=slices, timers=timers, rounds=rounds)
+    return search(network, state, images, slices=slices, timers=timers, rounds=rounds, freeze=freeze)
 
 
 def programmed(model: Any, choose: Choose) -> Any:
