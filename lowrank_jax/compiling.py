@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 # XLA's CPU compiler has two sets of kernels. These leave out the newer one, `ynn_fusion`, for all but products, whose
 # half precision it runs twice as fast, and altogether.
@@ -42,7 +41,7 @@ def _known(options: dict[str, Any]) -> bool:
 
 def _calls_onednn() -> bool:
     """Whether the option is heeded: where oneDNN is left out of the build, XLA knows it and does nothing."""
-    x, kernel = jnp.ones((1, 8, 8, 16)), jnp.ones((3, 3, 16, 16))
+    x, kernel = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
     convolve = functools.partial(
         jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

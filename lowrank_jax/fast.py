@@ -134,8 +134,9 @@ def search(
                 name = f"{_name(way)}, programs"
                 plain[name], tables[name] = run, table
     if tables:
-        near = {name: run for name, run in plain.items() if seconds.get(name, 0) <= CLOSE * min(seconds.values())}
         first = min(seconds, key=lambda name: seconds[name])
+        close_by = {name for name in seconds if seconds[name] <= CLOSE * seconds[first]}
+        near = {name: run for name, run in plain.items() if name in tables or name in close_by}
         seconds |= _race(near, args, rounds, tolerance, [first])
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))

@@ -53,6 +53,12 @@ def test_every_candidate_option_compiles_here(options):
     assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6
 
 
+def test_the_options_are_found_while_a_program_is_traced_too():
+    found = []
+    jax.jit(lambda x: found.append(candidate_options.__wrapped__()) or x)(1.0)
+    assert found == [candidate_options()]
+
+
 def test_the_default_is_a_candidate_and_the_only_one_elsewhere():
     assert candidate_options()[0] == {}
     assert candidate_options("gpu") == candidate_options("tpu") == ({},)
