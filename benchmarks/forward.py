@@ -89,7 +89,7 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
             right = differ(own(given, images), plain(tree, images)) < AGREE[dtype]
             facts[f"jit, {kind}"] = "right" if right else "wrong outputs"  # seen of XLA's default program in bfloat16
             for how, run, variables in (("fast", own, given), ("jit", plain, tree)):
-                once = lambda run=run, own=variables: jax.block_until_ready(run(own, images))  # noqa: E731
+                once = lambda run=run, args=(variables, images): jax.block_until_ready(run(*args))  # noqa: E731
                 programs[f"{how}, {kind}"] = repeated(once)
             if args.torch_python:
                 env = KEPT if args.keep_memory else {}

@@ -1,6 +1,6 @@
 """Whether two programs give the same outputs, to rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,3 +46,14 @@ def most_agreed(outputs: Mapping[str, Any], tolerance: float) -> str:
     """
     votes = {name: sum(agree(own, other, tolerance) for other in outputs.values()) for name, own in outputs.items()}
     return max(votes, key=lambda name: votes[name])
+
+
+def right(outputs: Mapping[str, Any], tolerance: float, judges: Sequence[str] | None = None) -> list[str]:
+    """Names of the outputs that are those of most judges, which come first; without judges, of most of all.
+
+    Example:
+        >>> right({"broken": jnp.full(3, jnp.nan), "one": jnp.ones(3), "other": jnp.ones(3)}, tolerance=1e-3)
+        ['one', 'other']
+    """
+    base = most_agreed({name: outputs[name] for name in (outputs if judges is None else judges)}, tolerance)
+    return [base, *(name for name, own in outputs.items() if name != base and agree(outputs[base], own, tolerance))]

@@ -49,10 +49,11 @@ def _calls_onednn() -> bool:
     return "__onednn" in (program.as_text() or "")
 
 
+@functools.cache
 def default_options() -> dict[str, Any]:
     """The compiler options for what is not measured first: on the CPU, XLA's older kernels.
 
     Their gradients are the faster ones. With jax 0.12.0.1 the newer ones return memory that was never written where a
     max pooling follows two convolutions in bfloat16, each with a ReLU.
     """
-    return _WITHOUT_YNN if _WITHOUT_YNN in candidate_options() else {}
+    return _WITHOUT_YNN if jax.default_backend() == "cpu" and _known(_WITHOUT_YNN) else {}

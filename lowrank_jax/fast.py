@@ -1,13 +1,14 @@
 """The fastest way to run a whole network on this device, found by measuring the ways there are."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.agreement import agree, most_agreed, rounding
+from lowrank_jax.agreement import right, rounding
 from lowrank_jax.apply import lowrank
 from lowrank_jax.compiling import candidate_options
 from lowrank_jax.pools import POOLS, Pool, pooled, pools
@@ -65,8 +66,8 @@ def fast(
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
     under each set and at its best slices, the fastest program of each layer and of each pooling (slices, or XLA's loop
-    over the windows), measured at the best one. A way whose outputs are not those of most ways with
-    the whole batch, to rounding, is dropped: the network mixes its images, or XLA computes it wrongly, which happens.
+    over the windows), measured at the best one. A way whose outputs are not those of most ways with the whole batch,
+    to rounding, is dropped: the network mixes its images, or XLA computes it wrongly, which happens.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -118,7 +119,7 @@ def search(
     ways = [(index, size) for index in range(len(candidate_options())) for size in sizes]
     plain = {_name(way): _compiled(network(None), way) for way in ways}
     program = jax.make_jaxpr(network(None))(*args)
-    tolerance = rounding(program)
+    tolerance, has_pools = rounding(program), any(pools(program))
     whole = [_name(way) for way in ways if way[1] is None]  # a slice may lack what a network mixes
     seconds = _race(plain, args, rounds, tolerance, whole)
 
@@ -127,7 +128,7 @@ def search(
         timer, known = timers(candidate_options()[close[0][0]]), dict[Any, str]()
         for way in close:
             table = _Table(timer, known)
-            chosen = pooled(network(table), table.pool) if any(pools(program)) else network(table)
+            chosen = pooled(network(table), table.pool) if has_pools else network(table)
             run = _compiled(chosen, way)
             run.eval_shape(*args)  # fills the table
             if table.differs:
@@ -135,8 +136,8 @@ def search(
                 plain[name], tables[name] = run, table
     if tables:
         first = min(seconds, key=lambda name: seconds[name])
-        close_by = {name for name in seconds if seconds[name] <= CLOSE * seconds[first]}
-        near = {name: run for name, run in plain.items() if name in tables or name in close_by}
+        limit = CLOSE * seconds[first]
+        near = {name: run for name, run in plain.items() if name in tables or seconds.get(name, math.inf) <= limit}
         seconds |= _race(near, args, rounds, tolerance, [first])
     best = min(seconds, key=lambda name: seconds[name])
     index, size = next(way for way in ways if best.removesuffix(", programs") == _name(way))
@@ -161,16 +162,16 @@ class _Table:
         self.names, self.pools = dict[tuple[Layer, Separable | None], str](), dict[Pool, str]()
 
     def __call__(self, layer: Layer, scheme: Separable | None) -> str:
-        key = dataclasses.replace(layer, inputs=layer.inputs[1:]), scheme
-        if key not in self.known:
-            self.known[key] = self.timer.fastest(layer, scheme)
-        return self.names.setdefault((layer, scheme), self.known[key])
+        return self.names.setdefault((layer, scheme), self._shared(self.timer.fastest, layer, scheme))
 
     def pool(self, pool: Pool) -> str:
-        key = dataclasses.replace(pool, inputs=pool.inputs[1:])
+        return self.pools.setdefault(pool, self._shared(self.timer.fastest_pool, pool))
+
+    def _shared(self, measure: Callable, what: Layer | Pool, *how: Any) -> str:
+        key = dataclasses.replace(what, inputs=what.inputs[1:]), *how
         if key not in self.known:
-            self.known[key] = self.timer.fastest_pool(pool)
-        return self.pools.setdefault(pool, self.known[key])
+            self.known[key] = measure(what, *how)
+        return self.known[key]
 
     @property
     def differs(self) -> bool:
@@ -185,8 +186,8 @@ def _close_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[li
     """
     close: dict[int, list[Way]] = {}
     for way in sorted((way for way in ways if _name(way) in seconds), key=lambda way: seconds[_name(way)]):
-        own = close.setdefault(way[0], [way])
-        if way not in own and seconds[_name(way)] <= CLOSE * seconds[_name(own[0])]:
+        own = close.setdefault(way[0], [])
+        if not own or seconds[_name(way)] <= CLOSE * seconds[_name(own[0])]:
             own.append(way)
     return list(close.values())
 
@@ -224,9 +225,8 @@ def _race(
 ) -> dict[str, float]:
     """Seconds of the functions; those that do not give the outputs that most judges give are left out."""
     outputs = {name: run(*args) for name, run in runs.items()}
-    base = most_agreed({name: outputs[name] for name in judges}, tolerance)
-    right = [base, *(name for name, y in outputs.items() if name != base and agree(outputs[base], y, tolerance))]
-    calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in right}
+    names = right(outputs, tolerance, judges)
+    calls = {name: lambda run=runs[name]: jax.block_until_ready(run(*args)) for name in names}
     return race(calls, rounds, LEAST, MOST)
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lowrank_jax.agreement import agree, most_agreed, rounding
+from lowrank_jax.agreement import right, rounding
 from lowrank_jax.compiling import candidate_options
 
 LAPPED = 3.0  # times the fastest: slower programs run once
@@ -65,13 +65,13 @@ def compile_fastest(fn: Callable, *args: Any) -> Program:
         return lambda: jax.block_until_ready(compiled(*args))
 
     programs = {str(index): bind(options) for index, options in enumerate(candidate_options())}
-    outputs, tolerance = {key: program() for key, program in programs.items()}, rounding(jax.make_jaxpr(fn)(*args))
-    base = most_agreed(outputs, tolerance)
-    right = {key: programs[key] for key in programs if key == base or agree(outputs[base], outputs[key], tolerance)}
-    if len(right) == 1:
-        return right[base]
-    times = throughput(right, items=1, rounds=3)
-    return right[max(right, key=lambda key: times.rate(key)[1])]
+    if len(programs) > 1:
+        outputs = {key: program() for key, program in programs.items()}
+        programs = {key: programs[key] for key in right(outputs, rounding(jax.make_jaxpr(fn)(*args)))}
+    if len(programs) == 1:
+        return next(iter(programs.values()))
+    times = throughput(programs, items=1, rounds=3)
+    return programs[max(programs, key=lambda key: times.rate(key)[1])]
 
 
 def throughput(

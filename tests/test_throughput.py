@@ -115,7 +115,7 @@ def test_every_candidate_option_computes_the_same_convolutions(options, dtype):
 
 
 def test_a_program_that_computes_something_else_is_never_the_fastest(monkeypatch):
-    monkeypatch.setattr("lowrank_jax.throughput.agree", lambda *_: False)
+    monkeypatch.setattr("lowrank_jax.agreement.agree", lambda *_: False)
     compiled = []
     monkeypatch.setattr("lowrank_jax.throughput.throughput", lambda *_, **__: compiled.append(1))
     assert compile_fastest(jnp.sin, jnp.ones(3))().shape == (3,) and not compiled

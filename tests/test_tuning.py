@@ -206,9 +206,8 @@ def test_ways_are_compared_in_the_precision_that_the_network_computes_in(net):
     variables = model.init(jax.random.key(0), images)
     run = fast(model.apply, variables, images, slices=(2,), timers=Named, rounds=2)
     with_programs = [name.rpartition(", programs")[0] for name in run.seconds if "programs" in name]
-    assert len({name.partition(", all at")[0].partition(", slices")[0] for name in with_programs}) == len(
-        candidate_options()
-    )
+    sets = {name.partition(", all at")[0].partition(", slices")[0] for name in with_programs}
+    assert len(sets) == len(candidate_options())
 
 
 def test_fast_takes_outputs_that_are_no_floats(net):
