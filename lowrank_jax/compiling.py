@@ -1,6 +1,7 @@
 """Compiler options that make convolutions fast on the device at hand."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
 _YNN_PRODUCTS, _WITHOUT_YNN = {_YNN: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}, {_YNN: ""}
 # A third set is built in, oneDNN's, and used only if asked for and if the newer one does not take the layers first.
-_ONEDNN = {"xla_cpu_experimental_onednn_custom_call": True, _YNN: ""}
+_CALL = "xla_cpu_experimental_onednn_custom_call"
+_ONEDNN = {_CALL: True, _YNN: ""}
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def candidate_options(backend: str | None = None) -> tuple[dict[str, Any], ...]:
     """
     if (backend or jax.default_backend()) != "cpu":
         return ({},)
-    onednn = [_ONEDNN] if _known(_ONEDNN) and _calls_onednn() else []
+    onednn = [_ONEDNN] if _known(_ONEDNN) and _heeded() else []
     return ({}, *filter(_known, (_YNN_PRODUCTS, _WITHOUT_YNN)), *onednn)
 
 
@@ -39,8 +41,13 @@ def _known(options: dict[str, Any]) -> bool:
     return True
 
 
-def _calls_onednn() -> bool:
-    """Whether the option is heeded: where oneDNN is left out of the build, XLA knows it and does nothing."""
+def calls_onednn(options: Mapping[str, Any]) -> bool:
+    """Whether convolutions run by oneDNN's kernels with these options, bias and activation included."""
+    return bool(options.get(_CALL))
+
+
+def _heeded() -> bool:
+    """Whether the option for oneDNN is heeded: where oneDNN is left out of the build, XLA knows it and does nothing."""
     x, kernel = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((1, 8, 8, 16), (3, 3, 16, 16)))
     convolve = functools.partial(
         jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lowrank_jax.agreement import right, rounding
 from lowrank_jax.apply import lowrank
-from lowrank_jax.compiling import candidate_options
+from lowrank_jax.compiling import calls_onednn, candidate_options
+from lowrank_jax.folding import folded
 from lowrank_jax.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.programs import PLAIN, Layer
 from lowrank_jax.schemes import Separable
@@ -66,8 +67,10 @@ def fast(
     First each set of compiler options (`candidate_options`), on the whole batch and on slices of it, one after the
     other: the arrays between the layers of a slice stay in the cache, those of a large batch go through memory. Then,
     under each set and at its best slices, the fastest program of each layer and of each pooling (slices, or XLA's loop
-    over the windows), measured at the best one. A way whose outputs are not those of most ways with the whole batch,
-    to rounding, is dropped: the network mixes its images, or XLA computes it wrongly, which happens.
+    over the windows), measured at the best one. Where oneDNN's kernels run, scales of channels go into the kernels of
+    the convolutions before them (`lowrank_jax.folding`): oneDNN adds what is left, a bias, as it convolves. A way whose
+    outputs are not those of most ways with the whole batch, to rounding, is dropped: the network mixes its images, or
+    XLA computes it wrongly, which happens.
 
     Args:
         apply: ``model.apply``, or a function of (variables, images) that calls it.
@@ -193,7 +196,9 @@ def _close_of_each(ways: Sequence[Way], seconds: Mapping[str, float]) -> list[li
 
 
 def _compiled(network: Callable, way: Way) -> Any:
-    return jax.jit(in_slices(network, way[1]), compiler_options=candidate_options()[way[0]])
+    options = candidate_options()[way[0]]
+    network = folded(network) if calls_onednn(options) else network
+    return jax.jit(in_slices(network, way[1]), compiler_options=options)
 
 
 def in_slices(apply: Callable, size: int | None) -> Callable:

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from lowrank_jax.jaxprs import opened, programs
+from lowrank_jax.rewriting import Part, rewritten
 
 POOLS = ("window", "slices")
 MOST_PLACES = 64  # of a window; each is one slice of the program
@@ -94,8 +94,7 @@ def pools(program: Any) -> Iterator[Pool]:
 def pooled(fn: Callable, choose: Callable[[Pool], str]) -> Callable:
     """A function that computes what another one does, each pooling by the program that is chosen for it.
 
-    The other one is traced, and the equations of its program run as they are, but for poolings. Those inside loops
-    and branches stay as they are.
+    Those inside loops and branches stay as they are, see `rewritten`.
 
     Args:
         fn: function of trees of arrays that gives a tree of arrays.
@@ -109,33 +108,11 @@ def pooled(fn: Callable, choose: Callable[[Pool], str]) -> Callable:
         [2.5, 4.5, 10.5, 12.5]
     """
 
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        program, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-        outputs = _evaluate(program, jax.tree.leaves(args), choose)
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+    def parts(program: Any) -> list[Part]:
+        return [_part(eqn, pool, choose) for eqn in program.eqns if (pool := Pool.of(eqn))]
 
-    return run
+    return rewritten(fn, parts)
 
 
-def _evaluate(program: Any, inputs: list, choose: Callable[[Pool], str]) -> list:
-    own = opened(program)
-    values = dict(zip([*own.constvars, *own.invars], [*program.consts, *inputs], strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else values[var]
-
-    for eqn in own.eqns:
-        found = _run(eqn, [read(var) for var in eqn.invars], choose)
-        values |= zip(eqn.outvars, found, strict=True)
-    return [read(var) for var in own.outvars]
-
-
-def _run(eqn: Any, inputs: list, choose: Callable[[Pool], str]) -> list:
-    if pool := Pool.of(eqn):
-        return [pool.run(choose(pool), *inputs)]
-    if eqn.primitive.name == "jit" and any(pools(eqn.params["jaxpr"])):
-        return _evaluate(eqn.params["jaxpr"], inputs, choose)
-    with eqn.ctx.manager:
-        found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return found if eqn.primitive.multiple_results else [found]
+def _part(eqn: Any, pool: Pool, choose: Callable[[Pool], str]) -> Part:
+    return Part([eqn], lambda read: [pool.run(choose(pool), read(eqn.invars[0]))])
