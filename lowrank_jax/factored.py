@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lowrank_jax.cuts import padding_as_numbers
 from lowrank_jax.matricize import AXES
 from lowrank_jax.programs import PLAIN, Choose, Layer, chosen, fuse, padded, steps
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import per_axis, split_options
-from lowrank_jax.steps import padding_as_numbers
 
 # Arguments with one entry for each spatial axis.
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),

@@ -2,9 +2,10 @@
 
 Besides the convolution itself, a product with shifted copies of the inputs side by side gives the same sums; of a
 factor, which has taps along one axis, so does one product to the channels of all taps, of which shifted copies are
-added (few channels out). A whole separable layer may also run with its rank padded by zeros to a multiple that the
-hardware prefers, with its dense kernel rebuilt, or, on a GPU, as one kernel that keeps what is between the two
-convolutions on the chip (`lowrank_jax.fused`).
+added (few channels out). On a CPU, outputs in float32 may share their multiplications (`lowrank_jax.winograd`). A
+whole separable layer may also run with its rank padded by zeros to a multiple that the hardware prefers, with its dense
+kernel rebuilt, or, on a GPU, as one kernel that keeps what is between the two convolutions on the chip
+(`lowrank_jax.fused`).
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.cuts import padding_as_numbers
 from lowrank_jax.matricize import AXES
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import split_options
-from lowrank_jax.steps import STEPS, padding_as_numbers
+from lowrank_jax.steps import STEPS
 from lowrank_jax.uses import KernelUse
 
 Choose = Callable[["Layer", Separable | None], str]  # the program of a layer; None for the scheme if it is dense
@@ -117,13 +119,13 @@ def programs(layer: Layer, rank: int | None) -> list[str]:
     Example:
         >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
         >>> programs(layer, 3)[:3], len(programs(layer, 8))
-        (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 10)
+        (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 17)
         >>> programs(layer, None)
-        ['convolve', 'gather']
+        ['convolve', 'gather', 'winograd']
     """
     cut = layer.groups == 1 and len(layer.size) == 2 and set(layer.input_dilation) == {1}
     if rank is None:
-        return ["convolve", *(["gather"] if cut else [])]
+        return ["convolve", *(["gather", "winograd"] if cut else [])]
     if not cut:
         return [PLAIN, "merged"]
     pairs = [f"{one}+{two}" for one in STEPS for two in STEPS]
