@@ -21,6 +21,7 @@ from lowrank_jax.uses import KernelUse, Trace
 
 DENSE = "dense"
 LEAST, MOST = 0.01, 2.0  # seconds: shorter turns are mostly noise, longer comparisons are not worth it
+MARGIN = 1.1
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
 
 
@@ -54,12 +55,18 @@ class Timer:
         self.times: dict[str, dict[str, float]] = _read(self.path) if self.path and self.path.exists() else {}
 
     def fastest(self, layer: Layer, scheme: Separable | None) -> str:
-        """Name of the fastest program of a layer; for `lowrank(apply, programs=timer.fastest)`."""
+        """Name of the fastest program of a layer; for `lowrank(apply, programs=timer.fastest)`.
+
+        One with "winograd", which has many small operations, has to be faster than the others by a margin: within a
+        network, beside other layers, these cost more than alone.
+        """
         names = programs(layer, None if scheme is None else scheme.rank)
         if len(names) == 1:
             return names[0]
         times = {name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE}
-        return min(times, key=lambda name: times[name])
+        best = min(times, key=lambda name: times[name])
+        other = min((name for name in times if "winograd" not in name), key=lambda name: times[name])
+        return best if times[best] * MARGIN < times[other] else other
 
     def measure(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> Mapping[str, float]:
         """Seconds of a layer by the name of the program, with those of the fastest dense one under "dense".
@@ -67,8 +74,8 @@ class Timer:
         Args:
             layer: the dense layer.
             scheme: its decomposition; without one, the programs of the dense layer are measured.
-            names: the programs; without them all but those of two steps, and of these two convolutions and the pair
-                of the steps that are fastest alone.
+            names: the programs; without them all but those of two steps, and of these two convolutions and the pairs
+                of the steps that are fastest alone, with and without "winograd".
         """
         return self._known(self._key(layer, scheme, names), lambda: self._run(layer, scheme, names))
 
@@ -108,7 +115,7 @@ class Timer:
         one, two = (jnp.full(shape, 0.5, layer.dtype) for shape in shapes)
         if not names and len(names := programs(layer, scheme.rank)) > 2:
             best = self._best_steps(layer, scheme, x, one, two)
-            names = list(dict.fromkeys([PLAIN, best, *names[len(STEPS) ** 2 :]]))
+            names = list(dict.fromkeys([PLAIN, *best, *names[len(STEPS) ** 2 :]]))
 
         def pair(name: str) -> Any:
             return lambda x, one, two: layer.run(name, scheme.first, x, one, two)
@@ -116,16 +123,17 @@ class Timer:
         times = self._time({name: (pair(name), x, one, two) for name in names} | dense)
         return {name: times[name] for name in names} | {DENSE: times[whole[0]]}
 
-    def _best_steps(self, layer: Layer, scheme: Separable, x: jax.Array, one: jax.Array, two: jax.Array) -> str:
+    def _best_steps(self, layer: Layer, scheme: Separable, x: jax.Array, one: jax.Array, two: jax.Array) -> list[str]:
         halves = layer.halves(scheme.first)
         between = jax.eval_shape(halves[0], x, one)
         inputs = (x, jnp.full(between.shape, 0.5, between.dtype))
-        best = []
+        best, others = [], []
         for half, given, kernel in zip(halves, inputs, (one, two), strict=True):
             runs = {name: (lambda a, b, h=half, s=step: h(a, b, s), given, kernel) for name, step in STEPS.items()}
             times = self._time(runs)
             best.append(min(times, key=lambda name: times[name]))
-        return "+".join(best)
+            others.append(min((name for name in times if name != "winograd"), key=lambda name: times[name]))
+        return ["+".join(best), "+".join(others)]
 
     def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
         """Seconds of functions with their arguments; those that are the same program run once."""
