@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowrank_jax.compiling import default_options
 from lowrank_jax.winograd import MOST_TAPS, OUTPUTS, transforms, winograd
 
 cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the step is the convolution itself on a GPU or TPU")
@@ -116,3 +117,15 @@ def test_no_number_stays_within_its_tile():
     x = random(0, 1, 16, 4, 2).at[0, 0, 0, 0].set(jnp.nan)
     found = np.isnan(reduced(x, random(1, 3, 1, 2, 2)))
     assert found[0, :2, 0].all() and not found[0, OUTPUTS:].any() and not found[:, :, 1:].any()
+
+
+@cpu
+def test_kernels_are_not_transformed_before_their_inputs_are_there():
+    def held(layers):
+        kernels = [random(i, 3, 3, 64, 64) for i in range(layers)]
+        chain = lambda x, kernels: [x := reduced(x, kernel) for kernel in kernels][-1]  # noqa: E731
+        options = default_options()
+        program = jax.jit(chain, compiler_options=options).lower(random(0, 1, 8, 8, 64), kernels).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert held(12) < 2 * held(3)
