@@ -11,15 +11,13 @@ from flax import linen as nn
 
 from lowrank_jax.cuts import padding_as_numbers
 from lowrank_jax.matricize import AXES
-from lowrank_jax.programs import PLAIN, Choose, Layer, chosen, fuse, padded, steps
+from lowrank_jax.programs import MERGED, PLAIN, Choose, Layer, chosen, dense_step, fuse, padded, steps
 from lowrank_jax.schemes import Separable, merge
 from lowrank_jax.separable import per_axis, split_options
 
 # Arguments with one entry for each spatial axis.
 SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
          nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
-
-_CHOSEN = {"conv_general_dilated": jax.lax.conv_general_dilated}
 
 
 def run_dense(layer: Any, call: Callable, inputs: jax.Array, programs: Choose | None) -> jax.Array:
@@ -50,9 +48,9 @@ def run_factored(
     program = programs(own, scheme) if programs and own else PLAIN
     one, two = (factor["kernel"] for factor in factors)
     bias = {name: leaf for name, leaf in factors[1].items() if name != "kernel"}
-    if program == "merged":
-        merged = merge(one, two, scheme.axes)
-        return layer.clone(parent=None, name=None, **_CHOSEN).apply({"params": {"kernel": merged, **bias}}, inputs)
+    if program in MERGED:
+        whole = layer.clone(parent=None, name=None, conv_general_dilated=dense_step(MERGED[program]))
+        return whole.apply({"params": {"kernel": merge(one, two, scheme.axes), **bias}}, inputs)
     if own and program == "fused":
         arrays = (inputs.reshape(-1, *inputs.shape[-3:]), one, two, bias.get("bias"))
         flat, one, two, added = layer.promote_dtype(*arrays, dtype=layer.dtype)

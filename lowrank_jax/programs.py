@@ -26,6 +26,7 @@ from lowrank_jax.uses import KernelUse
 Choose = Callable[["Layer", Separable | None], str]  # the program of a layer; None for the scheme if it is dense
 PLAIN = "convolve+convolve"
 MULTIPLE = 8  # of the rank, in the program "padded"
+MERGED = {"merged" if step == "convolve" else f"merged {step}": step for step in STEPS if step != "shift"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Layer:
             inputs: array of the shape ``inputs``.
             one, two: the factors, as `Separable` lays them out.
         """
-        if program == "merged":
-            return self.convolve(inputs, merge(one, two, self.axes))
+        if program in MERGED:
+            return self.convolve(inputs, merge(one, two, self.axes), dense_step(MERGED[program]))
         if program == "fused":
             return fuse(inputs, one, two, None, self.strides, self.padding, first)
         one, two = padded(one, two) if program == "padded" else (one, two)
@@ -119,7 +120,7 @@ def programs(layer: Layer, rank: int | None) -> list[str]:
     Example:
         >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
         >>> programs(layer, 3)[:3], len(programs(layer, 8))
-        (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 17)
+        (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 19)
         >>> programs(layer, None)
         ['convolve', 'gather', 'winograd']
     """
@@ -130,7 +131,7 @@ def programs(layer: Layer, rank: int | None) -> list[str]:
         return [PLAIN, "merged"]
     pairs = [f"{one}+{two}" for one in STEPS for two in STEPS]
     fits = jax.default_backend() == "gpu" and set(layer.dilation) == {1}
-    return [*pairs, *(["padded"] if rank % MULTIPLE else []), *(["fused"] if fits else []), "merged"]
+    return [*pairs, *(["padded"] if rank % MULTIPLE else []), *(["fused"] if fits else []), *MERGED]
 
 
 def fuse(inputs: jax.Array, one: jax.Array, two: jax.Array, bias: Any, strides: Any, padding: Any, first: str) -> Any:
@@ -148,7 +149,7 @@ def steps(program: str) -> tuple[Callable, Callable]:
     """
     names = ["convolve"] * 2 if program == "padded" else program.split("+")
     if len(names) != 2 or not set(names) <= set(STEPS):
-        known = f"two of {', '.join(STEPS)} joined by '+', 'padded', 'fused' or 'merged'"
+        known = f"two of {', '.join(STEPS)} joined by '+', 'padded', 'fused', {', '.join(map(repr, MERGED))}"
         raise ValueError(f"The program {program!r} is not known; give {known}.")
     return STEPS[names[0]], STEPS[names[1]]
 

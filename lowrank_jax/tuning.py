@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.files import whole_file
 from lowrank_jax.pools import POOLS, Pool
-from lowrank_jax.programs import PLAIN, Layer, factors, programs
+from lowrank_jax.programs import MERGED, PLAIN, Layer, factors, programs
 from lowrank_jax.schemes import FACTORS, Separable, max_rank
 from lowrank_jax.steps import STEPS
 from lowrank_jax.throughput import race
@@ -75,7 +75,8 @@ class Timer:
             layer: the dense layer.
             scheme: its decomposition; without one, the programs of the dense layer are measured.
             names: the programs; without them all but those of two steps, and of these two convolutions and the pairs
-                of the steps that are fastest alone, with and without "winograd".
+                of the steps that are fastest alone, with and without "winograd"; a merged kernel as the dense one is
+                fastest.
         """
         return self._known(self._key(layer, scheme, names), lambda: self._run(layer, scheme, names))
 
@@ -115,7 +116,8 @@ class Timer:
         one, two = (jnp.full(shape, 0.5, layer.dtype) for shape in shapes)
         if not names and len(names := programs(layer, scheme.rank)) > 2:
             best = self._best_steps(layer, scheme, x, one, two)
-            names = list(dict.fromkeys([PLAIN, *best, *names[len(STEPS) ** 2 :]]))
+            others = [name for name in names[len(STEPS) ** 2 :] if MERGED.get(name, whole[0]) == whole[0]]
+            names = list(dict.fromkeys([PLAIN, *best, *others]))
 
         def pair(name: str) -> Any:
             return lambda x, one, two: layer.run(name, scheme.first, x, one, two)

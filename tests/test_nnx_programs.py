@@ -54,7 +54,9 @@ def images():
 RANKS = {"first": 3, "twice": lr.Separable(4, first="horizontal"), "grouped": lr.Separable(2, groups=2), "up": 3}
 
 
-@pytest.mark.parametrize("name", [PLAIN, "shift+gather", "gather+shift", "padded", "merged", "fused"])
+@pytest.mark.parametrize(
+    "name", [PLAIN, "shift+gather", "gather+shift", "padded", "merged", "merged winograd", "fused"]
+)
 @pytest.mark.parametrize("jitted", [False, True])
 def test_every_program_gives_the_outputs_of_two_convolutions(model, images, name, jitted):
     small, asked = decompose(model, RANKS), []

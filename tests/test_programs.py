@@ -134,7 +134,7 @@ class Two(nn.Module):
         return nn.Conv(6, (3, 3), kernel_dilation=2, dtype=jnp.float32)(x)
 
 
-@pytest.mark.parametrize("name", ["shift+gather", "gather+shift", "padded", "merged"])
+@pytest.mark.parametrize("name", ["shift+gather", "gather+shift", "padded", "merged", "merged winograd"])
 def test_lowrank_runs_the_program_that_is_chosen(name):
     model, x = Two(), jax.random.normal(jax.random.key(1), (2, 9, 9, 4))
     variables = model.init(jax.random.key(0), x)

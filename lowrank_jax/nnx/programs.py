@@ -14,7 +14,7 @@ from lowrank_jax.nnx.layers import PLAIN as ALLOWED
 from lowrank_jax.nnx.layers import clone_layer, groups_of, swap
 from lowrank_jax.nnx.separable import SeparableConv, merged, pair, whole
 from lowrank_jax.nnx.watch import evaluated
-from lowrank_jax.programs import PLAIN, Choose, Layer, chosen, fuse, padded, steps
+from lowrank_jax.programs import MERGED, PLAIN, Choose, Layer, chosen, dense_step, fuse, padded, steps
 from lowrank_jax.schemes import Separable
 from lowrank_jax.tuning import Timer
 
@@ -84,8 +84,10 @@ class _Chosen(nnx.Module):
         program = PLAIN if args or kwargs else self.choose(*_described(layer, inputs))
         if program == PLAIN:
             return layer(inputs, *args, **kwargs)
-        if program == "merged":
-            return whole(layer, merged(layer))(inputs)
+        if program in MERGED:
+            dense = whole(layer, merged(layer))
+            dense.conv_general_dilated = dense_step(MERGED[program])
+            return dense(inputs)
         convs = pair(layer)
         one, two = (conv.kernel.get_value() for conv in convs)
         if program == "fused":
