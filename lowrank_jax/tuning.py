@@ -21,7 +21,7 @@ from lowrank_jax.uses import KernelUse, Trace
 
 DENSE = "dense"
 LEAST, MOST = 0.01, 2.0  # seconds: shorter turns are mostly noise, longer comparisons are not worth it
-MARGIN = 1.1
+MARGIN = 1.1  # by which a program with "winograd" has to be faster: see `Timer.fastest`
 POINTS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of the rank at which the factors have as many weights as the kernel
 
 
@@ -64,8 +64,7 @@ class Timer:
         if len(names) == 1:
             return names[0]
         times = {name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE}
-        best = min(times, key=lambda name: times[name])
-        other = min((name for name in times if "winograd" not in name), key=lambda name: times[name])
+        best, other = _least(times), _least(times, without="winograd")
         return best if times[best] * MARGIN < times[other] else other
 
     def measure(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> Mapping[str, float]:
@@ -87,8 +86,7 @@ class Timer:
             x = jnp.full(pool.inputs, 0.5, pool.dtype)
             return self._time({name: (functools.partial(pool.run, name), x) for name in POOLS})
 
-        times = self._known(self._line(dataclasses.astuple(pool)), run)
-        return min(times, key=lambda name: times[name])
+        return _least(self._known(self._line(dataclasses.astuple(pool)), run))
 
     def _known(self, key: str, run: Callable[[], dict[str, float]]) -> Mapping[str, float]:
         if key not in self.times:
@@ -133,8 +131,8 @@ class Timer:
         for half, given, kernel in zip(halves, inputs, (one, two), strict=True):
             runs = {name: (lambda a, b, h=half, s=step: h(a, b, s), given, kernel) for name, step in STEPS.items()}
             times = self._time(runs)
-            best.append(min(times, key=lambda name: times[name]))
-            others.append(min((name for name in times if name != "winograd"), key=lambda name: times[name]))
+            best.append(_least(times))
+            others.append(_least(times, without="winograd"))
         return ["+".join(best), "+".join(others)]
 
     def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
@@ -195,6 +193,11 @@ def _grid(use: KernelUse, multiple: int) -> list[Separable]:
         ranks = {multiple * round(share * even / multiple) for share in POINTS}
         found += [use.scheme(rank, first) for rank in sorted(ranks) if 1 <= rank <= limit]
     return found
+
+
+def _least(times: Mapping[str, float], without: str | None = None) -> str:
+    """Name of the least of some times, of those that do not have a word in their name."""
+    return min((name for name in times if without is None or without not in name), key=lambda name: times[name])
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
