@@ -4,64 +4,73 @@ python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [
     [--dtypes float32 bfloat16] [--keep-memory] [--freeze] [--out benchmarks/results/forward.json]
 
 Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under plain ``jax.jit``;
-PyTorch runs eager, channels_last, in processes of its own. All take turns. Outputs are compared before.
+PyTorch runs eager, channels_last. Every program has a process of its own, as a user runs it: in one process, what the
+allocator holds for one program slows the next one. All take turns. Outputs are compared before.
 With --keep-memory no process, PyTorch's included, gives freed memory back to the system; with --freeze `fast` makes
 the weights constants of its programs.
 """
 
 import argparse
+import itertools
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from turns import Worker, quartiles, ratios, repeated, take_turns, write
+from networks import NETWORKS, Prepared, prepare
+from turns import Worker, quartiles, ratios, take_turns, write
 
-from lowrank_jax import decompose, keep_memory, lowrank, trace
 from lowrank_jax.allocator import SETTINGS
-from lowrank_jax.experiment import PAPER_RANKS
-from lowrank_jax.fast import Fast, fast
-from lowrank_jax.models import NIN, CifarResNet
-from lowrank_jax.models.imagenet import VGG16, ResNet50
-from lowrank_jax.tuning import Timer
-from lowrank_jax.uses import Trace
 
+KINDS = ("dense", "low-rank")
 KEPT = {name: str(value) for name, (_, value) in SETTINGS.items()}
-VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
-RIVAL = Path(__file__).with_name("rival_torch.py")
+HERE = Path(__file__).parent
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of outputs: rounding through up to 50 layers
 
 
-def half(uses: Trace) -> dict[str, Any]:
-    """Every layer at the largest rank that leaves at most half of its multiply-adds."""
-    found = {}
-    for path in uses.safe_paths():
-        use = uses.at(path)[0]
-        if rank := use.multiply_adds // (2 * use.multiply_adds_at(use.scheme(1))):
-            found[path] = use.scheme(rank)
-    return found
+def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
+    """All programs of one network, batch and type, in turn."""
+    own = prepare(name, batch, dtype)
+    facts: dict[str, Any] = {"images": batch, "dtype": dtype, "multiply_adds_ratio": own.gain}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for kind, how in itertools.product(KINDS, ("fast", "jit")):
+            workers[f"{how}, {kind}"] = stack.enter_context(jax_worker(name, batch, dtype, kind, how, args))
+        for kind in KINDS if args.torch_python else ():
+            workers[f"PyTorch, {kind}"] = stack.enter_context(torch_worker(name, own, kind, dtype, args))
+        for kind in KINDS:
+            facts[f"fast, {kind}"] = workers[f"fast, {kind}"].facts["found"]
+            right = agree(workers, kind, "jit", dtype)  # XLA's default program is not, in some of bfloat16
+            facts[f"jit, {kind}"] = "right" if right else "wrong outputs"
+            if args.torch_python and not agree(workers, kind, "PyTorch", dtype):
+                raise ValueError(f"{name}, {kind}: the outputs of PyTorch differ by more than rounding.")
+        turns = in_turn(workers, args.seconds)
+    seconds = {key: [value / workers[key].facts["repeats"] for value in values] for key, values in turns.items()}
+    return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
 
 
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], str, int, Callable[[Trace], Any]]] = {
-    "nin": (NIN, "nin", 32, lambda uses: PAPER_RANKS),
-    "nin, no batch norm": (lambda **o: NIN(batch_norm=False, **o), "nin", 32, lambda uses: PAPER_RANKS),
-    "resnet20": (CifarResNet, "resnet20", 32, half),
-    "resnet50": (ResNet50, "resnet50", 224, half),
-    "vgg16": (
-        lambda **o: VGG16(num_classes=None, **o),
-        "vgg16",
-        224,
-        lambda uses: dict(zip([u.path for u in uses], VGG_RANKS, strict=True)),
-    ),
-}
+def jax_worker(name: str, batch: int, dtype: str, kind: str, how: str, args: argparse.Namespace) -> Worker:
+    """A program in JAX; it has been searched for and is compiled when it is ready."""
+    command = [sys.executable, str(HERE / "forward_worker.py"), "--network", name, "--batch", str(batch)]
+    command += ["--dtype", dtype, "--tree", kind]
+    given = {"--fast": how == "fast", "--freeze": args.freeze, "--keep-memory": args.keep_memory}
+    command += [flag for flag, wanted in given.items() if wanted]
+    return Worker([*command, *(["--times", args.times] if args.times else [])])
+
+
+def torch_worker(name: str, own: Prepared, kind: str, dtype: str, args: argparse.Namespace) -> Worker:
+    """A program in PyTorch; it has read its weights when it is ready."""
+    env = KEPT if args.keep_memory else {}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "weights.npz")
+        np.savez(weights, images=np.asarray(own.images), **flat(own.trees[kind]))
+        command = [args.torch_python, str(HERE / "rival_torch.py"), str(weights), "--network", NETWORKS[name].rival]
+        return Worker([*command, "--dtype", dtype], env=env)
 
 
 def flat(variables: Any) -> dict[str, np.ndarray]:
@@ -69,70 +78,18 @@ def flat(variables: Any) -> dict[str, np.ndarray]:
     return {"/".join(path[1:]): np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
 
 
-def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
-    """All programs of one network, batch and type, in turn."""
-    make, rival, side, choose = NETWORKS[name]
-    model = make(dtype=None if dtype == "float32" else dtype)
-    images = jax.random.normal(jax.random.key(1), (batch, side, side, 3))
-    dense = jax.jit(model.init)(jax.random.key(0), images[:1])
-    uses = trace(model.apply, dense, images[:1])
-    low = {**dense, "params": decompose(dense["params"], choose(uses), uses)}
-    adds = trace(lowrank(model.apply), low, images[:1]).multiply_adds
-    facts: dict[str, Any] = {"images": batch, "dtype": dtype, "multiply_adds_ratio": uses.multiply_adds / adds}
-    programs: dict[str, tuple[Callable, int]] = {}
-    with ExitStack() as stack:
-        for kind, tree in {"dense": dense, "low-rank": low}.items():
-            own = fast(model.apply, tree, images, timers=lambda o: Timer(o, path=args.times), freeze=args.freeze)
-            plain = jax.jit(lowrank(model.apply))
-            facts[f"fast, {kind}"] = describe(own)
-            given = None if args.freeze else tree
-            right = differ(own(given, images), plain(tree, images)) < AGREE[dtype]
-            facts[f"jit, {kind}"] = "right" if right else "wrong outputs"  # seen of XLA's default program in bfloat16
-            for how, run, variables in (("fast", own, given), ("jit", plain, tree)):
-                once = lambda run=run, args=(variables, images): jax.block_until_ready(run(*args))  # noqa: E731
-                programs[f"{how}, {kind}"] = repeated(once)
-            if args.torch_python:
-                env = KEPT if args.keep_memory else {}
-                worker = stack.enter_context(pytorch(args.torch_python, rival, dtype, tree, images, env))
-                if not (gap := differ(own(given, images), worker.facts["outputs"])) < AGREE[dtype]:
-                    raise ValueError(f"{name}: the outputs of PyTorch differ by {gap:.2g}, which is not rounding.")
-                programs[f"PyTorch, {kind}"] = worker, worker.facts["repeats"]
-        turns = in_turn({key: run for key, (run, _) in programs.items()}, args.seconds)
-    seconds = {key: [value / programs[key][1] for value in values] for key, values in turns.items()}
-    return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
+def agree(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
+    """Whether a program's first outputs are those of `fast`, to rounding."""
+    mine, other = (np.asarray(workers[f"{each}, {kind}"].facts["outputs"]) for each in ("fast", how))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.linalg.norm(mine - other) < AGREE[dtype] * np.linalg.norm(mine))
 
 
-def pytorch(python: str, rival: str, dtype: str, tree: Any, images: jax.Array, env: dict[str, str]) -> Worker:
-    """The worker of a network; it has read its weights when it is ready."""
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "weights.npz")
-        np.savez(weights, images=np.asarray(images), **flat(tree))
-        return Worker([python, str(RIVAL), str(weights), "--network", rival, "--dtype", dtype], env=env)
-
-
-def in_turn(programs: dict[str, Callable], budget: float) -> dict[str, list[float]]:
+def in_turn(programs: dict[str, Worker], budget: float) -> dict[str, list[float]]:
     """One round to warm up, then as many as the budget of seconds has, from 3 to 15."""
     start = time.perf_counter()
     take_turns(programs, 1)
     return take_turns(programs, int(np.clip(budget / (time.perf_counter() - start), 3, 15)))
-
-
-def describe(own: Fast) -> dict[str, Any]:
-    programs = {
-        f"{layer.inputs} {layer.kernel} {f'rank {scheme.rank}' if scheme else 'dense'}": how
-        for (layer, scheme), how in own.programs.items()
-    }
-    pools = {f"{pool.kind} {pool.inputs} {pool.window}": how for pool, how in own.pools.items()}
-    facts = {"options": dict(own.options), "slice": own.size, "tried_s": dict(own.seconds)}
-    return facts | {"programs": programs, "pools": pools}
-
-
-def differ(ours: Any, theirs: Any) -> float:
-    """Relative difference of the outputs for the first image, of which a rival's are the first ones."""
-    mine, other = (np.asarray(jnp.asarray(y, jnp.float32)).reshape(-1) for y in (ours[0], jnp.asarray(theirs)))
-    size = min(mine.size, other.size)
-    with np.errstate(over="ignore"):
-        return float(np.linalg.norm(mine[:size] - other[:size]) / np.linalg.norm(mine[:size]))
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -145,7 +102,7 @@ def summary(rows: list[dict]) -> list[str]:
         if wrong := [key for key, value in each.items() if value == "wrong outputs"]:
             text += f"; wrong outputs: {' and '.join(wrong)}"
         if "PyTorch, dense" in each["seconds"]:
-            over = [quartiles(ratios(each, f"PyTorch, {kind}", f"fast, {kind}"))[1] for kind in ("low-rank", "dense")]
+            over = [quartiles(ratios(each, f"PyTorch, {kind}", f"fast, {kind}"))[1] for kind in reversed(KINDS)]
             own = quartiles(ratios(each, "PyTorch, dense", "PyTorch, low-rank"))[1]
             text += f"; over PyTorch {over[0]:.2f} low-rank, {over[1]:.2f} dense, whose own gain is {own:.2f}"
         notes.append(text)
@@ -153,8 +110,8 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "forward.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "forward.json")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
@@ -165,13 +122,12 @@ def main() -> None:
     parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
     parser.add_argument("--freeze", action="store_true", help="the weights are constants of the programs of `fast`")
     args = parser.parse_args()
-    if args.keep_memory and not keep_memory():
-        parser.error("--keep-memory: this C library has no such settings; leave it out")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, which all processes use
     rows: list[dict] = []
     for name in args.networks:
         for dtype in args.dtypes:
             for batch in args.batches:
-                if NETWORKS[name][2] == 224 and batch > args.largest:
+                if NETWORKS[name].side == 224 and batch > args.largest:
                     continue
                 rows.append(row(name, batch, dtype, args))
                 print(summary(rows[-1:])[0], flush=True)

@@ -1,0 +1,76 @@
+"""The networks of forward.py, dense and low-rank, by seed 0: the same in every process."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lowrank_jax import decompose, lowrank, trace
+from lowrank_jax.experiment import PAPER_RANKS
+from lowrank_jax.models import NIN, CifarResNet
+from lowrank_jax.models.imagenet import VGG16, ResNet50
+from lowrank_jax.uses import Trace
+
+VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
+
+
+def half(uses: Trace) -> dict[str, Any]:
+    """Every layer at the largest rank that leaves at most half of its multiply-adds."""
+    found = {}
+    for path in uses.safe_paths():
+        use = uses.at(path)[0]
+        if rank := use.multiply_adds // (2 * use.multiply_adds_at(use.scheme(1))):
+            found[path] = use.scheme(rank)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model, the name of its forward pass in rival_torch.py, the side of its images, and what is decomposed."""
+
+    make: Callable[..., nn.Module]
+    rival: str
+    side: int
+    choose: Callable[[Trace], Any]
+
+
+NETWORKS = {
+    "nin": Network(NIN, "nin", 32, lambda uses: PAPER_RANKS),
+    "nin, no batch norm": Network(lambda **o: NIN(batch_norm=False, **o), "nin", 32, lambda uses: PAPER_RANKS),
+    "resnet20": Network(CifarResNet, "resnet20", 32, half),
+    "resnet50": Network(ResNet50, "resnet50", 224, half),
+    "vgg16": Network(
+        lambda **o: VGG16(num_classes=None, **o),
+        "vgg16",
+        224,
+        lambda uses: dict(zip([u.path for u in uses], VGG_RANKS, strict=True)),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model with its images and variables, and how many times its multiply-adds fall.
+
+    Attributes:
+        trees: "dense" and "low-rank" to the variables.
+    """
+
+    model: nn.Module
+    images: jax.Array
+    trees: dict[str, Any]
+    gain: float
+
+
+def prepare(name: str, batch: int, dtype: str) -> Prepared:
+    """One of `NETWORKS` with random variables and images."""
+    network = NETWORKS[name]
+    model = network.make(dtype=None if dtype == "float32" else dtype)
+    images = jax.random.normal(jax.random.key(1), (batch, network.side, network.side, 3))
+    dense = jax.jit(model.init)(jax.random.key(0), images[:1])
+    uses = trace(model.apply, dense, images[:1])
+    low = {**dense, "params": decompose(dense["params"], network.choose(uses), uses)}
+    left = trace(lowrank(model.apply), low, images[:1]).multiply_adds
+    return Prepared(model, images, {"dense": dense, "low-rank": low}, uses.multiply_adds / left)
