@@ -15,6 +15,7 @@ from lowrank_jax.agreement import right, rounding
 from lowrank_jax.compiling import candidate_options
 
 LAPPED = 3.0  # times the fastest: slower programs run once
+LONG = 1.0  # seconds: a run that takes so long needs none before it that is not counted
 CLOSE = 1.3  # times the fastest: within it noise or another program beside it could make a program first
 Program = Callable[[], Any]
 
@@ -115,8 +116,9 @@ def race(
 ) -> dict[str, float]:
     """Seconds of each program; only those that can be the fastest run often.
 
-    After one run each, those up to `LAPPED` times the fastest run twice more, in turn, and of these those up to
-    `CLOSE` times the fastest as often as is asked. Medians of the last runs of each.
+    After one run each, those up to `LAPPED` times the fastest run twice more, in turn, unless one run of each of them
+    takes longer than the last runs may; and of these those up to `CLOSE` times the fastest as often as is asked.
+    Medians of the last runs of each. A first run of a second or more counts, of a shorter one the next.
 
     Args:
         programs: as in `throughput`.
@@ -130,17 +132,21 @@ def race(
         True
     """
     times = {name: _once(program, least) for name, program in programs.items()}
-    for margin in (LAPPED, CLOSE):
+    for margin, most in ((LAPPED, 2), (CLOSE, rounds)):
         near = {name: call for name, call in programs.items() if times[name] <= margin * min(times.values())}
-        fitting = int(seconds / sum(times[name] for name in near)) if margin == CLOSE and seconds < math.inf else rounds
-        count = max(2, min(rounds, fitting)) if margin == CLOSE else 2
-        found = throughput(near, items=1, rounds=count, warmup=int(least > 0), least=least).seconds
+        fitting = seconds / sum(times[name] for name in near)
+        if margin == LAPPED and fitting < 1:
+            continue
+        count = max(2, int(min(most, fitting)))
+        short = any(times[name] < least for name in near)  # the round that is not counted finds how often these run
+        found = throughput(near, items=1, rounds=count, warmup=int(short), least=least).seconds
         times |= {name: statistics.median(values) for name, values in found.items()}
     return times
 
 
 def _once(program: Program, least: float) -> float:
-    program()
+    if (first := _mean(program, 1)) >= LONG:
+        return first
     elapsed = _mean(program, 1)
     return elapsed if elapsed >= least else _mean(program, math.ceil(least / elapsed))
 

@@ -75,27 +75,37 @@ def test_short_programs_run_several_times_in_a_turn_and_their_mean_counts():
     assert all(0.001 <= seconds < 0.01 for seconds in found.seconds["short"])
 
 
+def sleeper(runs, name, seconds):
+    """A program that counts its runs."""
+
+    def run():
+        runs[name] += 1
+        time.sleep(seconds)
+
+    return run
+
+
 def test_in_a_race_only_the_fast_run_often():
     runs = dict.fromkeys(("first", "second", "lapped"), 0)
-
-    def program(name, seconds):
-        def run():
-            runs[name] += 1
-            time.sleep(seconds)
-
-        return run
-
-    programs = {"first": program("first", 0.01), "second": program("second", 0.02), "lapped": program("lapped", 0.1)}
+    programs = {name: sleeper(runs, name, seconds) for name, seconds in zip(runs, (0.01, 0.02, 0.1), strict=True)}
     times = race(programs, rounds=9)
     assert runs == {"first": 2 + 2 + 9, "second": 2 + 2, "lapped": 2}
     assert times["first"] < times["second"] < times["lapped"] and 0.1 <= times["lapped"] < 0.2
-    assert race({"only": program("first", 0.0)}, rounds=2, least=0.001).keys() == {"only"}
+    assert race({"only": sleeper(runs, "first", 0.0)}, rounds=2, least=0.001).keys() == {"only"}
 
 
 def test_a_race_of_long_programs_has_fewer_rounds():
     runs = []
     race({name: lambda: runs.append(time.sleep(0.01)) for name in "ab"}, rounds=100, seconds=0.1)
     assert len(runs) <= 2 * (2 + 2 + 5)
+
+
+def test_in_a_race_very_long_programs_run_once_and_the_fastest_twice_more(monkeypatch):
+    monkeypatch.setattr("lowrank_jax.throughput.LONG", 0.02)
+    runs = {"long": 0, "longer": 0}
+    programs = {"long": sleeper(runs, "long", 0.03), "longer": sleeper(runs, "longer", 0.08)}
+    race(programs, rounds=9, least=0.01, seconds=0.06)
+    assert runs == {"long": 1 + 2, "longer": 1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
