@@ -141,20 +141,37 @@ def fit(
         sweeps: alternating refinements after the first refit of the horizontal factor.
 
     Returns:
-        V (a, c, K) and H (K, b, n), balanced to equal norm.
+        V (a, c, K) and H (K, b, n), balanced to equal norm; never worse, with weights, than the plain SVD's slices.
     """
-    a, _, c, _ = kernel.shape
-    left, _, _ = whitened(kernel, covariance, weights)
-    first = orthonormal(left[:, :rank]).reshape(a, c, rank)
+    a, b, c, n = kernel.shape
+    important = np.ones(n) if weights is None else weights
+
+    def error(first: Array, second: Array) -> float:
+        merged = np.einsum("yck,kxn->yxcn", first, second, optimize=True)
+        return output_error(merged * important, covariance, cross * important)
+
+    plain, values, right = whitened(kernel, None, weights)
+    limit = error((plain[:, :rank] * values[:rank]).reshape(a, c, -1), right[:rank].reshape(-1, b, n))
+    for left in (whitened(kernel, covariance, weights)[0], plain):
+        factors = _refined(left[:, :rank].reshape(a, c, rank), covariance, cross, sweeps)
+        if error(*factors) <= limit:
+            break
+    return balance(*factors)
+
+
+def _refined(first: Array, covariance: Array, cross: Array, sweeps: int) -> tuple[Array, Array]:
+    """Least squares for the second factor of a start, then for both in turn; each makes the error smaller."""
+    first = orthonormal(first)
     second = refit_second(first, covariance, cross)
     for _ in range(sweeps):
-        first = orthonormal(refit_first(first, second, covariance, cross).reshape(a * c, rank)).reshape(a, c, rank)
+        first = orthonormal(refit_first(first, second, covariance, cross))
         second = refit_second(first, covariance, cross)
-    return balance(first, second)
+    return first, second
 
 
-def orthonormal(matrix: Array) -> Array:
-    return np.linalg.qr(matrix)[0]
+def orthonormal(first: Array) -> Array:
+    """A vertical factor (a, c, K) with the same span, whose K columns are orthonormal."""
+    return np.linalg.qr(first.reshape(-1, first.shape[-1]))[0].reshape(first.shape)
 
 
 def balance(first: Array, second: Array) -> tuple[Array, Array]:

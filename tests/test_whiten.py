@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import whiten
@@ -87,13 +87,14 @@ def alternate(kernel, covariance, first, second, sweeps=60):
 
 
 @few
+@example(seed=2**31, rank=1, sweeps=0, deficient=None)  # the whitened start alone is 0.35 % worse
 @given(seeds, st.integers(1, 8), st.integers(0, 2), st.sampled_from([None, 3, 7]))
 def test_the_fit_is_never_worse_than_the_plain_svd_in_output_error(seed, rank, sweeps, deficient):
     kernel, covariance, cross = problem(seed, rank=deficient)
     first, second = whiten.fit(kernel, covariance, cross, min(rank, 6), sweeps=sweeps)
     plain = error(kernel, sliced(kernel, min(rank, 6), None), covariance)
     assert np.isfinite(first).all() and np.isfinite(second).all()
-    assert error(kernel, dense(first, second), covariance) <= plain * 1.001 + 1e-9
+    assert error(kernel, dense(first, second), covariance) <= plain * (1 + 1e-6) + 1e-9
 
 
 @few
