@@ -51,7 +51,7 @@ def scaled_outputs(fn, *args):
 X, KERNEL, SCALE = random(0, 10, 8, 8, 4), random(1, 3, 3, 4, 6), random(2, 6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(LAYOUTS), st.sampled_from([1, 2]), st.lists(st.sampled_from("+-*s"), min_size=1, max_size=5))
 def test_any_maps_of_channels_after_a_convolution_give_the_same(layout, groups, maps):
     order = [layout[1].index(letter) for letter in "HWIO"]

@@ -1,7 +1,5 @@
 """The programs of a layer, dense or separable, compute the same, and `lowrank` runs any of them."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +39,7 @@ def gap(a, b) -> float:
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_every_program_computes_the_two_convolutions(size, strides, dilation, padding, first, dtype, compiled):
     if any(n + sum(p) < (k - 1) * d + 1 for n, p, k, d in zip((9, 8), padding, size, dilation, strict=True)):
         return  # no output at all
@@ -213,8 +211,9 @@ def test_gradients_pass_through_every_program():
         return jnp.sum(own.run(name, "vertical", x, *pair) ** 2)
 
     wanted = jax.grad(loss)((one, two), PLAIN)
-    for name, index in itertools.product(programs(own, 3), (0, 1)):
-        assert gap(wanted[index], jax.grad(loss)((one, two), name)[index]) < 1e-4, name
+    for name in programs(own, 3):
+        found = jax.grad(loss)((one, two), name)
+        assert all(gap(*pair) < 1e-4 for pair in zip(wanted, found, strict=True)), name
     kernel = jnp.ones(own.kernel)
     whole = [
         jax.grad(lambda k, n=n: jnp.sum(own.convolve(x, k, STEPS[n]) ** 2))(kernel) for n in ("convolve", "gather")
