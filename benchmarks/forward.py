@@ -25,6 +25,8 @@ from flax.traverse_util import flatten_dict
 from networks import NETWORKS, Prepared, prepare
 from turns import Worker, quartiles, ratios, take_turns, write
 
+from lowrank_jax import keep_memory
+from lowrank_jax.agreement import agree
 from lowrank_jax.allocator import SETTINGS
 
 KINDS = ("dense", "low-rank")
@@ -45,9 +47,9 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
             workers[f"PyTorch, {kind}"] = stack.enter_context(torch_worker(name, own, kind, dtype, args))
         for kind in KINDS:
             facts[f"fast, {kind}"] = workers[f"fast, {kind}"].facts["found"]
-            right = agree(workers, kind, "jit", dtype)  # XLA's default program is not, in some of bfloat16
+            right = same(workers, kind, "jit", dtype)  # XLA's default program is not, in some of bfloat16
             facts[f"jit, {kind}"] = "right" if right else "wrong outputs"
-            if args.torch_python and not agree(workers, kind, "PyTorch", dtype):
+            if args.torch_python and not same(workers, kind, "PyTorch", dtype):
                 raise ValueError(f"{name}, {kind}: the outputs of PyTorch differ by more than rounding.")
         turns = in_turn(workers, args.seconds)
     seconds = {key: [value / workers[key].facts["repeats"] for value in values] for key, values in turns.items()}
@@ -58,19 +60,23 @@ def jax_worker(name: str, batch: int, dtype: str, kind: str, how: str, args: arg
     """A program in JAX; it has been searched for and is compiled when it is ready."""
     command = [sys.executable, str(HERE / "forward_worker.py"), "--network", name, "--batch", str(batch)]
     command += ["--dtype", dtype, "--tree", kind]
-    given = {"--fast": how == "fast", "--freeze": args.freeze, "--keep-memory": args.keep_memory}
+    given = {"--fast": how == "fast", "--freeze": args.freeze}
     command += [flag for flag, wanted in given.items() if wanted]
-    return Worker([*command, *(["--times", args.times] if args.times else [])])
+    return Worker([*command, *(["--times", args.times] if args.times else [])], env=memory(args))
 
 
 def torch_worker(name: str, own: Prepared, kind: str, dtype: str, args: argparse.Namespace) -> Worker:
     """A program in PyTorch; it has read its weights when it is ready."""
-    env = KEPT if args.keep_memory else {}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "weights.npz")
         np.savez(weights, images=np.asarray(own.images), **flat(own.trees[kind]))
         command = [args.torch_python, str(HERE / "rival_torch.py"), str(weights), "--network", NETWORKS[name].rival]
-        return Worker([*command, "--dtype", dtype], env=env)
+        return Worker([*command, "--dtype", dtype], env=memory(args))
+
+
+def memory(args: argparse.Namespace) -> dict[str, str]:
+    """The allocator's settings, which a process reads when it starts, for either library."""
+    return KEPT if args.keep_memory else {}
 
 
 def flat(variables: Any) -> dict[str, np.ndarray]:
@@ -78,11 +84,10 @@ def flat(variables: Any) -> dict[str, np.ndarray]:
     return {"/".join(path[1:]): np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
 
 
-def agree(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
+def same(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
     """Whether a program's first outputs are those of `fast`, to rounding."""
     mine, other = (np.asarray(workers[f"{each}, {kind}"].facts["outputs"]) for each in ("fast", how))
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.linalg.norm(mine - other) < AGREE[dtype] * np.linalg.norm(mine))
+    return agree(mine, other, AGREE[dtype])
 
 
 def in_turn(programs: dict[str, Worker], budget: float) -> dict[str, list[float]]:
@@ -122,6 +127,8 @@ def main() -> None:
     parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
     parser.add_argument("--freeze", action="store_true", help="the weights are constants of the programs of `fast`")
     args = parser.parse_args()
+    if args.keep_memory and not keep_memory():
+        parser.error("--keep-memory: this C library has no such settings; leave it out")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, which all processes use
     rows: list[dict] = []
     for name in args.networks:

@@ -3,7 +3,7 @@
 A worker process (turns.py).
 
 python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --tree low-rank [--fast] [--freeze]
-    [--keep-memory] [--times FILE]
+    [--times FILE]
 """
 
 import argparse
@@ -16,15 +16,13 @@ import numpy as np
 from networks import NETWORKS, prepare
 from turns import repeated, serve
 
-from lowrank_jax import keep_memory, lowrank
+from lowrank_jax import lowrank
 from lowrank_jax.fast import Fast, fast
 from lowrank_jax.tuning import Timer
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
     """What is known of the program, its first outputs among it, and a run of about a quarter of a second."""
-    if args.keep_memory and not keep_memory():
-        raise SystemExit("--keep-memory: this C library has no such settings; leave it out")
     own = prepare(args.network, args.batch, args.dtype)
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:
@@ -58,7 +56,6 @@ def main() -> None:
     parser.add_argument("--tree", choices=("dense", "low-rank"), required=True)
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--freeze", action="store_true")
-    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--times", help="JSON file that keeps the measured times of layers")
     args = parser.parse_args()
     serve(lambda: start(args))
