@@ -101,7 +101,7 @@ def refit_first(first: Array, second: Array, covariance: Array, cross: Array, st
     flat = covariance.reshape(a * b * c, a * b * c)
 
     def normal(v: Array) -> Array:
-        dense = np.einsum("yck,kxn->yxcn", v, second, optimize=True).reshape(a * b * c, -1)
+        dense = merged(v, second).reshape(a * b * c, -1)
         return np.einsum("yxcn,kxn->yck", (flat @ dense).reshape(a, b, c, -1), second, optimize=True)
 
     strips, offsets = kronecker(covariance)
@@ -147,8 +147,7 @@ def fit(
     important = np.ones(n) if weights is None else weights
 
     def error(first: Array, second: Array) -> float:
-        merged = np.einsum("yck,kxn->yxcn", first, second, optimize=True)
-        return output_error(merged * important, covariance, cross * important)
+        return output_error(merged(first, second) * important, covariance, cross * important)
 
     plain, values, right = whitened(kernel, None, weights)
     limit = error((plain[:, :rank] * values[:rank]).reshape(a, c, -1), right[:rank].reshape(-1, b, n))
@@ -182,6 +181,11 @@ def balance(first: Array, second: Array) -> tuple[Array, Array]:
     root = np.sqrt(s)
     left, right = (q @ u) * root, root[:, None] * v
     return left.reshape(a, c, rank), right.reshape(rank, b, n)
+
+
+def merged(first: Array, second: Array) -> Array:
+    """The kernel (a, b, c, n) of two factors."""
+    return np.einsum("yck,kxn->yxcn", first, second, optimize=True)
 
 
 def output_error(kernel: Array, covariance: Array, cross: Array) -> float:
