@@ -1,7 +1,8 @@
 """Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a table.
 
 python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [--batches 1 32 256]
-    [--dtypes float32 bfloat16] [--keep-memory] [--freeze] [--out benchmarks/results/forward.json]
+    [--dtypes float32 bfloat16] [--largest 256 --search 32] [--keep-memory] [--freeze]
+    [--out benchmarks/results/forward.json]
 
 Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under plain ``jax.jit``;
 PyTorch runs eager, channels_last. Every program has a process of its own, as a user runs it: in one process, what the
@@ -32,6 +33,7 @@ from lowrank_jax.allocator import SETTINGS
 KINDS = ("dense", "low-rank")
 KEPT = {name: str(value) for name, (_, value) in SETTINGS.items()}
 HERE = Path(__file__).parent
+LONG = 60.0  # seconds of a round: all programs have run before it, and so long a run is warm for most of itself
 AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of outputs: rounding through up to 50 layers
 
 
@@ -39,6 +41,7 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
     """All programs of one network, batch and type, in turn."""
     own = prepare(name, batch, dtype)
     facts: dict[str, Any] = {"images": batch, "dtype": dtype, "multiply_adds_ratio": own.gain}
+    facts["searched_with"] = min(batch, args.search or batch)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for kind, how in itertools.product(KINDS, ("fast", "jit")):
@@ -62,7 +65,9 @@ def jax_worker(name: str, batch: int, dtype: str, kind: str, how: str, args: arg
     command += ["--dtype", dtype, "--tree", kind]
     given = {"--fast": how == "fast", "--freeze": args.freeze}
     command += [flag for flag, wanted in given.items() if wanted]
-    return Worker([*command, *(["--times", args.times] if args.times else [])], env=memory(args))
+    named = {"--times": args.times, "--search": args.search}
+    command += [part for flag, value in named.items() if value for part in (flag, str(value))]
+    return Worker(command, env=memory(args))
 
 
 def torch_worker(name: str, own: Prepared, kind: str, dtype: str, args: argparse.Namespace) -> Worker:
@@ -91,10 +96,14 @@ def same(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
 
 
 def in_turn(programs: dict[str, Worker], budget: float) -> dict[str, list[float]]:
-    """One round to warm up, then as many as the budget of seconds has, from 3 to 15."""
+    """One round to warm up, then as many as the budget of seconds has, from 3 to 15; a round of minutes counts."""
     start = time.perf_counter()
-    take_turns(programs, 1)
-    return take_turns(programs, int(np.clip(budget / (time.perf_counter() - start), 3, 15)))
+    first = take_turns(programs, 1)
+    elapsed = time.perf_counter() - start
+    if elapsed < LONG:
+        return take_turns(programs, int(np.clip(budget / elapsed, 3, 15)))
+    others = take_turns(programs, 2)
+    return {name: values + others[name] for name, values in first.items()}
 
 
 def summary(rows: list[dict]) -> list[str]:
@@ -124,6 +133,7 @@ def main() -> None:
     parser.add_argument("--times", help="JSON file that keeps the measured times of layers")
     parser.add_argument("--seconds", type=float, default=20, help="of the counted rounds of a row, 3 to 15 rounds")
     parser.add_argument("--largest", type=int, default=32, help="largest batch of the networks with 224 pixels")
+    parser.add_argument("--search", type=int, help="images that `fast` searches with at most; what it finds takes any")
     parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
     parser.add_argument("--freeze", action="store_true", help="the weights are constants of the programs of `fast`")
     args = parser.parse_args()

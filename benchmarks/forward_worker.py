@@ -3,10 +3,11 @@
 A worker process (turns.py).
 
 python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --tree low-rank [--fast] [--freeze]
-    [--times FILE]
+    [--times FILE] [--search 32]
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,9 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:
         timers = lambda options: Timer(options, path=args.times)  # noqa: E731
-        run = fast(own.model.apply, tree, own.images, timers=timers, freeze=args.freeze)
-        facts = describe(run)
+        begin = time.perf_counter()
+        run = fast(own.model.apply, tree, own.images[: args.search], timers=timers, freeze=args.freeze)
+        facts = {"search_s": time.perf_counter() - begin, **describe(run)}
     else:
         run = jax.jit(lowrank(own.model.apply))
     inputs = (None if args.fast and args.freeze else tree, own.images)
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--freeze", action="store_true")
     parser.add_argument("--times", help="JSON file that keeps the measured times of layers")
+    parser.add_argument("--search", type=int, help="images to search with at most")
     args = parser.parse_args()
     serve(lambda: start(args))
 
