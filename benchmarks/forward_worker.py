@@ -1,8 +1,10 @@
-"""One program of forward.py in a process of its own, as a user runs it: `fast`, or plain ``jax.jit``.
+"""One program of forward.py in a process of its own, as a user runs it: `fast`, or plain
+``jax.jit``.
 
 A worker process (turns.py).
 
-python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --tree low-rank [--fast] [--freeze]
+python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --tree low-rank
+[--fast] [--freeze]
     [--times FILE] [--search 32]
 """
 
@@ -18,18 +20,21 @@ from networks import NETWORKS, prepare
 from turns import repeated, serve
 
 from lowrank_jax import lowrank
-from lowrank_jax.fast import Fast, fast
-from lowrank_jax.tuning import Timer
+from lowrank_jax.tuning.search import Fast, fast
+from lowrank_jax.tuning.timer import Timer
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
-    """What is known of the program, its first outputs among it, and a run of about a quarter of a second."""
+    """What is known of the program, its first outputs among it, and a run of about a quarter of a
+    second."""
     own = prepare(args.network, args.batch, args.dtype)
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:
         timers = lambda options: Timer(options, path=args.times)  # noqa: E731
         begin = time.perf_counter()
-        run = fast(own.model.apply, tree, own.images[: args.search], timers=timers, freeze=args.freeze)
+        run = fast(
+            own.model.apply, tree, own.images[: args.search], timers=timers, freeze=args.freeze
+        )
         facts = {"search_s": time.perf_counter() - begin, **describe(run)}
     else:
         run = jax.jit(lowrank(own.model.apply))
@@ -51,7 +56,9 @@ def describe(own: Fast) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=NETWORKS, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)

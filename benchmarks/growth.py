@@ -1,12 +1,17 @@
-"""Seconds and peak memory of `decompose` and of choosing ranks, against size; writes JSON and a table.
+"""Seconds and peak memory of `decompose` and of choosing ranks, against size; writes JSON and a
+table.
 
 python benchmarks/growth.py [--quick] [--out benchmarks/results/growth.json]
 
-kernel: one (4, 4, c, c) kernel, whose matrix has two equal sides, beside a full SVD of that matrix by SciPy.
+kernel: one (4, 4, c, c) kernel, whose matrix has two equal sides, beside a full SVD of that matrix
+    by SciPy.
 layers: many kernels of one size. plan: the steps of choosing ranks for a network of many layers.
-Every point is a process of its own. Peak memory is what the process holds at most while the first call runs, less what
-it held before: the arrays it is given are not in it. A small call comes before, for buffers that stay. The growth
-between two points is that of the fastest runs, as exponent of the size, on one thread unless told otherwise: it is the
+Every point is a process of its own. Peak memory is what the process holds at most while the first
+call runs, less what
+it held before: the arrays it is given are not in it. A small call comes before, for buffers that
+    stay. The growth
+between two points is that of the fastest runs, as exponent of the size, on one thread unless told
+    otherwise: it is the
 work that is to be seen, not how well it is spread.
 """
 
@@ -31,12 +36,16 @@ from rival_svd import half_rank
 from turns import check, take_turns, write
 
 from lowrank_jax import decompose, trace
-from lowrank_jax.budget import Budget
-from lowrank_jax.options import options
-from lowrank_jax.ranks import total_energy
-from lowrank_jax.spectra import spectra
+from lowrank_jax.planning.budget import Budget
+from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.selectors import total_energy
+from lowrank_jax.planning.spectra import spectra
 
-SIZES = {"kernel": (256, 512, 1024, 2048, 4096), "layers": (5, 50, 100, 200, 500), "plan": (10, 25, 50, 100, 200)}
+SIZES = {
+    "kernel": (256, 512, 1024, 2048, 4096),
+    "layers": (5, 50, 100, 200, 500),
+    "plan": (10, 25, 50, 100, 200),
+}
 QUICK = {"kernel": (160, 320), "layers": (4, 8), "plan": (2, 4)}
 BASES = {"kernel": "SVD", "layers": "SVD", "plan": "spectra"}
 SLACK = 0.2  # of an exponent, for noise
@@ -49,7 +58,10 @@ Program = Callable[[], object]
 def tree(shape: tuple[int, ...], count: int, seed: int) -> tuple[dict, dict[str, int]]:
     """So many layers with Gaussian kernels, and ranks for half the weights."""
     rng = np.random.default_rng(seed)
-    params = {f"conv_{i}": {"kernel": jnp.asarray(rng.standard_normal(shape, np.float32))} for i in range(count)}
+    params = {
+        f"conv_{i}": {"kernel": jnp.asarray(rng.standard_normal(shape, np.float32))}
+        for i in range(count)
+    }
     return jax.block_until_ready(params), dict.fromkeys(params, half_rank(shape))
 
 
@@ -58,26 +70,37 @@ def matrices(params: dict) -> list[np.ndarray]:
     return [kernel.reshape(kernel.shape[0] * kernel.shape[1], -1) for kernel in kernels]
 
 
-def decomposing(shape: tuple[int, ...], count: int, seed: int) -> tuple[dict[str, Program], Program, int, int]:
-    """The programs to time, that whose memory counts, and the bytes of the tree and of the largest matrix."""
+def decomposing(
+    shape: tuple[int, ...], count: int, seed: int
+) -> tuple[dict[str, Program], Program, int, int]:
+    """The programs to time, that whose memory counts, and the bytes of the tree and of the largest
+    matrix."""
     params, ranks = tree(shape, count, seed)
 
     def ours():
         return jax.block_until_ready(decompose(params, ranks))
 
     def svd():  # the library that ours calls, so that one set of threads serves both
-        return [scipy.linalg.svd(m, full_matrices=False, check_finite=False) for m in matrices(params)]
+        return [
+            scipy.linalg.svd(m, full_matrices=False, check_finite=False) for m in matrices(params)
+        ]
 
     size = 4 * math.prod(shape)
     return {"decompose": ours, "SVD": svd}, ours, count * size, size
 
 
 def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, int]:
-    """The same for a network of so many convolutions, its weights given without compiling anything."""
-    model, images = nn.Sequential([nn.Conv(32, (3, 3)) for _ in range(count)]), jnp.zeros((1, 8, 8, 32))
+    """The same for a network of so many convolutions, its weights given without compiling
+    anything."""
+    model, images = (
+        nn.Sequential([nn.Conv(32, (3, 3)) for _ in range(count)]),
+        jnp.zeros((1, 8, 8, 32)),
+    )
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes)
+    variables = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes
+    )
     uses = trace(model.apply, variables, images)
     values = spectra(variables["params"], uses)
     table = options(uses, values)
@@ -98,7 +121,8 @@ def memory(name: str) -> int:
 
 
 def peak(program: Program) -> int | None:
-    """Bytes that a run takes at most. getrusage cannot tell: it counts the parent until this process began."""
+    """Bytes that a run takes at most. getrusage cannot tell: it counts the parent until this
+    process began."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():  # not Linux
         return None
@@ -111,7 +135,10 @@ def peak(program: Program) -> int | None:
 
 def point(kind: str, size: int, rounds: int, seed: int) -> dict:
     """Everything measured at one size, in this process."""
-    small = {"kernel": partial(decomposing, (3, 3, 48, 48), 1), "layers": partial(decomposing, (3, 3, 48, 48), 1)}
+    small = {
+        "kernel": partial(decomposing, (3, 3, 48, 48), 1),
+        "layers": partial(decomposing, (3, 3, 48, 48), 1),
+    }
     made = {
         "kernel": lambda: decomposing((4, 4, size // 4, size // 4), 1, seed),
         "layers": lambda: decomposing((3, 3, 64, 64), size, seed),
@@ -145,7 +172,11 @@ def exponent(old: dict, new: dict, name: str) -> float:
 def exponents(rows: list[dict]) -> dict[tuple[str, str], float]:
     """(row, program) to the growth since the row before."""
     pairs = [(old, new) for old, new in itertools.pairwise(rows) if old["kind"] == new["kind"]]
-    return {(new["name"], name): exponent(old, new, name) for old, new in pairs for name in new["seconds"]}
+    return {
+        (new["name"], name): exponent(old, new, name)
+        for old, new in pairs
+        for name in new["seconds"]
+    }
 
 
 def described(rows: list[dict]) -> list[dict]:
@@ -158,7 +189,9 @@ def described(rows: list[dict]) -> list[dict]:
             {f"{key} MB": size / 1e6 for key, size in sizes.items() if size is not None}
         )
         for name in columns:
-            columns[name] |= {"exponent": growth[row["name"], name]} if (row["name"], name) in growth else {}
+            columns[name] |= (
+                {"exponent": growth[row["name"], name]} if (row["name"], name) in growth else {}
+            )
         found.append(row | {"programs": columns})
     return found
 
@@ -169,7 +202,8 @@ def limit(row: dict) -> int:
 
 
 def checks(rows: list[dict]) -> list[dict]:
-    """No step grows faster than the decompositions over the largest sizes, and memory stays within a few matrices."""
+    """No step grows faster than the decompositions over the largest sizes, and memory stays within
+    a few matrices."""
     found = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         last = [row for row in rows if row["kind"] == kind][-SPAN:]
@@ -186,8 +220,12 @@ def checks(rows: list[dict]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "growth.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "growth.json"
+    )
     parser.add_argument("--quick", action="store_true", help="two small sizes of each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -195,7 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--point", nargs=2, metavar=("KIND", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.point:
-        if hasattr(os, "sched_setaffinity"):  # `decompose` takes all cores that it may, whatever the libraries' threads
+        if hasattr(
+            os, "sched_setaffinity"
+        ):  # `decompose` takes all cores that it may, whatever the libraries' threads
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         print(json.dumps(point(args.point[0], int(args.point[1]), args.rounds, args.seed)))
         return

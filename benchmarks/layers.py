@@ -1,9 +1,11 @@
 """Times every program of single separable layers beside their dense layer and the machine's bound.
 
-python benchmarks/layers.py [--dtypes float32 bfloat16] [--batch 128] [--out benchmarks/results/layers.json]
+python benchmarks/layers.py [--dtypes float32 bfloat16] [--batch 128] [--out
+benchmarks/results/layers.json]
 
-The bound of a layer is the larger of its multiply-adds over the rate of a large product and its bytes, without those
-between the two convolutions, over the rate of a copy; both rates are measured in the same run.
+The bound of a layer is the larger of its multiply-adds over the rate of a large product and its
+bytes, without those between the two convolutions, over the rate of a copy; both rates are measured
+in the same run.
 """
 
 import argparse
@@ -16,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from turns import quartiles, write
 
-from lowrank_jax.compiling import candidate_options
-from lowrank_jax.programs import PLAIN, Layer, factors, programs
-from lowrank_jax.roofline import roofline
-from lowrank_jax.throughput import throughput
+from lowrank_jax.program.compiler import candidate_options
+from lowrank_jax.tuning.algorithms import PLAIN, Layer, factors, programs
+from lowrank_jax.tuning.experimental.roofline import roofline
+from lowrank_jax.tuning.timing import throughput
 
 # Name, side of the inputs, channels in, channels out, side of the kernel, rank.
 LAYERS = (
@@ -35,7 +37,17 @@ LAYERS = (
 
 def layer(side: int, channels: int, features: int, size: int, batch: int, dtype: str) -> Layer:
     half = (size // 2, size // 2)
-    return Layer((batch, side, side, channels), features, (size, size), (1, 1), (half, half), (1, 1), (1, 1), 1, dtype)
+    return Layer(
+        (batch, side, side, channels),
+        features,
+        (size, size),
+        (1, 1),
+        (half, half),
+        (1, 1),
+        (1, 1),
+        1,
+        dtype,
+    )
 
 
 def compiled(fn: Callable, *args: jax.Array, options: dict | None = None) -> Callable:
@@ -53,7 +65,8 @@ def best(run: Callable, rounds: int = 7) -> float:
 
 
 def peaks(dtype: str) -> tuple[float, float]:
-    """Operations a second of a large product, and bytes a second of a copy much larger than the caches."""
+    """Operations a second of a large product, and bytes a second of a copy much larger than the
+    caches."""
     gpu = jax.default_backend() == "gpu"
     side, count = (8192, 2**28) if gpu else (2048, 2**26)
     square, long = jnp.ones((side, side), dtype), jnp.ones(count, dtype)
@@ -65,7 +78,9 @@ def peaks(dtype: str) -> tuple[float, float]:
 def row(name: str, own: Layer, rank: int, rates: tuple[float, float], rounds: int) -> dict:
     """Seconds of every program under each set of compiler options, in turn."""
     shapes = factors(own, rank, "vertical")
-    x, one, two, dense = (jnp.full(shape, 0.5, own.dtype) for shape in (own.inputs, *shapes, own.kernel))
+    x, one, two, dense = (
+        jnp.full(shape, 0.5, own.dtype) for shape in (own.inputs, *shapes, own.kernel)
+    )
     runs = {}
     for index, options in enumerate(candidate_options()):
         end = f" ({index})" if index else ""
@@ -83,12 +98,20 @@ def row(name: str, own: Layer, rank: int, rates: tuple[float, float], rounds: in
 
 def summary(rows: list[dict]) -> list[str]:
     """The best program of each layer, beside two convolutions, the dense layer and the bound."""
-    notes = [f"(1) after a program's name: compiled with {options}" for options in candidate_options()[1:]]
+    notes = [
+        f"(1) after a program's name: compiled with {options}"
+        for options in candidate_options()[1:]
+    ]
     for each in rows:
         medians = {name: quartiles(seconds)[1] for name, seconds in each["seconds"].items()}
-        low = {name: value for name, value in medians.items() if not name.startswith(("dense", "merged"))}
+        low = {
+            name: value
+            for name, value in medians.items()
+            if not name.startswith(("dense", "merged"))
+        }
         best, plain, dense = (
-            min(value for name, value in medians.items() if name.startswith(start)) for start in ("", PLAIN, "dense")
+            min(value for name, value in medians.items() if name.startswith(start))
+            for start in ("", PLAIN, "dense")
         )
         name = min(low, key=lambda key: low[key])
         notes.append(
@@ -102,9 +125,16 @@ def summary(rows: list[dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layers.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "layers.json"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--batch", type=int, default=128, help="of the 16 and 32 pixel layers; an eighth of the others")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=128,
+        help="of the 16 and 32 pixel layers; an eighth of the others",
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=range(len(LAYERS)), help="indices")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
@@ -113,7 +143,15 @@ def main() -> None:
         rates = peaks(dtype)
         for name, side, channels, features, size, rank in (LAYERS[index] for index in args.layers):
             batch = args.batch if side <= 32 else max(1, args.batch // 8)
-            rows.append(row(name, layer(side, channels, features, size, batch, dtype), rank, rates, args.rounds))
+            rows.append(
+                row(
+                    name,
+                    layer(side, channels, features, size, batch, dtype),
+                    rank,
+                    rates,
+                    args.rounds,
+                )
+            )
             rows[-1]["rates"] = rates
             write(args.out, "layers", rows, seed=0, notes=summary(rows))
 

@@ -8,10 +8,10 @@ import jax
 from flax import linen as nn
 
 from lowrank_jax import decompose, lowrank, trace
-from lowrank_jax.experiment import PAPER_RANKS
 from lowrank_jax.models import NIN, CifarResNet
 from lowrank_jax.models.imagenet import VGG16, ResNet50
-from lowrank_jax.uses import Trace
+from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.training.experiment import PAPER_RANKS
 
 VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
 
@@ -28,7 +28,8 @@ def half(uses: Trace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model, the name of its forward pass in rival_torch.py, the side of its images, and what is decomposed."""
+    """A model, the name of its forward pass in rival_torch.py, the side of its images, and what is
+    decomposed."""
 
     make: Callable[..., nn.Module]
     rival: str
@@ -38,7 +39,9 @@ class Network:
 
 NETWORKS = {
     "nin": Network(NIN, "nin", 32, lambda uses: PAPER_RANKS),
-    "nin, no batch norm": Network(lambda **o: NIN(batch_norm=False, **o), "nin", 32, lambda uses: PAPER_RANKS),
+    "nin, no batch norm": Network(
+        lambda **o: NIN(batch_norm=False, **o), "nin", 32, lambda uses: PAPER_RANKS
+    ),
     "resnet20": Network(CifarResNet, "resnet20", 32, half),
     "resnet50": Network(ResNet50, "resnet50", 224, half),
     "vgg16": Network(

@@ -2,9 +2,10 @@
 
 python benchmarks/rival_svd.py {ours,jit,torch,numpy,aimet} KERNELS.npz [--cold]
 
-The file holds float32 kernels (h, w, c, n), the ranks are those of half the weights. Each library is imported only
-for its own program. The facts are its version, the ranks and the Frobenius error of every layer, in float64; with
---cold nothing is run before the first turn, and the facts are the version alone.
+The file holds float32 kernels (h, w, c, n), the ranks are those of half the weights. Each library
+is imported only for its own program. The facts are its version, the ranks and the Frobenius error
+of every layer, in float64; with --cold nothing is run before the first turn, and the facts are the
+version alone.
 """
 
 import argparse
@@ -17,11 +18,14 @@ from turns import serve
 
 Kernels = dict[str, np.ndarray]
 Pairs = list[tuple[np.ndarray, np.ndarray]]  # (h, 1, c, K) and (1, w, K, n)
-Made = tuple[str, Callable[[], object], Callable[[object], Pairs], dict]  # version, program, what it gave, facts
+Made = tuple[
+    str, Callable[[], object], Callable[[object], Pairs], dict
+]  # version, program, what it gave, facts
 
 
 def half_rank(shape: tuple[int, ...]) -> int:
-    """The largest rank at which both factors of a kernel (h, w, c, n) have at most half its weights."""
+    """The largest rank at which both factors of a kernel (h, w, c, n) have at most half its
+    weights."""
     h, w, c, n = shape
     return h * w * c * n // (2 * (h * c + w * n))
 
@@ -42,7 +46,12 @@ def ours(kernels: Kernels) -> Made:
     from lowrank_jax import decompose
 
     params, ranks = _tree(kernels)
-    return f"jax {jax.__version__}", lambda: jax.block_until_ready(decompose(params, ranks)), _leaves(ranks), {}
+    return (
+        f"jax {jax.__version__}",
+        lambda: jax.block_until_ready(decompose(params, ranks)),
+        _leaves(ranks),
+        {},
+    )
 
 
 def jit(kernels: Kernels) -> Made:
@@ -65,18 +74,26 @@ def jit(kernels: Kernels) -> Made:
 
 
 def numpy(kernels: Kernels) -> Made:
-    """The textbook decomposition, written by hand with NumPy, which computes in float64 and rounds."""
+    """The textbook decomposition, written by hand with NumPy, which computes in float64 and
+    rounds."""
 
     def split(kernel):
         h, w, c, n = kernel.shape
         rank = half_rank(kernel.shape)
-        u, s, qt = np.linalg.svd(kernel.transpose(0, 2, 1, 3).reshape(h * c, w * n), full_matrices=False)
+        u, s, qt = np.linalg.svd(
+            kernel.transpose(0, 2, 1, 3).reshape(h * c, w * n), full_matrices=False
+        )
         root = np.sqrt(s[:rank])
         vertical = (u[:, :rank] * root).reshape(h, 1, c, rank)
         horizontal = (root[:, None] * qt[:rank]).reshape(rank, w, n).transpose(1, 0, 2)[None]
         return vertical, np.ascontiguousarray(horizontal)
 
-    return f"numpy {np.__version__}", lambda: [split(kernel) for kernel in kernels.values()], list, {}
+    return (
+        f"numpy {np.__version__}",
+        lambda: [split(kernel) for kernel in kernels.values()],
+        list,
+        {},
+    )
 
 
 def torch(kernels: Kernels) -> Made:
@@ -88,13 +105,20 @@ def torch(kernels: Kernels) -> Made:
     def split(weight):
         n, c, h, w = weight.shape
         rank = half_rank((h, w, c, n))
-        u, s, qt = torch.linalg.svd(weight.permute(2, 1, 3, 0).reshape(h * c, w * n), full_matrices=False)
+        u, s, qt = torch.linalg.svd(
+            weight.permute(2, 1, 3, 0).reshape(h * c, w * n), full_matrices=False
+        )
         root = s[:rank].sqrt()
         vertical = (u[:, :rank] * root).reshape(h, c, rank).permute(2, 1, 0)[..., None]
         horizontal = (root[:, None] * qt[:rank]).reshape(rank, w, n).permute(2, 0, 1)[:, :, None]
         return vertical.contiguous(), horizontal.contiguous()
 
-    return f"torch {torch.__version__}", lambda: [split(weight) for weight in weights], _from_oihw, {}
+    return (
+        f"torch {torch.__version__}",
+        lambda: [split(weight) for weight in weights],
+        _from_oihw,
+        {},
+    )
 
 
 def aimet(kernels: Kernels) -> Made:
@@ -120,7 +144,9 @@ def aimet(kernels: Kernels) -> Made:
         return layer
 
     net, mode = Net(), SpatialSvdParameters.Mode.manual
-    pairs = [ModuleCompRatioPair(x, share(k)) for x, k in zip(net.layers, kernels.values(), strict=True)]
+    pairs = [
+        ModuleCompRatioPair(x, share(k)) for x, k in zip(net.layers, kernels.values(), strict=True)
+    ]
     parameters = SpatialSvdParameters(mode, SpatialSvdParameters.ManualModeParams(pairs))
     size = (1, max(kernel.shape[2] for kernel in kernels.values()), 8, 8)
     how = (size, CompressionScheme.spatial_svd, CostMetric.memory, parameters)
@@ -138,20 +164,26 @@ def aimet(kernels: Kernels) -> Made:
 def share(kernel: np.ndarray) -> Decimal:
     """The share of the weights at which AIMET takes our rank."""
     h, w, c, n = kernel.shape
-    return Decimal(half_rank(kernel.shape) * (h * c + w * n)) / Decimal(kernel.size) + Decimal("1e-9")
+    return Decimal(half_rank(kernel.shape) * (h * c + w * n)) / Decimal(kernel.size) + Decimal(
+        "1e-9"
+    )
 
 
 def _tree(kernels: Kernels) -> tuple[dict, dict[str, int]]:
     import jax
 
-    params = jax.block_until_ready({name: {"kernel": jax.device_put(kernel)} for name, kernel in kernels.items()})
+    params = jax.block_until_ready(
+        {name: {"kernel": jax.device_put(kernel)} for name, kernel in kernels.items()}
+    )
     return params, {name: half_rank(kernel.shape) for name, kernel in kernels.items()}
 
 
 def _leaves(names) -> Callable[[object], Pairs]:
     """By name, because jit sorts the keys."""
     factors = ("vertical", "horizontal")
-    return lambda params: [tuple(np.asarray(params[name][key]["kernel"]) for key in factors) for name in names]
+    return lambda params: [
+        tuple(np.asarray(params[name][key]["kernel"]) for key in factors) for name in names
+    ]
 
 
 def _from_oihw(pairs) -> Pairs:
@@ -169,7 +201,9 @@ def prepare(program: str, path: str, cold: bool) -> tuple[dict, Callable[[], obj
     if not cold:
         pairs = pairs_of(run())
         facts["ranks"] = [pair[1].shape[2] for pair in pairs]
-        facts["errors"] = [error(kernel, pair) for kernel, pair in zip(kernels.values(), pairs, strict=True)]
+        facts["errors"] = [
+            error(kernel, pair) for kernel, pair in zip(kernels.values(), pairs, strict=True)
+        ]
     return {"version": version, **facts}, run
 
 

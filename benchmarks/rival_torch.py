@@ -1,4 +1,5 @@
-"""The networks of forward.py in PyTorch, as a user would run them: eager, channels_last, the very same weights.
+"""The networks of forward.py in PyTorch, as a user would run them: eager, channels_last, the very
+same weights.
 
 A worker process (turns.py): reads an .npz of flattened Flax variables and of the images.
 
@@ -24,24 +25,36 @@ class Net:
                 kernel = tensor.permute(3, 2, 0, 1).to(dtype)
                 self.conv_weights[name] = kernel.contiguous(memory_format=torch.channels_last)
             else:
-                self.vectors[name] = (tensor.T if value.ndim == 2 else tensor).to(dtype).contiguous()
+                self.vectors[name] = (
+                    (tensor.T if value.ndim == 2 else tensor).to(dtype).contiguous()
+                )
 
     def conv(self, path: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
         if f"{path}/kernel" in self.conv_weights:
-            return self._one(f"{path}/kernel", x, (stride, stride), self.vectors.get(f"{path}/bias"))
+            return self._one(
+                f"{path}/kernel", x, (stride, stride), self.vectors.get(f"{path}/bias")
+            )
         pairs = (("vertical", "horizontal"), ("horizontal_first", "vertical_second"))
-        one, two = next(names for names in pairs if f"{path}/{names[0]}/kernel" in self.conv_weights)
+        one, two = next(
+            names for names in pairs if f"{path}/{names[0]}/kernel" in self.conv_weights
+        )
         strides = ((stride, 1), (1, stride)) if one == "vertical" else ((1, stride), (stride, 1))
         x = self._one(f"{path}/{one}/kernel", x, strides[0], None)
-        return self._one(f"{path}/{two}/kernel", x, strides[1], self.vectors.get(f"{path}/{two}/bias"))
+        return self._one(
+            f"{path}/{two}/kernel", x, strides[1], self.vectors.get(f"{path}/{two}/bias")
+        )
 
-    def _one(self, name: str, x: torch.Tensor, stride: tuple, bias: torch.Tensor | None) -> torch.Tensor:
+    def _one(
+        self, name: str, x: torch.Tensor, stride: tuple, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         kernel = self.conv_weights[name]
         padding = tuple(size // 2 for size in kernel.shape[2:])
         return F.conv2d(x, kernel, bias, stride, padding)
 
     def norm(self, path: str, x: torch.Tensor) -> torch.Tensor:
-        mean, var, scale, bias = (self.vectors[f"{path}/{name}"] for name in ("mean", "var", "scale", "bias"))
+        mean, var, scale, bias = (
+            self.vectors[f"{path}/{name}"] for name in ("mean", "var", "scale", "bias")
+        )
         return F.batch_norm(x, mean, var, scale, bias, eps=1e-5)
 
     def dense(self, path: str, x: torch.Tensor) -> torch.Tensor:
@@ -53,7 +66,9 @@ def nin(net: Net, x: torch.Tensor) -> torch.Tensor:
         x = net.conv(f"Conv_{index}", x)
         if index == 5:
             return x.mean((2, 3))
-        x = F.relu(net.norm(f"BatchNorm_{index}", x) if f"BatchNorm_{index}/mean" in net.vectors else x)
+        x = F.relu(
+            net.norm(f"BatchNorm_{index}", x) if f"BatchNorm_{index}/mean" in net.vectors else x
+        )
         if index == 1:
             x = F.max_pool2d(x, 3, 2, ceil_mode=True)
         if index == 3:
@@ -77,7 +92,11 @@ def resnet20(net: Net, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(net.norm(f"{path}/BatchNorm_0", net.conv(f"{path}/Conv_0", x, stride)))
         y = net.norm(f"{path}/BatchNorm_1", net.conv(f"{path}/Conv_1", y))
         extra = y.shape[1] - x.shape[1]
-        x = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, extra // 2, extra - extra // 2)) if extra else x
+        x = (
+            F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, extra // 2, extra - extra // 2))
+            if extra
+            else x
+        )
         x = F.relu(x + y)
     return net.dense("Dense_0", x.mean((2, 3)))
 
@@ -90,7 +109,11 @@ def resnet50(net: Net, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(net.norm(f"{path}/BatchNorm_0", net.conv(f"{path}/Conv_0", x)))
         y = F.relu(net.norm(f"{path}/BatchNorm_1", net.conv(f"{path}/Conv_1", y, stride)))
         y = net.norm(f"{path}/BatchNorm_2", net.conv(f"{path}/Conv_2", y))
-        x = net.norm(f"{path}/BatchNorm_3", net.conv(f"{path}/Conv_3", x, stride)) if block in starts else x
+        x = (
+            net.norm(f"{path}/BatchNorm_3", net.conv(f"{path}/Conv_3", x, stride))
+            if block in starts
+            else x
+        )
         x = F.relu(x + y)
     return net.dense("Dense_0", x.mean((2, 3)))
 

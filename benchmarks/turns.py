@@ -1,8 +1,10 @@
-"""Programs that are timed in turn, rivals in processes of their own, and the result file that all benchmarks write.
+"""Programs that are timed in turn, rivals in processes of their own, and the result file that all
+benchmarks write.
 
-Every library keeps idle threads spinning for a while after its work. In one process they would hold the cores against
-the next library, so that a rival runs as a `Worker`, with an interpreter and threads of its own, and a turn starts
-only when the threads of the one before are asleep. Needs nothing but Python, for interpreters that have only a rival.
+Every library keeps idle threads spinning for a while after its work. In one process they would hold
+the cores against the next library, so that a rival runs as a `Worker`, with an interpreter and
+threads of its own, and a turn starts only when the threads of the one before are asleep. Needs
+nothing but Python, for interpreters that have only a rival.
 """
 
 import contextlib
@@ -23,20 +25,25 @@ LONG = 10.0  # seconds: a run that takes so long needs none before it to be warm
 
 
 class Worker:
-    """A program in a process of its own, started and warm once this is made; a call runs it and returns its seconds.
+    """A program in a process of its own, started and warm once this is made; a call runs it and
+    returns its seconds.
 
-    The process prints the line ``{"ready": facts}``, and for each line ``run`` on its input the seconds, as JSON; see
-    `serve`.
+    The process prints the line ``{"ready": facts}``, and for each line ``run`` on its input the
+    seconds, as JSON; see `serve`.
 
     Attributes:
         facts: what the process said when it was ready.
 
     Raises:
-        RuntimeError: the process ended or said something else; holds what it wrote to its error output.
+        RuntimeError: the process ended or said something else; holds what it wrote to its error
+            output.
     """
 
     def __init__(
-        self, command: Sequence[str], cwd: str | os.PathLike | None = None, env: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        cwd: str | os.PathLike | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.command = list(command)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block the process
@@ -52,7 +59,11 @@ class Worker:
             self.facts = self._answer()["ready"]
         except BaseException as error:
             self.close()
-            raise error if isinstance(error, RuntimeError) else RuntimeError(f"not a worker: {command}") from error
+            raise (
+                error
+                if isinstance(error, RuntimeError)
+                else RuntimeError(f"not a worker: {command}")
+            ) from error
 
     def __call__(self) -> float:
         with contextlib.suppress(OSError):  # it has ended, which its answer tells
@@ -68,7 +79,9 @@ class Worker:
             self._process.wait()
             self._errors.seek(0)
             said = self._errors.read()[-4000:] or "nothing"
-        raise RuntimeError(f"{' '.join(self.command)} gave {line!r} and ended; its error output:\n{said}")
+        raise RuntimeError(
+            f"{' '.join(self.command)} gave {line!r} and ended; its error output:\n{said}"
+        )
 
     def close(self) -> None:
         """Ends the process."""
@@ -88,7 +101,8 @@ class Worker:
 
 
 def serve(prepare: Callable[[], tuple[Any, Callable[[], object]]]) -> None:
-    """The other side of a `Worker`: gets facts and a program, says the facts, then runs the program when asked."""
+    """The other side of a `Worker`: gets facts and a program, says the facts, then runs the program
+    when asked."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     facts, program = prepare()
@@ -104,10 +118,13 @@ def timed(program: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def repeated(program: Callable[[], object], seconds: float = 0.25) -> tuple[Callable[[], None], int]:
+def repeated(
+    program: Callable[[], object], seconds: float = 0.25
+) -> tuple[Callable[[], None], int]:
     """A program that runs another so often that a turn takes about so long, and how often that is.
 
-    A turn begins with cold caches and sleeping threads, which is not what a user of many batches sees.
+    A turn begins with cold caches and sleeping threads, which is not what a user of many batches
+    sees.
     """
     took = timed(program)
     took = took if took > LONG else timed(program)
@@ -120,8 +137,11 @@ def repeated(program: Callable[[], object], seconds: float = 0.25) -> tuple[Call
     return run, count
 
 
-def take_turns(programs: Mapping[str, Callable], rounds: int, settle: float = SETTLE) -> dict[str, list[float]]:
-    """Runs every program once in each round, each round starting with the next one; the seconds of every run."""
+def take_turns(
+    programs: Mapping[str, Callable], rounds: int, settle: float = SETTLE
+) -> dict[str, list[float]]:
+    """Runs every program once in each round, each round starting with the next one; the seconds of
+    every run."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     names = list(programs)
     for turn in range(rounds):
@@ -134,9 +154,12 @@ def take_turns(programs: Mapping[str, Callable], rounds: int, settle: float = SE
 
 
 def used_by_others() -> float | None:
-    """CPU seconds that other processes have used so far, all but this one and its ended children; None if unknown."""
+    """CPU seconds that other processes have used so far, all but this one and its ended children;
+    None if unknown."""
     try:
-        _, user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().splitlines()[0].split()[:8]
+        _, user, nice, system, _, _, *interrupts = (
+            Path("/proc/stat").read_text().splitlines()[0].split()[:8]
+        )
     except OSError:
         return None
     all_of_them = sum(map(int, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
@@ -146,12 +169,19 @@ def used_by_others() -> float | None:
 def ratios(row: Mapping[str, Any], program: str, base: str | None = None) -> list[float]:
     """Time of a program over that of the base, in each round."""
     seconds = row["seconds"]
-    return [mine / other for mine, other in zip(seconds[program], seconds[base or row["base"]], strict=True)]
+    return [
+        mine / other
+        for mine, other in zip(seconds[program], seconds[base or row["base"]], strict=True)
+    ]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else 3 * list(values)
+    )
     return low, median, high
 
 
@@ -166,15 +196,25 @@ def write(path: Path, benchmark: str, rows: list[dict], seed: int, **more: Any) 
     Args:
         path: of the JSON file; the table gets the suffix .md.
         benchmark: its name.
-        rows: ``{"name": str, "seconds": {program: [seconds of each round]}, "base": program that the ratios are
-            against}`` and facts; of these ``"programs": {program: {column: value}}`` become columns of the table.
+        rows: ``{"name": str, "seconds": {program: [seconds of each round]}, "base": program that
+            the ratios are against}`` and facts; of these ``"programs": {program: {column: value}}``
+            become columns of the table.
         seed: of every random number.
         more: such as ``notes``, a list of lines, and ``checks``, a list of `check`.
     """
-    from lowrank_jax.experiment import machine  # a rival's interpreter has no JAX
+    from lowrank_jax.training.experiment import machine  # a rival's interpreter has no JAX
 
-    command = shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
-    found = {"benchmark": benchmark, "command": command, "seed": seed, "machine": machine(), **more, "rows": rows}
+    command = shlex.join(
+        ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
+    )
+    found = {
+        "benchmark": benchmark,
+        "command": command,
+        "seed": seed,
+        "machine": machine(),
+        **more,
+        "rows": rows,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(found))
@@ -183,21 +223,40 @@ def write(path: Path, benchmark: str, rows: list[dict], seed: int, **more: Any) 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The tables of a result: times, checks, notes."""
-    columns = list(dict.fromkeys(key for row in found["rows"] for v in row.get("programs", {}).values() for key in v))
+    columns = list(
+        dict.fromkeys(
+            key for row in found["rows"] for v in row.get("programs", {}).values() for key in v
+        )
+    )
     head = ["row", "program", "median s", "quartiles", "time over base", "quartiles", *columns]
-    lines = [f"# {found['benchmark']}", "", f"`{found['command']}`, seed {found['seed']}, {found['machine']}", ""]
-    lines += _table(head, [_cells(row, name, columns) for row in found["rows"] for name in row["seconds"]])
+    lines = [
+        f"# {found['benchmark']}",
+        "",
+        f"`{found['command']}`, seed {found['seed']}, {found['machine']}",
+        "",
+    ]
+    lines += _table(
+        head, [_cells(row, name, columns) for row in found["rows"] for name in row["seconds"]]
+    )
     if checks := found.get("checks"):
-        cells = [[c["what"], _show(c["value"]), _show(c["limit"]), "yes" if c["reached"] else "NO"] for c in checks]
+        cells = [
+            [c["what"], _show(c["value"]), _show(c["limit"]), "yes" if c["reached"] else "NO"]
+            for c in checks
+        ]
         lines += ["", *_table(["check", "value", "at most", "reached"], cells)]
     notes = [f"- {note}" for note in found.get("notes", [])]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
 def _cells(row: Mapping[str, Any], name: str, columns: Sequence[str]) -> list[str]:
-    (low, middle, high), (below, ratio, above) = quartiles(row["seconds"][name]), quartiles(ratios(row, name))
+    (low, middle, high), (below, ratio, above) = (
+        quartiles(row["seconds"][name]),
+        quartiles(ratios(row, name)),
+    )
     facts = row.get("programs", {}).get(name, {})
-    base = ["base", ""] if name == row["base"] else [_show(ratio), f"{_show(below)} to {_show(above)}"]
+    base = (
+        ["base", ""] if name == row["base"] else [_show(ratio), f"{_show(below)} to {_show(above)}"]
+    )
     extra = [_show(facts[column]) if column in facts else "" for column in columns]
     return [row["name"], name, _show(middle), f"{_show(low)} to {_show(high)}", *base, *extra]
 

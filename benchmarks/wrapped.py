@@ -1,4 +1,5 @@
-"""Trace, compile, run and memory of `lowrank(model.apply)` beside the same network written by hand; writes JSON.
+"""Trace, compile, run and memory of `lowrank(model.apply)` beside the same network written by hand;
+writes JSON.
 
 python benchmarks/wrapped.py [--out benchmarks/results/wrapped.json]
 """
@@ -14,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import lowrank, trace
-from lowrank_jax.experiment import PAPER_RANKS, machine
 from lowrank_jax.models import NIN
 from lowrank_jax.models.imagenet import ResNet50
-from lowrank_jax.throughput import throughput
+from lowrank_jax.training.experiment import PAPER_RANKS, machine
+from lowrank_jax.tuning.timing import throughput
 
 
 def seconds(step: Callable) -> float:
@@ -40,13 +41,22 @@ def compare(batch_size: int, rounds: int) -> dict:
             start = time.perf_counter()
             lowered = jax.jit(apply).lower(variables, images)
             found.setdefault(("trace", name), []).append(time.perf_counter() - start)
-            found.setdefault(("compile", name), []).append(seconds(lambda low=lowered, n=name: keep(programs, n, low)))
-    calls = {name: lambda p=p: jax.block_until_ready(p(variables, images)) for name, p in programs.items()}
+            found.setdefault(("compile", name), []).append(
+                seconds(lambda low=lowered, n=name: keep(programs, n, low))
+            )
+    calls = {
+        name: lambda p=p: jax.block_until_ready(p(variables, images))
+        for name, p in programs.items()
+    }
     times = throughput(calls, items=batch_size, rounds=3 * rounds)
     found |= {("run", name): values for name, values in times.seconds.items()}
-    steps = {step: {name: found[step, name] for name in networks} for step in ("trace", "compile", "run")}
+    steps = {
+        step: {name: found[step, name] for name in networks} for step in ("trace", "compile", "run")
+    }
     rows = {step: summary(values["wrapped"], values["written"]) for step, values in steps.items()}
-    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    memory = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+    }
     return rows | {"temporary_bytes": memory}
 
 
@@ -78,11 +88,17 @@ def time_trace(rounds: int) -> list[float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wrapped.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "wrapped.json"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    result = {"machine": machine(), **compare(args.batch_size, args.rounds), "trace_resnet50_s": time_trace(5)}
+    result = {
+        "machine": machine(),
+        **compare(args.batch_size, args.rounds),
+        "trace_resnet50_s": time_trace(5),
+    }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

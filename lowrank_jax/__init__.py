@@ -1,22 +1,75 @@
-"""Low-rank compression of pretrained Flax convolutional networks."""
+"""Low-rank compression of pretrained networks that are JAX functions of a parameter tree."""
 
-from lowrank_jax.allocator import keep_memory as keep_memory
-from lowrank_jax.apply import lowrank as lowrank
-from lowrank_jax.budget import Budget as Budget
-from lowrank_jax.checkpoint import load_weights as load_weights
-from lowrank_jax.checkpoint import save_weights as save_weights
-from lowrank_jax.compress import compress as compress
-from lowrank_jax.decompose import decompose as decompose
-from lowrank_jax.decompose import reconstruct as reconstruct
-from lowrank_jax.fast import fast as fast
-from lowrank_jax.plan import Plan as Plan
-from lowrank_jax.planning import plan as plan
-from lowrank_jax.schemes import Separable as Separable
-from lowrank_jax.schemes import max_rank as max_rank
-from lowrank_jax.schemes import merge as merge
-from lowrank_jax.schemes import spectrum as spectrum
-from lowrank_jax.separable import SeparableConv as SeparableConv
-from lowrank_jax.trace import trace as trace
-from lowrank_jax.tuning import Timer as Timer
-from lowrank_jax.uses import KernelUse as KernelUse
-from lowrank_jax.uses import Trace as Trace
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from lowrank_jax.compression.compressing import compress
+from lowrank_jax.factorization.separable import Separable, max_rank, merge, spectrum
+from lowrank_jax.io.weights import load_weights, save_weights
+from lowrank_jax.modules.linen import SeparableConv
+from lowrank_jax.planning.budget import Budget
+from lowrank_jax.planning.planner import plan
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.program.apply import lowrank
+from lowrank_jax.program.kernel_use import KernelUse, Trace
+from lowrank_jax.program.tracing import trace
+from lowrank_jax.tree.decomposing import decompose, reconstruct
+
+if TYPE_CHECKING:
+    from lowrank_jax import data, models, nnx, training
+    from lowrank_jax.tuning.experimental.allocator import keep_memory
+    from lowrank_jax.tuning.search import fast
+    from lowrank_jax.tuning.timer import Timer
+
+__version__ = version("lowrank-jax")
+
+__all__ = [
+    "Budget",
+    "KernelUse",
+    "Plan",
+    "Separable",
+    "SeparableConv",
+    "Timer",
+    "Trace",
+    "compress",
+    "data",
+    "decompose",
+    "fast",
+    "keep_memory",
+    "load_weights",
+    "lowrank",
+    "max_rank",
+    "merge",
+    "models",
+    "nnx",
+    "plan",
+    "reconstruct",
+    "save_weights",
+    "spectrum",
+    "trace",
+    "training",
+]
+
+# Loaded when used: `import lowrank_jax` costs what its verbs need.
+_LATER = {
+    "Timer": "lowrank_jax.tuning.timer",
+    "data": "lowrank_jax",
+    "fast": "lowrank_jax.tuning.search",
+    "keep_memory": "lowrank_jax.tuning.experimental.allocator",
+    "models": "lowrank_jax",
+    "nnx": "lowrank_jax",
+    "training": "lowrank_jax",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'lowrank_jax' has no attribute {name!r}")
+    if _LATER[name] == "lowrank_jax":
+        return importlib.import_module(f"lowrank_jax.{name}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

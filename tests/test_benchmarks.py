@@ -1,4 +1,5 @@
-"""The benchmarks: workers take turns, results are one format, and the guard tells a regression from noise."""
+"""The benchmarks: workers take turns, results are one format, and the guard tells a regression from
+noise."""
 
 import itertools
 import json
@@ -47,7 +48,8 @@ def result(seconds, name="row", base="rival"):
 
 
 def noisy(factor=1.0, seed=0, rounds=15, noise=0.01):
-    """Times of a rival at 1 s and of ours at 0.5 s times the factor, on a machine whose speed changes."""
+    """Times of a rival at 1 s and of ours at 0.5 s times the factor, on a machine whose speed
+    changes."""
     rng = np.random.default_rng(seed)
     speed = rng.uniform(0.5, 2, rounds)
     ours = 0.5 * factor * speed * rng.lognormal(0, noise, rounds)
@@ -93,7 +95,10 @@ def test_a_worker_runs_in_the_folder_and_the_environment_given(worker, tmp_path)
 def test_the_error_of_a_worker_is_shown(worker, where):
     from turns import Worker
 
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"), Worker(worker(**{where: "1 / 0"})) as program:
+    with (
+        pytest.raises(RuntimeError, match="ZeroDivisionError"),
+        Worker(worker(**{where: "1 / 0"})) as program,
+    ):
         program()
 
 
@@ -125,9 +130,13 @@ def test_a_result_is_written_with_a_table_and_can_be_compared(tmp_path):
     path = tmp_path / "new" / "b.json"
     write(path, "b", rows, seed=0, checks=[check("error", 1e-9, 1e-5)], notes=["AIMET: left out"])
     found = compare.read(str(path))
-    assert {"benchmark", "command", "seed", "machine", "rows"} <= set(found) and found["rows"] == rows
+    assert {"benchmark", "command", "seed", "machine", "rows"} <= set(found) and found[
+        "rows"
+    ] == rows
     table = path.with_suffix(".md").read_text()
-    assert all(text in table for text in ("| row | ours |", "1e-09", "| yes |", "- AIMET: left out"))
+    assert all(
+        text in table for text in ("| row | ours |", "1e-09", "| yes |", "- AIMET: left out")
+    )
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
@@ -142,7 +151,8 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
 
 
 @pytest.mark.parametrize(
-    "factor, verdict, status", [(1.0, "same", 0), (1.2, "slower", 1), (0.8, "faster", 0), (1.01, "same", 0)]
+    "factor, verdict, status",
+    [(1.0, "same", 0), (1.2, "slower", 1), (0.8, "faster", 0), (1.01, "same", 0)],
 )
 def test_the_guard_tells_a_change_from_noise(tmp_path, capsys, factor, verdict, status):
     assert guard(tmp_path, result(noisy()), result(noisy(factor, seed=1))) == status
@@ -150,7 +160,9 @@ def test_the_guard_tells_a_change_from_noise(tmp_path, capsys, factor, verdict, 
 
 
 def test_noise_alone_is_never_slower(tmp_path):
-    assert not any(guard(tmp_path, result(noisy(seed=s)), result(noisy(seed=s + 50))) for s in range(50))
+    assert not any(
+        guard(tmp_path, result(noisy(seed=s)), result(noisy(seed=s + 50))) for s in range(50)
+    )
 
 
 def test_a_large_change_within_the_noise_is_the_same(tmp_path):
@@ -173,7 +185,10 @@ def test_rows_and_programs_of_one_file_are_named_not_judged(tmp_path, capsys):
     new["rows"][0]["seconds"]["other"] = new["rows"][0]["seconds"]["ours"]
     assert guard(tmp_path, old, new) == 0
     lines = capsys.readouterr().out.splitlines()
-    verdicts = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[-2].strip() for line in lines[2:]}
+    verdicts = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[-2].strip()
+        for line in lines[2:]
+    }
     others = {("old row", "ours"): "gone", ("new row", "ours"): "new", ("row", "other"): "new"}
     assert verdicts == {("row", "ours"): "same", **others}
 
@@ -239,10 +254,15 @@ def test_a_program_reaches_the_least_error(tmp_path, program):
     import decompose
     from rival_svd import prepare
 
-    kernels = {f"layer_{i}": np.random.default_rng(i).standard_normal((3, 5, 4, 6), np.float32) for i in (2, 10, 1)}
+    kernels = {
+        f"layer_{i}": np.random.default_rng(i).standard_normal((3, 5, 4, 6), np.float32)
+        for i in (2, 10, 1)
+    }
     np.savez(tmp_path / "kernels.npz", **kernels)
     facts, _ = prepare(program, str(tmp_path / "kernels.npz"), cold=False)
-    np.testing.assert_allclose(facts["errors"], decompose.optima(kernels), rtol=1e-5)  # float32 roundings
+    np.testing.assert_allclose(
+        facts["errors"], decompose.optima(kernels), rtol=1e-5
+    )  # float32 roundings
 
 
 def test_growth_measures_every_kind_at_two_sizes(tmp_path, capsys):

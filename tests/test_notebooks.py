@@ -12,11 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jupyter_client and zmq while they start the kernel
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of jupyter_client and zmq while they start the kernel
 def test_the_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    pictures = [
+        out
+        for cell in notebook.cells
+        for out in cell.get("outputs", [])
+        if "image/png" in out.get("data", {})
+    ]
     assert len(pictures) >= 4
 
 
@@ -27,7 +34,9 @@ SHAPES = [(8, 32, 32, 64), (1, 10), (16, 10), (16, 10)]  # of the logits
 def examples():
     """The README's examples with their shapes; those that measure take longer."""
     pairs = zip(EXAMPLES, SHAPES, strict=True)
-    return [pytest.param(*pair, marks=pytest.mark.slow if "Timer" in pair[0] else ()) for pair in pairs]
+    return [
+        pytest.param(*pair, marks=pytest.mark.slow if "Timer" in pair[0] else ()) for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize("example, shape", examples())

@@ -6,14 +6,21 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 VGG_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions)
-RESNET_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (features of the 3x3 convolutions, blocks)
+RESNET_STAGES = (
+    (64, 3),
+    (128, 4),
+    (256, 6),
+    (512, 3),
+)  # (features of the 3x3 convolutions, blocks)
 
 
 class VGG16(nn.Module):
-    """VGG-16 of Simonyan and Zisserman, 2014 (arXiv 1409.1556), its 13 convolutions named Conv_0 to Conv_12.
+    """VGG-16 of Simonyan and Zisserman, 2014 (arXiv 1409.1556), its 13 convolutions named Conv_0 to
+    Conv_12.
 
     Attributes:
-        num_classes: of the last dense layer; None leaves the three dense layers out and returns features.
+        num_classes: of the last dense layer; None leaves the three dense layers out and returns
+            features.
         dtype: type of the computation.
 
     Example:
@@ -54,7 +61,9 @@ class Bottleneck(nn.Module):
             return nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype)(x)
 
         def conv(features, size, strides=1):
-            return nn.Conv(features, (size, size), strides, size // 2, use_bias=False, dtype=self.dtype)
+            return nn.Conv(
+                features, (size, size), strides, size // 2, use_bias=False, dtype=self.dtype
+            )
 
         y = nn.relu(norm(conv(self.features, 1)(x)))
         y = nn.relu(norm(conv(self.features, 3, self.strides)(y)))
@@ -65,7 +74,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 of He et al., 2015 (arXiv 1512.03385), with the stride in the 3x3 convolution of a block.
+    """ResNet-50 of He et al., 2015 (arXiv 1512.03385), with the stride in the 3x3 convolution of a
+    block.
 
     Attributes:
         num_classes: of the last dense layer.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, PrecisionLike
 
-from lowrank_jax.separable import SeparableConv
+from lowrank_jax.modules.linen import SeparableConv
 
 LAYERS = ((192, 5), (96, 1), (192, 5), (192, 1), (192, 3), (None, 1))  # (features, kernel size)
 
@@ -16,13 +16,15 @@ LAYERS = ((192, 5), (96, 1), (192, 5), (192, 1), (192, 3), (None, 1))  # (featur
 class NIN(nn.Module):
     """Network in network: 5x5, 1x1, pool, 5x5, 1x1, pool, 3x3, 1x1, global average.
 
-    The kernel sizes and widths are those of the original experiment; the pools, 3x3 with stride 2, maximum
-    then average, are those of Lin et al., 2013 (arXiv 1312.4400). The layers are named Conv_0 to Conv_5.
+    The kernel sizes and widths are those of the original experiment; the pools, 3x3 with stride 2,
+    maximum then average, are those of Lin et al., 2013 (arXiv 1312.4400). The layers are named
+    Conv_0 to Conv_5.
 
     Attributes:
         num_classes: features of the last convolution.
         ranks: layer name to rank; the named layers are `SeparableConv`, the others `nn.Conv`.
-        batch_norm: normalise after every convolution but the last (Tai et al.: after the horizontal one only).
+        batch_norm: normalise after every convolution but the last (Tai et al.: after the horizontal
+            one only).
         dtype: type of the computation; parameters and normalisation statistics stay float32.
         precision: numerical precision of the convolutions, as in `jax.lax.Precision`.
 
@@ -50,7 +52,9 @@ class NIN(nn.Module):
             if features is None:
                 break
             if self.batch_norm:
-                norm = nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name=f"BatchNorm_{index}")
+                norm = nn.BatchNorm(
+                    not train, momentum=0.9, dtype=self.dtype, name=f"BatchNorm_{index}"
+                )
                 x = norm(x)
             x = nn.relu(x)
             if index in (1, 3):
@@ -70,4 +74,6 @@ class NIN(nn.Module):
     def _check_ranks(self) -> None:
         names = [f"Conv_{index}" for index in range(len(LAYERS))]
         if unknown := sorted(set(self.ranks or {}) - set(names)):
-            raise ValueError(f"ranks names {unknown}, which the network does not have; its layers are {names}.")
+            raise ValueError(
+                f"ranks names {unknown}, which the network does not have; its layers are {names}."
+            )

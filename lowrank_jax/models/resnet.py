@@ -9,9 +9,11 @@ WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added, with no weights of its own (option A of the paper).
+    """Two 3x3 convolutions around which the input is added, with no weights of its own (option A of
+    the paper).
 
-    Where the width grows, the input is subsampled and its new channels are zeros, as many before as after.
+    Where the width grows, the input is subsampled and its new channels are zeros, as many before as
+    after.
 
     Attributes:
         features: channels of the output.
@@ -25,7 +27,8 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps (batch, height, width, channels) to (batch, height / stride, width / stride, features)."""
+        """Maps (batch, height, width, channels) to (batch, height / stride, width / stride,
+        features)."""
         extra = self.features - x.shape[-1]
         shortcut = x[:, :: self.stride, :: self.stride]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
@@ -35,11 +38,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 network of He et al., 2015 (arXiv 1512.03385, section 4.2), as PyTorch computes it.
+    """The CIFAR-10 network of He et al., 2015 (arXiv 1512.03385, section 4.2), as PyTorch computes
+    it.
 
-    A 3x3 convolution, three stages of (depth - 2) / 6 blocks with 16, 32 and 64 features, global average, a
-    dense layer. A convolution pads by one pixel on every side with stride 2 too, where "SAME" would not, so
-    that weights trained in PyTorch fit (`lowrank_jax.torch_names.from_torch`).
+    A 3x3 convolution, three stages of (depth - 2) / 6 blocks with 16, 32 and 64 features, global
+    average, a dense layer. A convolution pads by one pixel on every side with stride 2 too, where
+    "SAME" would not, so that weights trained in PyTorch fit (`lowrank_jax.torch_names.from_torch`).
 
     Attributes:
         depth: layers with weights, 6n + 2: 20, 32, 44, 56 or 110 in the paper.
@@ -63,7 +67,9 @@ class CifarResNet(nn.Module):
         """Maps images (batch, height, width, 3) to float32 logits (batch, num_classes)."""
         blocks, rest = divmod(self.depth - 2, 6)
         if blocks < 1 or rest:
-            raise ValueError(f"depth={self.depth} is not 6n + 2 with n of at least 1; choose 8, 14, 20, 26, ...")
+            raise ValueError(
+                f"depth={self.depth} is not 6n + 2 with n of at least 1; choose 8, 14, 20, 26, ..."
+            )
         x = nn.relu(conv_norm(images, WIDTHS[0], 1, train, self.dtype))
         for stage, features in enumerate(WIDTHS):
             for block in range(blocks):
@@ -72,7 +78,9 @@ class CifarResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2))).astype(jnp.float32)
 
 
-def conv_norm(x: jax.Array, features: int, stride: int, train: bool, dtype: Dtype | None) -> jax.Array:
+def conv_norm(
+    x: jax.Array, features: int, stride: int, train: bool, dtype: Dtype | None
+) -> jax.Array:
     """A 3x3 convolution without bias and its normalisation; called inside a compact module."""
     x = nn.Conv(features, (3, 3), stride, padding=1, use_bias=False, dtype=dtype)(x)
     return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=dtype)(x)

@@ -1,7 +1,7 @@
 """Flax NNX: a model in, a new model out.
 
-`decompose` cuts convolutions to given ranks, `plan` chooses the ranks, `compress` fits the factors to data, `fast`
-finds the fastest way to run the model.
+`decompose` cuts convolutions to given ranks, `plan` chooses the ranks, `compress` fits the factors
+to data, `fast` finds the fastest way to run the model.
 """
 
 from lowrank_jax.nnx.calibrate import reestimate as reestimate

@@ -1,4 +1,5 @@
-"""One pass of an NNX model over unlabelled data: what convolutions see, statistics of batch normalisation."""
+"""One pass of an NNX model over unlabelled data: what convolutions see, statistics of batch
+normalisation."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -7,23 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lowrank_jax.moments import Moments
+from lowrank_jax.calibration.moments import Moments
+from lowrank_jax.calibration.observe import Averages, Gather, Scales
 from lowrank_jax.nnx.layers import by_path
 from lowrank_jax.nnx.watch import watched
-from lowrank_jax.observe import Averages, Gather, Scales
 
 Model = TypeVar("Model")
 
 
 def calibrate(
-    model: Any, batches: Iterable[Any], paths: Sequence[str] | None = None, *args: Any, **kwargs: Any
+    model: Any,
+    batches: Iterable[Any],
+    paths: Sequence[str] | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> dict[str, Moments]:
-    """Gathers the second moments of the inputs and outputs of every `nnx.Conv`, as `lowrank_jax.calibrate` does.
+    """Gathers the second moments of the inputs and outputs of every `nnx.Conv`, as
+    `lowrank_jax.calibrate` does.
 
     Args:
         model: it runs in evaluation and is not changed.
         batches: arrays of inputs, (batch, ...).
-        paths: the layers wanted; all if None. A kernel that layers share has the first of their paths.
+        paths: the layers wanted; all if None. A kernel that layers share has the first of their
+            paths.
         *args, **kwargs: other arguments of the model's call.
 
     Raises:
@@ -43,10 +50,12 @@ def calibrate(
 
 
 def output_scales(model: Any, images: Any, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
-    """How much each output channel of a convolution counts: the factor of the batch normalisation after it.
+    """How much each output channel of a convolution counts: the factor of the batch normalisation
+    after it.
 
     Returns:
-        Path of every convolution whose output goes straight into an `nnx.BatchNorm`, to |scale| / deviation.
+        Path of every convolution whose output goes straight into an `nnx.BatchNorm`, to |scale| /
+        deviation.
     """
     scales = Scales()
     watched(model, scales)(images, *args, **kwargs)
@@ -54,10 +63,11 @@ def output_scales(model: Any, images: Any, *args: Any, **kwargs: Any) -> dict[st
 
 
 def reestimate(model: Model, batches: Iterable[Any], *args: Any, **kwargs: Any) -> Model:
-    """Makes a new model in which every `nnx.BatchNorm` has the statistics of the data, by forward passes alone.
+    """Makes a new model in which every `nnx.BatchNorm` has the statistics of the data, by forward
+    passes alone.
 
-    Means and variances are cumulative over the batches, each layer seeing what the layers before it give when
-    they normalise by the batch at hand. All else, such as dropout, is in evaluation.
+    Means and variances are cumulative over the batches, each layer seeing what the layers before it
+    give when they normalise by the batch at hand. All else, such as dropout, is in evaluation.
 
     Args:
         model: dense or decomposed; it is not changed, nor is the mode that it is in.
@@ -65,8 +75,8 @@ def reestimate(model: Model, batches: Iterable[Any], *args: Any, **kwargs: Any) 
         *args, **kwargs: other arguments of the model's call.
 
     Raises:
-        ValueError: there is no data, the activations are not finite, or the model has no batch normalisation, or one
-            within a transformation such as ``nnx.scan``.
+        ValueError: there is no data, the activations are not finite, or the model has no batch
+            normalisation, or one within a transformation such as ``nnx.scan``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -79,7 +89,9 @@ def reestimate(model: Model, batches: Iterable[Any], *args: Any, **kwargs: Any) 
     count = _run(watched(model, averages, training=True), batches, args, kwargs)
     statistics = averages.statistics(count)
     if not statistics:
-        raise ValueError(f"The {type(model).__name__} ran no nnx.BatchNorm: there are no statistics to re-estimate.")
+        raise ValueError(
+            f"The {type(model).__name__} ran no nnx.BatchNorm: there are no statistics to re-estimate."
+        )
     new = nnx.clone(model)
     set_statistics(new, statistics)
     return new

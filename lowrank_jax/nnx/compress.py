@@ -2,42 +2,51 @@
 
 from typing import Any, TypeVar
 
-from lowrank_jax.decompose import Ranks
+from lowrank_jax.compression.walk import Walk, check_options
 from lowrank_jax.nnx.calibrate import output_scales, set_statistics
 from lowrank_jax.nnx.decompose import decompose, find_schemes, trace
 from lowrank_jax.nnx.layers import by_path, find_layers
 from lowrank_jax.nnx.separable import pair
 from lowrank_jax.nnx.watch import evaluated, watched
-from lowrank_jax.selection import check_images, traced_on
-from lowrank_jax.walk import Walk, check_options
+from lowrank_jax.planning.selection import check_images, traced_on
+from lowrank_jax.tree.decomposing import Ranks
 
 Model = TypeVar("Model")
 
 
 def compress(
-    model: Model, images: Any, ranks: Ranks, *args: Any, sweeps: int = 1, batch_norm: str = "mean", **kwargs: Any
+    model: Model,
+    images: Any,
+    ranks: Ranks,
+    *args: Any,
+    sweeps: int = 1,
+    batch_norm: str = "mean",
+    **kwargs: Any,
 ) -> Model:
     """Makes a new model, decomposed so that its outputs, not its kernels, change least.
 
-    The algorithm of `lowrank_jax.compress`: the dense network and the one being compressed run side by side, once,
-    each layer is fitted at its first use to what the compressed network gives it, and means are matched. Transposed
-    convolutions, dilated inputs and layers that run in a transformation, such as ``nnx.scan`` or ``nnx.jit``, have
-    the factors of `decompose`. A bias that layers share stays as it is.
+    The algorithm of `lowrank_jax.compress`: the dense network and the one being compressed run side
+    by side, once, each layer is fitted at its first use to what the compressed network gives it,
+    and means are matched. Transposed convolutions, dilated inputs and layers that run in a
+    transformation, such as ``nnx.scan`` or ``nnx.jit``, have the factors of `decompose`. A bias
+    that layers share stays as it is.
 
     Args:
         model: trained `nnx.Module`; it runs in evaluation and is not changed.
-        images: calibration inputs, (batch, ...); all layers' activations of twice as many are held at a time.
+        images: calibration inputs, (batch, ...); all layers' activations of twice as many are held
+            at a time.
         ranks: layer path to rank or `Separable`, as in `decompose`.
         *args, **kwargs: other arguments of the model's call.
         sweeps: alternating refinements of the two factors.
-        batch_norm: "mean" to match the means, "full" to re-estimate means and variances, "keep" for neither.
+        batch_norm: "mean" to match the means, "full" to re-estimate means and variances, "keep" for
+            neither.
 
     Returns:
         A model with `SeparableConv` in the places named, in the mode of the one given.
 
     Raises:
-        ValueError: the table or an option cannot be used, the images are empty or of a shape that the model does not
-            take, or the activations are not finite.
+        ValueError: the table or an option cannot be used, the images are empty or of a shape that
+            the model does not take, or the activations are not finite.
 
     Example:
         >>> import jax.numpy as jnp

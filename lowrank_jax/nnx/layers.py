@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_jax.matricize import AXES
+from lowrank_jax.factorization.layout import AXES
 
 # Arguments with one entry for each spatial axis.
 SPLIT: dict[Any, tuple[str, ...]] = {
@@ -17,7 +17,10 @@ SPLIT: dict[Any, tuple[str, ...]] = {
 PLAIN = {
     "mask": (None, "it masks its kernel; multiply the kernel by the mask and set mask to None"),
     "transpose_kernel": (False, "transpose_kernel=True flips its kernel"),
-    "conv_general_dilated": (jax.lax.conv_general_dilated, "its own convolution function may do more than convolve"),
+    "conv_general_dilated": (
+        jax.lax.conv_general_dilated,
+        "its own convolution function may do more than convolve",
+    ),
 }
 
 Layers = dict[tuple, Any]
@@ -25,7 +28,8 @@ Users = dict[int, list[tuple[str, Any]]]
 
 
 def find_layers(model: Any) -> tuple[Layers, Users]:
-    """The modules that hold a kernel, by every path of theirs; and the holders of each variable, by its id."""
+    """The modules that hold a kernel, by every path of theirs; and the holders of each variable, by
+    its id."""
     layers: Layers = {}
     users: Users = {}
     for path, node in nnx.iter_graph(model):
@@ -35,7 +39,11 @@ def find_layers(model: Any) -> tuple[Layers, Users]:
         if isinstance(held.get("kernel"), nnx.Variable):
             layers[path] = node
     for first, *others in nnx.find_duplicates(model):
-        below = {path[len(first) :]: layer for path, layer in layers.items() if path[: len(first)] == first}
+        below = {
+            path[len(first) :]: layer
+            for path, layer in layers.items()
+            if path[: len(first)] == first
+        }
         layers |= {(*other, *path): layer for other in others for path, layer in below.items()}
     return layers, users
 
@@ -64,7 +72,9 @@ def _reason(layer: Any, groups: int) -> str:
         if getattr(layer, name, plain) is not plain:
             return why
     kernel, kind = layer.kernel, layer.kernel.var_type
-    reads = [getattr(kind, name) is getattr(nnx.Variable, name) for name in ("get_value", "__getitem__")]
+    reads = [
+        getattr(kind, name) is getattr(nnx.Variable, name) for name in ("get_value", "__getitem__")
+    ]
     if not all(reads) or "on_get_value" in kernel.get_metadata():
         return f"its kernel is a {kind.__name__} whose value is changed when it is read"
     shape = _kernel_shape(layer)
@@ -82,7 +92,9 @@ def _kernel_shape(layer: Any) -> tuple[int, ...]:
     return (*layer.kernel_size, layer.in_features // groups_of(layer), layer.out_features)
 
 
-def clone_layer(layer: Any, kernel: nnx.Variable, bias: nnx.Variable | None, options: Mapping[str, Any]) -> Any:
+def clone_layer(
+    layer: Any, kernel: nnx.Variable, bias: nnx.Variable | None, options: Mapping[str, Any]
+) -> Any:
     """The same layer with another kernel, the very bias variable given and other options."""
     conv = nnx.clone(layer)
     conv.kernel, conv.bias = kernel, nnx.data(bias)

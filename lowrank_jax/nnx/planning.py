@@ -5,16 +5,23 @@ from typing import Any
 
 from flax import nnx
 
-from lowrank_jax.compiling import default_options
-from lowrank_jax.measured import timed
 from lowrank_jax.nnx.calibrate import calibrate, output_scales
 from lowrank_jax.nnx.decompose import trace
 from lowrank_jax.nnx.watch import evaluated
-from lowrank_jax.options import options
-from lowrank_jax.plan import Plan
-from lowrank_jax.ranks import total_energy
-from lowrank_jax.selection import batched, check_images, one_budget, several, traced_on, whitened_spectra
-from lowrank_jax.tuning import Timer, layer_seconds
+from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.measured import timed
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.planning.selection import (
+    batched,
+    check_images,
+    one_budget,
+    several,
+    traced_on,
+    whitened_spectra,
+)
+from lowrank_jax.planning.selectors import total_energy
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.tuning.timer import Timer, layer_seconds
 
 
 def plan(
@@ -31,7 +38,8 @@ def plan(
     select: Callable = total_energy,
     **kwargs: Any,
 ) -> Plan:
-    """Chooses the rank of every layer of an NNX model within a budget, by what its outputs lose on data.
+    """Chooses the rank of every layer of an NNX model within a budget, by what its outputs lose on
+    data.
 
     Args:
         model: `nnx.Module`; it runs in evaluation and is not changed.
@@ -40,11 +48,13 @@ def plan(
         macs, weights, bytes, seconds, batch, timer, multiple, select: as in `lowrank_jax.plan`.
 
     Returns:
-        The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and `compress`.
+        The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and
+        `compress`.
 
     Raises:
-        ValueError: not one budget, a budget below the least possible, no layer that can be decomposed, or images
-            that are empty, not finite or of a shape that the model does not take.
+        ValueError: not one budget, a budget below the least possible, no layer that can be
+            decomposed, or images that are empty, not finite or of a shape that the model does not
+            take.
 
     Example:
         >>> import jax
@@ -63,5 +73,10 @@ def plan(
     table = options(uses, found, multiple)
     if budget.measure == "seconds":
         together = trace(still, several(images, batch), *args, **kwargs)
-        table = timed(table, layer_seconds(together, timer or Timer(default_options()), list(table.layers), multiple))
+        table = timed(
+            table,
+            layer_seconds(
+                together, timer or Timer(default_options()), list(table.layers), multiple
+            ),
+        )
     return select(table, budget)

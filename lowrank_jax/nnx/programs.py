@@ -8,15 +8,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_jax.factored import cuts
-from lowrank_jax.fast import SLICES, Fast, search
+from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.nnx.layers import PLAIN as ALLOWED
 from lowrank_jax.nnx.layers import clone_layer, groups_of, swap
 from lowrank_jax.nnx.separable import SeparableConv, merged, pair, whole
 from lowrank_jax.nnx.watch import evaluated
-from lowrank_jax.programs import MERGED, PLAIN, Choose, Layer, chosen, dense_step, fuse, padded, steps
-from lowrank_jax.schemes import Separable
-from lowrank_jax.tuning import Timer
+from lowrank_jax.program.factored import cuts
+from lowrank_jax.tuning.algorithms import (
+    MERGED,
+    PLAIN,
+    Choose,
+    Layer,
+    chosen,
+    dense_step,
+    fuse,
+    padded,
+    steps,
+)
+from lowrank_jax.tuning.search import SLICES, Fast, search
+from lowrank_jax.tuning.timer import Timer
 
 
 def fast(
@@ -28,15 +38,16 @@ def fast(
     rounds: int = 5,
     freeze: bool = False,
 ) -> Fast:
-    """Measures ways to run an NNX model in evaluation, dense or decomposed, and returns the fastest.
+    """Measures ways to run an NNX model in evaluation, dense or decomposed, and returns the
+    fastest.
 
     Args:
         model: `nnx.Module`; it is not changed.
         images, slices, timers, rounds, freeze: as in `lowrank_jax.fast`.
 
     Returns:
-        A compiled function of (``nnx.state(model)``, images), of (None, images) if frozen, with the attributes of
-        `lowrank_jax.fast.Fast`.
+        A compiled function of (``nnx.state(model)``, images), of (None, images) if frozen, with the
+        attributes of `lowrank_jax.fast.Fast`.
 
     Example:
         >>> model, images = nnx.Sequential(nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0))), jnp.ones((4, 8, 8, 8))
@@ -53,11 +64,14 @@ def fast(
 
         return run
 
-    return search(network, state, images, slices=slices, timers=timers, rounds=rounds, freeze=freeze)
+    return search(
+        network, state, images, slices=slices, timers=timers, rounds=rounds, freeze=freeze
+    )
 
 
 def programmed(model: Any, choose: Choose) -> Any:
-    """A copy of a model whose plain convolutions, dense and decomposed, run by the programs chosen when it is called.
+    """A copy of a model whose plain convolutions, dense and decomposed, run by the programs chosen
+    when it is called.
 
     Args:
         model: `nnx.Module`.
@@ -70,7 +84,9 @@ def programmed(model: Any, choose: Choose) -> Any:
     for conv in nodes:
         if _plain(conv) and id(conv) not in factors:
             conv.conv_general_dilated = chosen(choose)
-    return swap(model, {id(node): _Chosen(node, choose) for node in pairs if all(map(_plain, pair(node)))})
+    return swap(
+        model, {id(node): _Chosen(node, choose) for node in pairs if all(map(_plain, pair(node)))}
+    )
 
 
 class _Chosen(nnx.Module):
@@ -101,9 +117,12 @@ class _Chosen(nnx.Module):
 
 
 def _plain(conv: Any) -> bool:
-    """Whether a layer is a convolution, channels last, with no function of its own and no padding of Flax's own."""
+    """Whether a layer is a convolution, channels last, with no function of its own and no padding
+    of Flax's own."""
     name = "conv_general_dilated"
-    own = type(conv) is not nnx.Conv or getattr(conv, name, ALLOWED[name][0]) is not ALLOWED[name][0]
+    own = (
+        type(conv) is not nnx.Conv or getattr(conv, name, ALLOWED[name][0]) is not ALLOWED[name][0]
+    )
     return not own and (not isinstance(conv.padding, str) or conv.padding in ("SAME", "VALID"))
 
 
@@ -121,6 +140,8 @@ def _described(layer: SeparableConv, inputs: jax.Array) -> tuple[Layer, Separabl
 def _fused(layer: SeparableConv, inputs: jax.Array, one: jax.Array, two: jax.Array) -> jax.Array:
     own, last = _described(layer, inputs)[0], pair(layer)[1]
     bias = None if last.bias is None else last.bias.get_value()
-    flat, one, two, bias = last.promote_dtype((inputs.reshape(own.inputs), one, two, bias), dtype=last.dtype)
+    flat, one, two, bias = last.promote_dtype(
+        (inputs.reshape(own.inputs), one, two, bias), dtype=last.dtype
+    )
     outputs = fuse(flat, one, two, bias, own.strides, own.padding, layer.first)
     return outputs.reshape(*inputs.shape[:-3], *outputs.shape[1:])

@@ -1,6 +1,7 @@
 """Runs an NNX model whose convolutions and batch normalisations an observer runs.
 
-NNX has no interception of calls, so that a clone of the model has a small module in the place of each of them.
+NNX has no interception of calls, so that a clone of the model has a small module in the place of
+each of them.
 """
 
 from collections.abc import Callable
@@ -10,15 +11,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lowrank_jax.calibration.observe import Layer, Norm, Observer, split_input
 from lowrank_jax.nnx.layers import SPLIT, clone_layer, find_layers, path_name, swap
 from lowrank_jax.nnx.separable import separate
-from lowrank_jax.observe import Layer, Norm, Observer, split_input
 
 
 def evaluated(model: Any) -> Any:
     """A clone of a model in evaluation mode, or an error if it is no model that can be called."""
     if not isinstance(model, nnx.Module) or not callable(model):
-        raise ValueError(f"A {type(model).__name__} is not allowed; give an nnx.Module that takes images when called.")
+        raise ValueError(
+            f"A {type(model).__name__} is not allowed; give an nnx.Module that takes images when called."
+        )
     clone = nnx.clone(model)
     clone.eval()
     return clone
@@ -30,7 +33,8 @@ def watched(model: Any, observer: Observer, training: bool = False) -> Any:
     Args:
         model: an `nnx.Module`; it is not changed.
         observer: of its plain `nnx.Conv`, `nnx.ConvTranspose` and `nnx.BatchNorm`.
-        training: whether batch normalisations take the statistics of the batch; the rest is always in evaluation.
+        training: whether batch normalisations take the statistics of the batch; the rest is always
+            in evaluation.
     """
     model = evaluated(model)
     _, users = find_layers(model)
@@ -38,7 +42,9 @@ def watched(model: Any, observer: Observer, training: bool = False) -> Any:
     for path, node in nnx.iter_graph(model):
         if type(node) in SPLIT:
             own_bias = node.bias is not None and len(users[id(node.bias)]) == 1
-            new[id(node)] = WatchedConv(node, path_name(path), users[id(node.kernel)][0][0], own_bias, observer)
+            new[id(node)] = WatchedConv(
+                node, path_name(path), users[id(node.kernel)][0][0], own_bias, observer
+            )
         if type(node) is nnx.BatchNorm:
             new[id(node)] = WatchedNorm(node, path_name(path), training, observer)
     return swap(model, new)
@@ -56,13 +62,17 @@ class Watched(nnx.Module):
 
 
 class WatchedConv(Watched):
-    def __init__(self, layer: Any, path: str, kernel_path: str, own_bias: bool, observer: Observer) -> None:
+    def __init__(
+        self, layer: Any, path: str, kernel_path: str, own_bias: bool, observer: Observer
+    ) -> None:
         self.layer, self.observer = layer, observer
         self.place = (path, kernel_path, own_bias)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         x, rest, options = split_input(args, kwargs)
-        return self.observer.convolve(NnxLayer(self.layer, *self.place), x, lambda x: self.layer(x, *rest, **options))
+        return self.observer.convolve(
+            NnxLayer(self.layer, *self.place), x, lambda x: self.layer(x, *rest, **options)
+        )
 
 
 class WatchedNorm(Watched):
@@ -79,21 +89,32 @@ class WatchedNorm(Watched):
 
 
 class NnxLayer(Layer):
-    """An `nnx.Conv` or `nnx.ConvTranspose` that was called; a bias that layers share is not to be moved."""
+    """An `nnx.Conv` or `nnx.ConvTranspose` that was called; a bias that layers share is not to be
+    moved."""
 
     def __init__(self, module: Any, path: str, kernel_path: str, own_bias: bool) -> None:
         self.module, self.path, self.kernel_path = module, path, kernel_path
         self.kernel = module.kernel.get_value()
         self.bias = module.bias.get_value() if own_bias else None
-        own = type(module) is nnx.Conv and module.conv_general_dilated is jax.lax.conv_general_dilated
+        own = (
+            type(module) is nnx.Conv and module.conv_general_dilated is jax.lax.conv_general_dilated
+        )
         dilation = getattr(module, "input_dilation", 1)
-        self.measurable = own and module.mask is None and bool(np.max(1 if dilation is None else dilation) == 1)
+        self.measurable = (
+            own and module.mask is None and bool(np.max(1 if dilation is None else dilation) == 1)
+        )
 
     def run(self, x: jax.Array, convolve: Callable) -> jax.Array:
         module = self.module
-        return clone_layer(module, module.kernel, module.bias, {"conv_general_dilated": convolve})(x)
+        return clone_layer(module, module.kernel, module.bias, {"conv_general_dilated": convolve})(
+            x
+        )
 
-    def factored(self, first: str, kernels: tuple, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+    def factored(
+        self, first: str, kernels: tuple, bias: jax.Array | None, x: jax.Array
+    ) -> jax.Array:
         module = self.module
         variable = module.bias if bias is None else module.bias.copy(bias)
-        return separate(module, first, [module.kernel.copy(kernel) for kernel in kernels], variable)(x)
+        return separate(
+            module, first, [module.kernel.copy(kernel) for kernel in kernels], variable
+        )(x)

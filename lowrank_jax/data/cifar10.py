@@ -1,0 +1,100 @@
+"""CIFAR-10 as arrays: the whole of it through TensorFlow Datasets, or the sample inside the
+package."""
+
+import dataclasses
+import json
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images scaled to [0, 1], per channel
+STD = (0.2470, 0.2435, 0.2616)
+REMEDY = (
+    "Give the folder that holds cifar10/ as data_dir (--data-dir) or in TFDS_DATA_DIR. To prepare one, on a machine "
+    "with a network: pip install tensorflow tensorflow-datasets, then "
+    "tfds.builder('cifar10', file_format='array_record').download_and_prepare()."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images (count, 32, 32, 3) as uint8 and labels (count,) as int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def cifar10(split: str, data_dir: str | None = None) -> Dataset:
+    """Reads a split of a prepared CIFAR-10 with ``tfds.data_source``; TensorFlow is not needed.
+
+    Args:
+        split: "train" (50,000 images) or "test" (10,000), or a slice such as "train[:1000]".
+        data_dir: folder that holds ``cifar10/<version>/``; the default is the variable
+            TFDS_DATA_DIR, then ``~/tensorflow_datasets``.
+
+    Raises:
+        ImportError: tensorflow-datasets is not installed.
+        FileNotFoundError: no prepared copy is there, or it lacks files.
+        OSError: a file of it is damaged.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            "Reading CIFAR-10 needs the extra 'data': pip install 'lowrank-jax[data]'."
+        ) from error
+    builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
+    _check_prepared(builder)
+    records = builder.as_data_source(split=split)
+    try:
+        rows = records.__getitems__(range(len(records)))
+    except (RuntimeError, ValueError) as error:  # of array_record, on a damaged file
+        files = ", ".join(sorted(path.name for path in builder.data_path.glob("*.array_record*")))
+        raise OSError(
+            f"One of {files} in {builder.data_path} is damaged: {error}. {REMEDY}"
+        ) from error
+    images, labels = (np.stack([row[key] for row in rows]) for key in ("image", "label"))
+    return Dataset(images, labels.astype(np.int32))
+
+
+def _check_prepared(builder) -> None:
+    """Raises where tfds would start a download or fail on a missing file."""
+    folder = builder.data_path
+    if not builder.is_prepared():
+        raise FileNotFoundError(f"No prepared CIFAR-10 (array_record) in {folder}. {REMEDY}")
+    for split in builder.info.splits.values():
+        for file in split.filepaths:
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"The CIFAR-10 in {folder} is incomplete: {file.name} is missing. {REMEDY}"
+                )
+
+
+def sample(split: str) -> Dataset:
+    """The CIFAR-10 images inside the package: "train" has 2,000 and "test" 1,000 of the set's own
+    splits.
+
+    Example:
+        >>> len(sample("test"))
+        1000
+    """
+    from PIL import Image
+
+    folder = resources.files("lowrank_jax.data") / "assets"
+    labels = json.loads((folder / "cifar10_sample.json").read_text())["labels"]
+    if split not in labels:
+        raise ValueError(f"The sample has no split {split!r}; choose one of {sorted(labels)}.")
+    with (folder / f"cifar10_{split}.webp").open("rb") as file, Image.open(file) as mosaic:
+        images = np.asarray(mosaic).reshape(-1, 32, 32, 3)
+    return Dataset(images, np.asarray(labels[split], np.int32))
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 images to float32 with mean 0 and deviation 1 per channel over the training set."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)

@@ -1,0 +1,268 @@
+"""The decompositions of one kernel, each a small frozen config."""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.factorization.layout import (
+    Array,
+    from_matrix,
+    from_pair,
+    split_axes,
+    to_matrix,
+    to_pair,
+)
+from lowrank_jax.factorization.parallel import side_by_side
+from lowrank_jax.factorization.truncated import truncated
+
+# Names of the first and of the second factor in a parameter tree, by the axis that comes first. A
+# pair that is run the other way round has names of its own, because shapes alone do not always tell
+# the order.
+FACTORS = {
+    "vertical": ("vertical", "horizontal"),
+    "horizontal": ("horizontal_first", "vertical_second"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Separable:
+    """A vertical (h x 1) and a horizontal (1 x w) kernel in place of an (h x w) one.
+
+    The factors are the closed-form optimum of Tai et al., 2016 (arXiv 1511.06067): with the
+    singular value decomposition M = U S Q^T of the kernel's matrix, V = U_K S_K^1/2 and H = S_K^1/2
+    Q_K^T. No other pair of that rank has a smaller Frobenius error, which is the root of the sum of
+    the squared singular values left out (Eckart and Young, 1936).
+
+    In one dimension the vertical kernel has all the taps and the horizontal one is pointwise; in
+    three the vertical one has the first axis and the horizontal one the other two.
+
+    Attributes:
+        rank: number K of channels between the two convolutions, per group.
+        groups: ``feature_group_count`` of the dense convolution; a parameter tree does not tell it.
+        axes: the kernel's layout, one letter an axis; I and O are the channels, the others are
+            spatial.
+        first: "vertical", or "horizontal" where the horizontal convolution is to come first.
+
+    Example:
+        >>> import jax
+        >>> kernel = jax.random.normal(jax.random.key(0), (5, 5, 3, 192))
+        >>> vertical, horizontal = Separable(rank=10).factor(kernel)
+        >>> vertical.shape, horizontal.shape
+        ((5, 1, 3, 10), (1, 5, 10, 192))
+    """
+
+    rank: int
+    groups: int = 1
+    axes: str = "HWIO"
+    first: str = "vertical"
+
+    def factor(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Factors a kernel, or each of a stack of kernels.
+
+        Computed in float32, or float64 where the kernel is, and returned in the kernel's own type.
+        Under a transformation by ``jnp.linalg.svd``, whose gradients need the singular values to
+        differ from each other; a kernel with values on one device by the faster of the routes of
+        `lowrank_jax.truncate`, on the host.
+
+        Args:
+            kernel: floating-point array of shape (..., h, w, c, n), or as ``axes`` says, c being
+                the input channels per group.
+
+        Returns:
+            The first kernel, (..., h, 1, c, groups * rank) if it is the vertical one, and the
+            second, (..., 1, w, rank, n), both in the kernel's layout. Within each group both have
+            the same norm.
+
+        Raises:
+            ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide n.
+        """
+        return factor_all([self], [kernel])[0]
+
+    def _factors(self, kernel: Array, wide: Any) -> tuple[Array, Array]:
+        matrix = to_matrix(to_pair(kernel.astype(wide), self.axes, self.first), self.groups)
+        first, second = self.fold(*truncated(matrix, int(self.rank)), kernel.shape)
+        return first.astype(kernel.dtype), second.astype(kernel.dtype)
+
+    def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+        """Turns the factors of the matrix of each group into the two kernels.
+
+        Args:
+            left: array of shape (..., groups, a * c, rank), a being the taps of the first
+                convolution.
+            right: array of shape (..., groups, rank, b * n / groups).
+            shape: of the dense kernel.
+        """
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
+        first = from_matrix(left, (taps[0], 1, sizes["I"], self.groups * self.rank))
+        second = from_matrix(right, (1, taps[1], self.rank, sizes["O"]))
+        kernels = ((first, one), (second, two))
+        return tuple(
+            from_pair(x, self.axes, self.first, {a: sizes[a] for a in part}) for x, part in kernels
+        )  # type: ignore[return-value]
+
+    def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the two kernels in place of a kernel of this shape, which has no stack."""
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        first = {"I": sizes["I"], "O": self.groups * self.rank} | {
+            letter: sizes[letter] for letter in one
+        }
+        second = {"I": self.rank, "O": sizes["O"]} | {letter: sizes[letter] for letter in two}
+        return tuple(first.get(x, 1) for x in self.axes), tuple(second.get(x, 1) for x in self.axes)
+
+    def check(self, shape: Sequence[int], where: str) -> int:
+        """Returns the rank as an int, or raises ValueError that names where it was given."""
+        channels = self._sizes(shape, where)["O"]
+        if self.groups < 1 or channels % self.groups:
+            raise ValueError(
+                f"{where}: groups={self.groups} must be at least 1 and divide the {channels} outputs."
+            )
+        return check_rank(
+            self.rank,
+            max_rank(shape, self.groups, self.axes, self.first),
+            where,
+            shape,
+            self.groups,
+        )
+
+    def weights(self, shape: Sequence[int]) -> int:
+        """Number of weights of both factors of a kernel of this shape."""
+        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
+        first = math.prod(sizes[letter] for letter in one) * sizes["I"] * self.groups
+        return self.rank * (first + math.prod(sizes[letter] for letter in two) * sizes["O"])
+
+    def _sizes(self, shape: Sequence[int], where: str = "Separable") -> dict[str, int]:
+        split_axes(self.axes, self.first)  # refuses a layout that names no axes
+        if len(shape) < len(self.axes):
+            raise ValueError(
+                f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}."
+            )
+        return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
+
+
+def factor_all(
+    schemes: Sequence[Separable], kernels: Sequence[jax.Array]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Factors of many kernels, each as `Separable.factor` gives them; those with values are done
+    side by side."""
+    kernels = [
+        jnp.asarray(kernel) for kernel in kernels
+    ]  # a float64 NumPy one takes the widest type that is enabled
+    places, jobs = list(map(on_one_device, kernels)), []
+    for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
+        scheme.check(kernel.shape, "Separable")
+        given: Any = np.asarray(kernel) if where else kernel
+        jobs.append(
+            functools.partial(scheme._factors, given, jnp.promote_types(kernel.dtype, jnp.float32))
+        )
+
+    def place(index: int, pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        return jax.device_put(pair, where) if (where := places[index]) else pair
+
+    cores = None if all(places) else 1  # what JAX traces belongs to this thread
+    return side_by_side(jobs, [kernel.size for kernel in kernels], place, cores)
+
+
+def on_one_device(array: jax.Array) -> jax.sharding.Sharding | None:
+    """Where an array with values is, if that is one device: to compute on the host and put the
+    result back there."""
+    if isinstance(array, jax.core.Tracer) or len(array.devices()) > 1:
+        return None
+    return array.sharding
+
+
+def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
+    """Multiplies two factors back into one dense kernel.
+
+    Args:
+        first, second: kernels as `Separable.factor` returns them, (..., h, 1, c, groups * rank) and
+            (..., 1, w, rank, n) or in the layout given.
+        axes: their layout.
+
+    Returns:
+        The kernel of shape (..., h, w, c, n) that the two convolutions together apply.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
+        (5, 5, 3, 192)
+    """
+    channels = [axes.index(letter) - len(axes) for letter in "IO"]
+    dtype = jnp.result_type(first, second)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    left, right = (jnp.moveaxis(x.astype(wide), channels, (-2, -1)) for x in (first, second))
+    rank = right.shape[-2]
+    left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
+    right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
+    # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
+    # other.
+    product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
+    dense = product.reshape(*product.shape[:-2], -1)
+    return jnp.moveaxis(dense, (-2, -1), channels).astype(dtype)
+
+
+def max_rank(
+    shape: Sequence[int], groups: int = 1, axes: str = "HWIO", first: str = "vertical"
+) -> int:
+    """The largest useful rank of a kernel: that at which the factors reproduce it.
+
+    Args:
+        shape: kernel shape (..., h, w, c, n), with c input channels per group.
+        groups: number of feature groups.
+        axes, first: as in `Separable`.
+
+    Returns:
+        min(h * c, w * n / groups), the smaller side of the matrix of one group.
+
+    Example:
+        >>> max_rank((5, 5, 96, 192))
+        480
+    """
+    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
+    return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))
+
+
+def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:
+    """Returns the rank as an int, or raises an error that names where it was given."""
+    try:
+        value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        value = 0
+    if not 1 <= value <= limit:
+        raise ValueError(
+            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller side of the "
+            f"matrix of one of the {groups} group(s) of the kernel {tuple(shape)}."
+        )
+    return value
+
+
+def spectrum(
+    kernel: jax.Array, groups: int = 1, axes: str = "HWIO", first: str = "vertical"
+) -> jax.Array:
+    """Singular values of the matrix of each group of a kernel, largest first.
+
+    Args:
+        kernel: floating-point array of shape (..., h, w, c, n), c being the input channels per
+            group.
+        groups: number of feature groups.
+        axes, first: as in `Separable`.
+
+    Returns:
+        Array of shape (..., groups, max_rank), float32 or float64. `Separable` at rank K leaves out
+        those from index K on, and its Frobenius error is the root of the sum of their squares.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [round(value) for value in spectrum(jnp.ones((3, 3, 2, 2)))[0].tolist()]
+        [6, 0, 0, 0, 0, 0]
+    """
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return jnp.linalg.svd(to_matrix(to_pair(wide, axes, first), groups), compute_uv=False)

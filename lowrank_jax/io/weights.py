@@ -1,0 +1,81 @@
+"""Weights from a file or folder, and into a file; what is at the path decides the format."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.io.formats import READERS, WRITERS, read_orbax
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+READABLE = "Readable are .npz, .safetensors and .msgpack files, and Orbax folders"
+UNPICKLE = (
+    "such a file may hold pickled code, which runs when it is read. In PyTorch, numpy.savez('weights.npz', "
+    "**{name: tensor.numpy() for name, tensor in model.state_dict().items()}) writes one that is readable here"
+)
+
+
+def save_weights(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
+    """Writes a nested mapping of arrays; the file appears whole or not at all.
+
+    Args:
+        path: ends in ``.npz``, ``.safetensors`` or ``.msgpack``, which chooses the format. The
+            first two store arrays named by their paths and so forget mappings that are empty;
+            ``.msgpack`` keeps these.
+        variables: nested mapping with string keys.
+
+    Raises:
+        ValueError: the suffix is another one, or something in the tree cannot be written in that
+            format.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(f"{folder}/weights.npz", {"params": {"Dense_0": {"bias": np.zeros(3)}}})
+        ...     load_weights(f"{folder}/weights.npz")
+        {'params': {'Dense_0': {'bias': array([0., 0., 0.])}}}
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITERS:
+        raise ValueError(
+            f"{path}: the format {path.suffix!r} is not known; end the name in {' or '.join(WRITERS)}."
+        )
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        WRITERS[path.suffix.lower()](file, variables)
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a tree of weights, as nested dicts of numpy arrays.
+
+    A ``.npz`` or ``.safetensors`` file names each array by its path, "params/Conv_0/kernel"; names
+    without "/", such as PyTorch's, stay as they are, for `lowrank_jax.torch_names.from_torch`. A
+    ``.msgpack`` file is one of `flax.serialization.to_bytes`. A folder is a checkpoint of Orbax, or
+    a step of its ``CheckpointManager``, in which the item "default", or all trees by the names of
+    their items, are read.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ImportError: the package that reads the format is not installed.
+        ValueError: it is of another format, or damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {path}. {READABLE}.")
+    reader = read_orbax if path.is_dir() else READERS.get(path.suffix.lower())
+    if reader is None:
+        remedy = (
+            f"; {UNPICKLE}"
+            if path.suffix.lower() in PICKLED
+            else "; rename the file if it is one of these"
+        )
+        raise ValueError(f"{path}: the format {path.suffix!r} is not known. {READABLE}{remedy}.")
+    try:
+        return reader(path)
+    except (ImportError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file makes each reader raise whatever it runs into
+        kind = "Orbax checkpoint" if path.is_dir() else f"{path.suffix} file of plain arrays"
+        raise ValueError(
+            f"{path} is no whole {kind}: {error}. Give another file, or write this one anew."
+        ) from error

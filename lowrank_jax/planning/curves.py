@@ -1,0 +1,65 @@
+"""The picture of what each plan costs and how well its network does."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lowrank_jax.planning.plans import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_curve(
+    points: Mapping[str, Sequence[tuple[Plan, float]]],
+    measure: str = "multiply_adds",
+    dense: float | None = None,
+) -> "Figure":
+    """Draws accuracy over cost, one line a way to choose the ranks.
+
+    Args:
+        points: label of the line to its (plan, accuracy as a share) pairs, in any order.
+        measure: "weights", "multiply_adds", "bytes" or "seconds".
+        dense: accuracy of the dense network, drawn as a level.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig("curve.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no points.
+
+    Example:
+        >>> from lowrank_jax.planning.plans import Choice
+        >>> plan = Plan((Choice("Conv_0", None, (600, 600), (6000, 6000), (40, 40), 0.0),), "fixed")
+        >>> draw_curve({"fixed": [(plan, 0.9)]}).axes[0].get_xlabel()
+        'multiply-adds, share of the dense network'
+    """
+    if not any(points.values()):
+        raise ValueError("There are no points to draw; give at least one (plan, accuracy) pair.")
+    figure = _figure()
+    axis = figure.subplots()
+    for label, line in points.items():
+        pairs = sorted((_share(plan, measure), 100 * accuracy) for plan, accuracy in line)
+        axis.plot(*zip(*pairs, strict=True), "o-", label=label)
+    if dense is not None:
+        axis.axhline(100 * dense, color="#8c8c8c", ls="--", label="dense")
+    axis.set(
+        xlabel=f"{measure.replace('_', '-')}, share of the dense network", ylabel="accuracy, %"
+    )
+    axis.legend(frameon=False)
+    return figure
+
+
+def _share(plan: Plan, measure: str) -> float:
+    dense, chosen = plan.total(measure)
+    return chosen / dense if dense else 1.0
+
+
+def _figure() -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Drawing needs the extra 'demo': pip install 'lowrank-jax[demo]'."
+        ) from error
+    return Figure(figsize=(4.2, 3.2), layout="constrained")

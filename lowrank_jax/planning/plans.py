@@ -1,0 +1,219 @@
+"""A plan: what becomes of every layer, with its predicted cost and error, as plain data."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lowrank_jax.factorization.layout import split_axes
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.planning.budget import Budget, check_measure, number
+from lowrank_jax.program.kernel_use import table
+
+VERSION = 1
+Pair = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What becomes of one layer.
+
+    Attributes:
+        path: of the layer.
+        scheme: its decomposition; None if it stays dense.
+        weights, multiply_adds, bytes: (dense, chosen).
+        error: predicted, the share of the squared singular values left out.
+        seconds: (dense, chosen) if they were measured.
+    """
+
+    path: str
+    scheme: Separable | None
+    weights: Pair
+    multiply_adds: Pair
+    bytes: Pair
+    error: float
+    seconds: Pair | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The choices of one selector; prints as a table.
+
+    Attributes:
+        choices: one for each layer that could be decomposed, in program order.
+        selector: name of the function that chose.
+        budget: what was asked; None if the selector takes no budget.
+        rest: weights, multiply-adds and bytes of the other layers of the traced program, which
+            stay.
+
+    Example:
+        >>> choice = Choice("Conv_0", Separable(4), (600, 200), (6000, 2000), (40, 30), 0.125)
+        >>> plan = Plan((choice,), "total_energy", Budget("weights", 0.5), (100, 1000, 10))
+        >>> plan.ranks["Conv_0"].rank, plan.total("weights")
+        (4, (700, 300))
+        >>> print(plan)
+        layer         first     rank  weights  low-rank          multiply-adds  low-rank
+        error Conv_0        vertical     4      600       200  33.3 %          6,000     2,000  33.3
+        %  0.1250 other layers                      100       100   100 %          1,000     1,000
+        100 % total                             700       300  42.9 %          7,000     3,000  42.9
+        % total_energy, at most 0.5 of the dense weights: 300, 42.9 %
+    """
+
+    choices: tuple[Choice, ...]
+    selector: str
+    budget: Budget | None = None
+    rest: tuple[int, int, int] = (0, 0, 0)
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    @property
+    def ranks(self) -> dict[str, Separable]:
+        """The table for `lowrank_jax.decompose`: the layers that do not stay dense."""
+        return {choice.path: choice.scheme for choice in self if choice.scheme}
+
+    def total(self, measure: str) -> Pair:
+        """(dense, chosen) cost of the whole program; in seconds of the layers that were
+        measured."""
+        pairs = [getattr(choice, check_measure(measure)) for choice in self]
+        if None in pairs:
+            raise ValueError(
+                "The plan has no seconds; choose it from options with measured times, as timed gives them."
+            )
+        dense, chosen = (sum(column) for column in zip(*pairs, self._rest(measure), strict=True))
+        return dense, chosen
+
+    def _rest(self, measure: str) -> Pair:
+        rest = dict(zip(("weights", "multiply_adds", "bytes"), self.rest, strict=True)).get(
+            measure, 0
+        )
+        return rest, rest
+
+    def __str__(self) -> str:
+        shown = ["weights", "multiply_adds"]
+        if self.budget and self.budget.measure not in shown:
+            shown.append(self.budget.measure)
+        head = [text for measure in shown for text in (measure.replace("_", "-"), "low-rank", "")]
+        rows = [("layer", "first", "rank", *head, "error")]
+        for choice in self:
+            rows.append(
+                (
+                    choice.path,
+                    *_name(choice),
+                    *_costs(getattr(choice, m) for m in shown),
+                    f"{choice.error:.4f}",
+                )
+            )
+        rows.append(("other layers", "", "", *_costs(self._rest(m) for m in shown), ""))
+        rows.append(("total", "", "", *_costs(self.total(m) for m in shown), ""))
+        return f"{table(rows, left=2)}\n{self._summary()}"
+
+    def _summary(self) -> str:
+        if self.budget is None:
+            return f"{self.selector}, without a budget"
+        _, reached, share = _costs([self.total(self.budget.measure)])
+        return f"{self.selector}, {self.budget}: {reached}, {share}"
+
+    def compare(self, other: "Plan") -> str:
+        """A table of this plan beside another one: ranks, weights, multiply-adds and errors of
+        both."""
+        facts = ("rank", "weights", "multiply-adds", "error")
+        rows = [("layer", *(f"{fact} {which}" for fact in facts for which in "AB"), "")]
+        mine, theirs = ({choice.path: choice for choice in plan} for plan in (self, other))
+        for path in dict.fromkeys([*mine, *theirs]):
+            pairs = zip(_facts(mine.get(path)), _facts(theirs.get(path)), strict=True)
+            rows.append((path, *(text for pair in pairs for text in pair), ""))
+        totals = [
+            number(plan.total(m)[1]) for m in ("weights", "multiply_adds") for plan in (self, other)
+        ]
+        rows.append(("total", "", "", *totals, "", "", ""))
+        return f"{table(rows, left=1)}\nA: {self._summary()}\nB: {other._summary()}"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan as JSON; the file appears whole or not at all."""
+        text = json.dumps(
+            {"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False
+        )
+        with whole_file(path) as scratch:
+            scratch.write_text(text + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is nothing at the path.
+            ValueError: the file is damaged, holds something else, or is of another version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(), parse_constant=_refuse)
+            if data.pop("version") != VERSION:
+                raise ValueError(f"its version is not {VERSION}, which this release reads")
+            return _plan(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no whole plan: {error!r}. Give another file, or save the plan anew."
+            ) from error
+
+
+def _plan(choices: list, selector: str, budget: dict | None, rest: list) -> Plan:
+    if not isinstance(selector, str):
+        raise TypeError(f"the selector {selector!r} is no name")
+    return Plan(
+        tuple(_choice(**c) for c in choices),
+        selector,
+        Budget(**budget) if budget else None,
+        _tuple(rest, 3),
+    )
+
+
+def _choice(
+    path: str, scheme: dict | None, error: float, seconds: list | None, **costs: list
+) -> Choice:
+    pairs = {name: _tuple(pair, 2) for name, pair in costs.items()}
+    if not isinstance(path, str) or not 0 <= error <= 1:
+        raise ValueError(f"the layer {path!r} has the error {error!r}")
+    made = _scheme(**scheme) if scheme else None
+    return Choice(path, made, error=error, seconds=_tuple(seconds, 2) if seconds else None, **pairs)
+
+
+def _scheme(rank: int, groups: int, axes: str, first: str) -> Separable:
+    if any(type(value) is not int or value < 1 for value in (rank, groups)):
+        raise ValueError(f"a scheme has the rank {rank!r} and the groups {groups!r}")
+    split_axes(axes, first)  # refuses what is no layout and no order
+    return Separable(rank, groups, axes, first)
+
+
+def _tuple(values: list, size: int) -> Any:
+    if len(values) != size or not all(
+        isinstance(value, int | float) and value >= 0 for value in values
+    ):
+        raise ValueError(f"{values!r} are not {size} costs")
+    return tuple(values)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"it holds {constant}, which is no number")
+
+
+def _name(choice: Choice) -> tuple[str, str]:
+    return (choice.scheme.first, str(choice.scheme.rank)) if choice.scheme else ("", "dense")
+
+
+def _costs(pairs: Iterable[Pair]) -> list[str]:
+    """Dense cost, chosen cost and their ratio, for each pair."""
+    texts: list[str] = []
+    for dense, chosen in pairs:
+        share = chosen / dense if dense else 1.0
+        texts += [number(dense), number(chosen), f"{100 * share:.3g} %"]
+    return texts
+
+
+def _facts(choice: Choice | None) -> tuple[str, ...]:
+    if choice is None:
+        return ("-",) * 4
+    rank = " ".join(_name(choice)).strip()
+    return rank, number(choice.weights[1]), number(choice.multiply_adds[1]), f"{choice.error:.4f}"

@@ -1,0 +1,209 @@
+"""What a program does with its kernels, as data: `KernelUse` and the table of them, `Trace`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from lowrank_jax.factorization.layout import split_axes
+from lowrank_jax.factorization.separable import Separable
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """One way in which a program uses one kernel.
+
+    Attributes:
+        path: the kernel's path in the variables without "params/" and "/kernel"; "" if it is
+            computed.
+        kind: "conv", "conv_transpose" (dilated input) or "product" (dense layers and other matrix
+            products).
+        kernel_shape: as stored; axes before those named by ``axes`` are a stack of kernels.
+        axes: the stored layout, such as "HWIO": I and O the channels, the others spatial; "" if not
+            known.
+        strides, dilation, input_dilation: one entry for each spatial axis.
+        padding: (before, after) for each spatial axis.
+        groups: number of feature groups.
+        inputs, outputs: shapes (batch, *spatial, channels) of one use; of a product those of its
+            operand.
+        uses: how often it runs in one call of the program.
+        multiply_adds: products of all the uses, for the batch given.
+        bytes: inputs, kernel and outputs of all the uses, each moved once.
+        count: "exact", "at most" (in a branch of a ``cond``) or "per iteration" (in a ``while``).
+        reason: why the layer cannot be decomposed safely; "" if it can.
+        dtype: type of the inputs of the convolution or product.
+    """
+
+    path: str
+    kind: str
+    kernel_shape: tuple[int, ...]
+    axes: str
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    groups: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    uses: int
+    multiply_adds: int
+    bytes: int
+    count: str = "exact"
+    reason: str = ""
+    dtype: str = "float32"
+
+    @property
+    def weights(self) -> int:
+        """Entries of the kernel, of all kernels of a stack."""
+        return math.prod(self.kernel_shape)
+
+    @property
+    def positions(self) -> int:
+        """Output positions of one use, over the whole batch."""
+        return math.prod(self.outputs[:-1])
+
+    @property
+    def safe(self) -> bool:
+        """Whether the kernel is proven to reach nothing but this convolution, and to reach it
+        unaltered."""
+        return not self.reason
+
+    def scheme(self, rank: int, first: str = "vertical") -> Separable:
+        """The separable scheme of a rank for this layer."""
+        return Separable(rank, self.groups, self.axes, first)
+
+    def weights_at(self, scheme: Separable) -> int:
+        """Weights of the factors, of all kernels of a stack."""
+        return scheme.weights(self.kernel_shape) * math.prod(self.kernel_shape[: -len(scheme.axes)])
+
+    def multiply_adds_at(self, scheme: Separable) -> int:
+        """Multiply-adds of all the uses with the factors in place of the kernel.
+
+        The first convolution runs at the input's size along the axes that it leaves alone, so that
+        with a stride the multiply-adds do not follow the weights. Padding that the program adds as
+        an operation of its own, such as circular padding, is counted as part of that input.
+        """
+        spatial = [letter for letter in scheme.axes if letter not in "IO"]
+        one, two = split_axes(scheme.axes, scheme.first)
+        size = dict(zip(scheme.axes, self.kernel_shape[-len(scheme.axes) :], strict=True))
+        extent = zip(spatial, self.inputs[1:-1], self.outputs[1:-1], strict=True)
+        between = self.inputs[0] * math.prod(
+            out if letter in one else own for letter, own, out in extent
+        )
+        first = between * math.prod(size[letter] for letter in one) * size["I"] * self.groups
+        second = self.positions * math.prod(size[letter] for letter in two) * size["O"]
+        return self.uses * scheme.rank * (first + second)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The uses of all kernels in program order; prints as a table."""
+
+    uses: tuple[KernelUse, ...]
+
+    def __iter__(self) -> Iterator[KernelUse]:
+        return iter(self.uses)
+
+    def __len__(self) -> int:
+        return len(self.uses)
+
+    def __getitem__(self, index: int) -> KernelUse:
+        return self.uses[index]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the whole program, for the batch given."""
+        return sum(use.multiply_adds for use in self)
+
+    @property
+    def weights(self) -> int:
+        """Entries of all kernels; one that is used twice counts once."""
+        return sum({use.path: use.weights for use in self if use.path}.values())
+
+    def at(self, path: str) -> list[KernelUse]:
+        """The uses of the kernel at a path."""
+        return [use for use in self if use.path == path]
+
+    def safe_use(self, path: str) -> KernelUse | None:
+        """The first use of the kernel at a path; None if the program has none.
+
+        Raises:
+            ValueError: the layer cannot be decomposed safely.
+        """
+        uses = self.at(path)
+        if unsafe := [use for use in uses if not use.safe]:
+            raise ValueError(
+                f"{path}: cannot be decomposed: {unsafe[0].reason}. Leave it out of the table."
+            )
+        return uses[0] if uses else None
+
+    def safe_paths(self) -> list[str]:
+        """The layers that are proven to run decomposed as they do dense."""
+        paths = dict.fromkeys(use.path for use in self)
+        return [path for path in paths if all(use.safe for use in self.at(path))]
+
+    def half_weights(self) -> dict[str, Separable]:
+        """Every safe layer at the largest rank that leaves at most half of its weights."""
+        uses = [self.at(path)[0] for path in self.safe_paths()]
+        ranks = {
+            use.path: (use, use.weights // (2 * use.weights_at(use.scheme(1)))) for use in uses
+        }
+        return {path: use.scheme(rank) for path, (use, rank) in ranks.items() if rank}
+
+    def __str__(self) -> str:
+        head = (
+            "layer",
+            "kind",
+            "kernel",
+            "axes",
+            "strides",
+            "groups",
+            "uses",
+            "positions",
+            "multiply-adds",
+            "bytes",
+        )
+        rows = [(*head, "decomposable"), *(_row(use) for use in self)]
+        total = (
+            "total",
+            *[""] * 7,
+            f"{self.multiply_adds:,}",
+            f"{sum(use.bytes for use in self):,}",
+            "",
+        )
+        return table([*rows, total], left=4)
+
+
+def _row(use: KernelUse) -> tuple[str, ...]:
+    shape, strides = ("x".join(map(str, sizes)) for sizes in (use.kernel_shape, use.strides))
+    counts = [
+        f"{value:,}"
+        for value in (use.groups, use.uses, use.positions, use.multiply_adds, use.bytes)
+    ]
+    note = "" if use.count == "exact" else f" ({use.count})"
+    return (
+        use.path or "(computed)",
+        use.kind,
+        shape,
+        use.axes,
+        strides,
+        *counts,
+        (use.reason or "yes") + note,
+    )
+
+
+def table(rows: list[tuple[str, ...]], left: int) -> str:
+    """Lines of aligned columns: the first ones and the last one to the left, those between to the
+    right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    last = len(widths) - 1
+
+    def cell(text: str, index: int) -> str:
+        return (
+            text.ljust(widths[index])
+            if index < left or index == last
+            else text.rjust(widths[index])
+        )
+
+    return "\n".join(
+        "  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows
+    )

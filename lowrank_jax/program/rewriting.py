@@ -1,0 +1,85 @@
+"""A function whose program runs as it is, but for equations that are found and computed in another
+way."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+from lowrank_jax.program.jaxprs import opened, programs
+
+Read = Callable[[Any], Any]  # the value of a variable
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Equations of a program that are computed together in another way.
+
+    Attributes:
+        eqns: in their order; what all but the last give is read by the others alone.
+        run: function of `Read` that gives the outputs of the last equation.
+    """
+
+    eqns: Sequence[Any]
+    run: Callable[[Read], list]
+
+
+Find = Callable[[Any], list[Part]]  # the parts of a jaxpr, without those of the jaxprs inside
+
+
+def rewritten(fn: Callable, find: Find) -> Callable:
+    """A function that computes what another one does, with parts of its program computed in another
+    way.
+
+    The other one is traced, and the equations of its program run as they are, but for the parts.
+    Those in a nested ``jax.jit`` are found, those inside loops and branches stay as they are.
+
+    Args:
+        fn: function of trees of arrays that gives a tree of arrays.
+        find: gives the parts, none of which share an equation.
+    """
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> Any:
+        program, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        outputs = _evaluate(program, jax.tree.leaves(args), find)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return run
+
+
+def _evaluate(program: Any, inputs: list, find: Find) -> list:
+    own = opened(program)
+    values = dict(zip([*own.constvars, *own.invars], [*program.consts, *inputs], strict=True))
+    parts = find(own)
+    last = {id(part.eqns[-1]): part for part in parts}
+    skipped = {id(eqn) for part in parts for eqn in part.eqns[:-1]}
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, Literal) else values[var]
+
+    for eqn in own.eqns:
+        if id(eqn) not in skipped:
+            part = last.get(id(eqn))
+            found = part.run(read) if part else _run(eqn, [read(var) for var in eqn.invars], find)
+            values |= zip(eqn.outvars, found, strict=True)
+    return [read(var) for var in own.outvars]
+
+
+def _run(eqn: Any, inputs: list, find: Find) -> list:
+    if eqn.primitive.name == "jit" and _any(eqn, find):
+        return _evaluate(eqn.params["jaxpr"], inputs, find)
+    with eqn.ctx.manager:
+        found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+    return found if eqn.primitive.multiple_results else [found]
+
+
+def _any(eqn: Any, find: Find) -> bool:
+    """Whether a nested jit holds a part."""
+    return any(
+        bool(find(inner)) or any(_any(e, find) for e in inner.eqns if e.primitive.name == "jit")
+        for inner in programs(eqn.params)
+    )

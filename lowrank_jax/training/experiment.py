@@ -1,0 +1,248 @@
+"""The journey: decompose a trained network, fine-tune it, and measure both."""
+
+import dataclasses
+import functools
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.data.cifar10 import Dataset, normalize
+from lowrank_jax.factorization.separable import spectrum
+from lowrank_jax.io.weights import load_weights
+from lowrank_jax.models import NIN
+from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.program.tracing import trace
+from lowrank_jax.training.loops import (
+    TrainState,
+    crop_and_flip,
+    evaluate,
+    make_train_step,
+    one_cycle_sgd,
+    train,
+)
+from lowrank_jax.tree.decomposing import decompose
+from lowrank_jax.tuning.timing import Throughput, compile_fastest, throughput
+
+Variables = dict[str, Any]
+Log = Callable[[str], None]
+PAPER_RANKS = {"Conv_0": 10, "Conv_2": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training images.
+        peak: highest learning rate of the one-cycle schedule.
+        batch_size: images in a step.
+        crop: side in pixels of the random training crops; 24 costs about half of 32.
+        padding: zeros around an image before the crop, in pixels.
+        seed: of initialisation, augmentation and shuffling.
+        distill: fine-tune towards the dense network's probabilities instead of the labels.
+    """
+
+    epochs: int
+    peak: float
+    batch_size: int = 128
+    crop: int = 32
+    padding: int = 4
+    seed: int = 0
+    distill: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Cost of one layer for one image, dense and as it is in the low-rank network."""
+
+    name: str
+    rank: int | None
+    weights: tuple[int, int]
+    multiply_adds: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Journey:
+    """What the experiment found.
+
+    Attributes:
+        layers: one entry for each convolution of the dense network.
+        spectra: layer name to its singular values, largest first.
+        accuracy: "dense", "decomposed" and "fine-tuned" to the share of test images classified
+            right.
+        curve: that share after each epoch of fine-tuning.
+        times: forward passes "dense" and "low-rank".
+        machine: device, versions.
+        variables: the fine-tuned low-rank network.
+    """
+
+    layers: list[Layer]
+    spectra: dict[str, np.ndarray]
+    accuracy: dict[str, float]
+    curve: list[float]
+    times: Throughput
+    machine: str
+    variables: Variables
+
+
+def init(model: NIN, seed: int = 0) -> Variables:
+    """Freshly initialised variables of a CIFAR-10 model."""
+    return dict(model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3))))
+
+
+def load(model: NIN, path: str | os.PathLike) -> Variables:
+    """Reads variables of a CIFAR-10 model, or raises ValueError where they are of another
+    network."""
+    variables = load_weights(path)
+    expected = jax.eval_shape(lambda: init(model))
+    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(
+            f"{path} does not hold the weights of this network; give the dense.npz of an earlier run."
+        )
+    return variables
+
+
+def accuracy(model: NIN, variables: Variables, data: Dataset) -> float:
+    """Share of the images classified right, from 0 to 1."""
+    return evaluate(model.apply, variables, data.images, data.labels, preprocess=normalize)
+
+
+def fit(
+    model: NIN,
+    variables: Variables,
+    data: Dataset,
+    test: Dataset,
+    recipe: Recipe,
+    log: Log = print,
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[Variables, list[float]]:
+    """Trains a network and evaluates it after every epoch.
+
+    Returns:
+        The trained variables and the test accuracy after each epoch.
+    """
+
+    def augment(key, images):
+        return crop_and_flip(key, normalize(images), recipe.crop, recipe.padding)
+
+    def after_epoch(epoch, state, loss):
+        history.append(accuracy(model, state.variables, test))
+        log(f"epoch {epoch}/{recipe.epochs}: loss {loss:.4f}, test accuracy {history[-1]:.2%}")
+
+    history: list[float] = []
+    tx = one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size))
+    state = TrainState.create(variables, tx, recipe.seed)
+    step = make_train_step(model.apply, tx, augment, teacher)
+    state = train(
+        state,
+        step,
+        data.images,
+        data.labels,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        after_epoch=after_epoch,
+    )
+    return state.variables, history
+
+
+def run(
+    dense: NIN, variables: Variables, ranks: Mapping[str, int], data: Dataset, test: Dataset, recipe: Recipe, *,
+    batch_size: int = 128, rounds: int = 15, log: Log = print,
+) -> Journey:  # fmt: skip
+    """Decomposes a trained network, fine-tunes it and measures it beside the dense one.
+
+    Args:
+        dense: the network, without ranks.
+        variables: its trained variables.
+        ranks: layer name to rank.
+        data: training images for the fine-tuning.
+        test: images for every accuracy.
+        recipe: of the fine-tuning.
+        batch_size, rounds: images in a forward pass and passes of each network in the timing.
+        log: called with a line after every step.
+    """
+    small = dense.clone(ranks=dict(ranks))
+    variables = flax.core.unfreeze(variables)
+    lowrank = variables | {"params": decompose(variables["params"], ranks)}
+    spectra = {
+        name: np.asarray(spectrum(variables["params"][name]["kernel"])).ravel() for name in ranks
+    }
+    layers = compare_costs(trace_one(dense, variables), trace_one(small, lowrank), ranks)
+    scores = {
+        "dense": accuracy(dense, variables, test),
+        "decomposed": accuracy(small, lowrank, test),
+    }
+    log(
+        f"{len(test):,} test images: dense {scores['dense']:.2%}, decomposed {scores['decomposed']:.2%}"
+    )
+    teacher: Callable | None = functools.partial(dense.apply, variables) if recipe.distill else None
+    tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher)
+    scores["fine-tuned"] = curve[-1]
+    log("timing the forward passes")
+    times = measure(
+        {"dense": (dense, variables), "low-rank": (small, tuned)}, test, batch_size, rounds
+    )
+    return Journey(layers, spectra, scores, curve, times, machine(), tuned)
+
+
+def trace_one(model: NIN, variables: Variables) -> Trace:
+    """The convolutions of a forward pass of one image."""
+    return trace(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
+
+
+def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> list[Layer]:
+    """Sets the cost of each dense layer beside that of its factors, or of itself where it stays
+    dense."""
+
+    def total(uses, name, field):
+        return sum(
+            getattr(use, field)
+            for use in uses
+            if use.path in (name, f"{name}/vertical", f"{name}/horizontal")
+        )
+
+    def both(name, field):
+        return total(dense, name, field), total(lowrank, name, field)
+
+    names = [use.path for use in dense]
+    return [
+        Layer(name, ranks.get(name), both(name, "weights"), both(name, "multiply_adds"))
+        for name in names
+    ]
+
+
+def measure(
+    networks: Mapping[str, tuple[NIN, Variables]], data: Dataset, batch_size: int, rounds: int
+) -> Throughput:
+    """Times forward passes of networks on the same real images, each at its fastest compiler
+    options."""
+    images = normalize(jnp.asarray(np.resize(data.images, (batch_size, *data.images.shape[1:]))))
+    programs = {
+        name: compile_fastest(model.apply, variables, images)
+        for name, (model, variables) in networks.items()
+    }
+    return throughput(programs, items=batch_size, rounds=rounds)
+
+
+def check_ranks(variables: Variables, ranks: Mapping[str, int]) -> None:
+    """Raises what `decompose` would for this table, before any long work."""
+    jax.eval_shape(lambda params: decompose(params, ranks), variables["params"])
+
+
+def machine() -> str:
+    """The device and the versions that figures depend on."""
+    device = jax.devices()[0]
+    kind = (
+        platform.processor() or platform.machine()
+        if device.platform == "cpu"
+        else device.device_kind
+    )
+    versions = f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
+    return f"{device.platform} ({kind}, {os.cpu_count()} CPU cores), {versions}"

@@ -1,0 +1,275 @@
+"""A separable convolution in one GPU kernel, which keeps the channels between the two convolutions
+on the chip.
+
+Two convolutions write the rank-K intermediate to memory and read it again, and at a small rank that
+traffic, not the arithmetic, is most of the layer's time. Here a program holds a column of output
+lines, walks along the second factor's axis, and keeps the last taps of the intermediate in
+registers: a sliding window, so that nothing is shifted and, but for the first positions of a strip,
+    nothing is computed twice. Written in Pallas for its Triton backend, which
+runs on GPUs from Ampere on and which JAX 0.11 deprecates with a warning. Elsewhere Pallas
+interprets it, for tests.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from lowrank_jax.tuning.experimental.roofline import (
+    HIGHEST,
+    ONES,
+    UNPADDED,
+    Padding,
+    Sizes,
+    promoted,
+    sizes_of,
+    two_convolutions,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def separable_conv(
+    x: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    strides: Sequence[int] = ONES,
+    padding: Padding = UNPADDED,
+    first_axis: str = "vertical",
+    groups: int = 1,
+    dilation: Sequence[int] = ONES,
+    precision: lax.Precision | None = HIGHEST,
+    interpret: bool | None = None,
+    tile: "Tile | None" = None,
+) -> jax.Array:
+    """Computes what `two_convolutions` does, to rounding, in one kernel.
+
+    Sums are float32. The intermediate is rounded to the arrays' type, as that of two convolutions
+    is, so that half precision stays on the tensor cores. Differentiable in reverse mode, by the
+    gradients of the two convolutions.
+
+    Args:
+        x: images (N, H, W, C), float32, bfloat16 or float16, and after promotion so are the others.
+        first: kernel (h, 1, C, K), or (1, w, C, K) where the horizontal convolution is first.
+        second: kernel (1, w, K, n), or (h, 1, K, n).
+        bias: (n,), or None.
+        strides, padding: (vertical, horizontal) and ((top, bottom), (left, right)).
+        first_axis: "vertical" or "horizontal", the axis of ``first``.
+        groups, dilation: 1, or refused.
+        precision: HIGHEST computes float32 in float32, None in TensorFloat-32 on a GPU's tensor
+            cores.
+        interpret: whether Pallas interprets the kernel, slowly and only for tests. None: unless on
+            a GPU.
+        tile: see `Tile`; None chooses one.
+
+    Returns:
+        Array of shape (N, H', W', n). Where the input is infinite it may be NaN, because K is
+        padded to a power of two.
+
+    Raises:
+        ValueError: groups, a dilation, another type, or shapes that do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_jax import Separable
+        >>> vertical, horizontal = Separable(2).factor(jax.random.normal(jax.random.key(0), (3, 3, 4, 8)))
+        >>> separable_conv(jnp.ones((1, 6, 6, 4)), vertical, horizontal, padding=((1, 1), (1, 1))).shape
+        (1, 6, 6, 8)
+    """
+    for name, value in (("groups", groups), ("dilation", dilation)):
+        if np.any(np.not_equal(value, 1)):
+            raise ValueError(
+                f"{name}={value!r} is not allowed; the kernel does only 1. Call two_convolutions."
+            )
+    arrays = promoted(x, first, second, bias)
+    if arrays[0].dtype.name not in DTYPES:
+        raise ValueError(
+            f"dtype {arrays[0].dtype} is not allowed; give one of {DTYPES}, or call two_convolutions."
+        )
+    if bias is not None and bias.shape != second.shape[-1:]:
+        raise ValueError(
+            f"bias of shape {bias.shape} is not allowed; give {second.shape[-1:]}, the output channels."
+        )
+    layer = sizes_of(x.shape, first.shape, second.shape, strides, padding, first_axis)
+    if 0 in (*x.shape, *first.shape, *second.shape, *layer.result):
+        return two_convolutions(
+            *arrays, strides=strides, padding=padding, first_axis=first_axis, precision=precision
+        )
+    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    return _fused(
+        layer, tile or _tile(layer, arrays[0].dtype.itemsize), precision, interpret, *arrays
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program of the kernel computes: ``positions`` along the second factor's axis of a
+    number of lines.
+
+    Attributes:
+        lines: of the output, over all images: the height of every product.
+        positions: fewer make more programs, each of which computes the intermediate of its first
+            ones again.
+        inputs, outputs: (tap, channel) pairs in the first product, output channels in the second.
+        warps, stages: threads in 32s, and depth of the pipelined loads.
+
+    Raises:
+        ValueError: a size of a product that is no power of two, at least 16.
+    """
+
+    lines: int
+    positions: int
+    inputs: int
+    outputs: int
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("lines", "inputs", "outputs"):
+            if (size := getattr(self, name)) != _block(size):
+                raise ValueError(
+                    f"{name}={size!r} is not allowed; give a power of two, at least 16."
+                )
+
+
+def _block(size: int) -> int:
+    return max(16, pl.next_power_of_2(size))
+
+
+def _tile(layer: Sizes, itemsize: int) -> Tile:
+    """A tile whose sums and window fit in registers, in strips short enough for a few programs a
+    processor."""
+    inputs, rank, outputs = layer.channels
+    width = min(64, _block(outputs))
+    line = (
+        _block(rank) * (layer.taps[1] * itemsize + 4) + width * 4
+    )  # bytes; for sm_90, 64 lines of 1024 spill
+    lines = next((size for size in (64, 32) if size * line <= 3 * 2**14), 16)
+    strips = min(
+        pl.cdiv(512, pl.cdiv(layer.images * layer.result[0], lines)),
+        pl.cdiv(layer.result[1], layer.taps[1]),
+    )
+    pairs = next(
+        (size for size in (64, 32, 16) if inputs % size == 0),
+        min(32, _block(layer.taps[0] * inputs)),
+    )
+    return Tile(lines, pl.cdiv(layer.result[1], strips), pairs, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _fused(layer: Sizes, tile: Tile, precision, interpret: bool, x, first, second, bias):
+    inputs, rank, outputs = layer.channels
+    first, second = first.reshape(-1, rank), second.reshape(-1, rank, outputs)
+    ranks, channels = (0, _block(rank) - rank), (0, -outputs % tile.outputs)
+    first = jnp.pad(first, ((0, -len(first) % tile.inputs), ranks))
+    second = jnp.pad(second, ((0, 0), ranks, channels))
+    bias = jnp.zeros(second.shape[-1], x.dtype) if bias is None else jnp.pad(bias, channels)
+    lines, positions = layer.images * layer.result[0], layer.result[1]
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_program, layer, tile, dot),
+        jax.ShapeDtypeStruct((lines * positions, outputs), x.dtype),
+        grid=(pl.cdiv(lines, tile.lines), pl.cdiv(positions, tile.positions)),
+        interpret=interpret,
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    )(x.reshape(-1, inputs), first, second, bias)
+    return out.reshape(layer.images, *layer.ordered(layer.result), outputs)
+
+
+def _backward(
+    layer: Sizes, tile: Tile, precision, interpret: bool, arrays: tuple, gradient: jax.Array
+) -> tuple:
+    strides, padding = layer.ordered(layer.strides), layer.ordered(layer.padding)
+    options = dict(
+        strides=strides, padding=padding, first_axis=layer.first_axis, precision=precision
+    )
+    run = functools.partial(two_convolutions, **options)
+    return jax.vjp(run, *arrays)[1](gradient)
+
+
+_fused.defvjp(lambda *args: (_fused(*args), args[4:]), _backward)
+
+
+def _program(
+    layer: Sizes, tile: Tile, dot: Callable, x_ref, first_ref, second_ref, bias_ref, out_ref
+) -> None:
+    """Computes a strip of positions of a number of lines."""
+    line = pl.program_id(0) * tile.lines + lax.iota(jnp.int32, tile.lines)[:, None]
+    begin, taps, stride = pl.program_id(1) * tile.positions, layer.taps[1], layer.strides[1]
+    new = min(taps, stride)
+    between = functools.partial(_between, layer, dot, x_ref, first_ref, tile.inputs, line)
+    emit = functools.partial(_emit, layer, dot, second_ref, bias_ref, out_ref, tile.outputs, line)
+
+    def step(i, window):
+        position = begin + jnp.int32(i)
+        left = position * stride - layer.padding[1][0]
+        window = (*window, *(between(left + tap) for tap in range(taps - new, taps)))
+        emit(position, window)
+        return window[new:]
+
+    left = begin * stride - layer.padding[1][0]
+    lax.fori_loop(0, tile.positions, step, tuple(between(left + tap) for tap in range(taps - new)))
+
+
+def _between(layer: Sizes, dot: Callable, x_ref, first_ref, width: int, line, b):
+    """The intermediate (lines, K) at position b, zero outside of the image as the padding of the
+    second factor is."""
+    image, a_result = _divide(line, layer.result[0])
+    inside = (line < layer.images * layer.result[0]) & (b >= 0) & (b < layer.shape[1])
+    channels, columns = layer.channels[0], lax.iota(jnp.int32, width)[None, :]
+
+    def step(i, total):
+        # Where blocks divide the channels the tap is a scalar, and Triton sees that the loads are
+        # contiguous.
+        begin, rest = (
+            (jnp.int32(i) * width, columns)
+            if channels % width == 0
+            else (jnp.int32(i) * width + columns, 0)
+        )
+        tap, channel = _divide(begin, channels)
+        a = a_result * layer.strides[0] - layer.padding[0][0] + tap
+        mask = inside & (a >= 0) & (a < layer.shape[0]) & (tap < layer.taps[0])
+        patch = triton.load(
+            x_ref.at[layer.row(layer.shape, image, a, b), channel + rest], mask=mask, other=0
+        )
+        return total + dot(patch, first_ref[pl.ds(jnp.int32(i) * width, width), :])
+
+    start = jnp.zeros((len(line), first_ref.shape[1]), jnp.float32)
+    return lax.fori_loop(0, first_ref.shape[0] // width, step, start).astype(x_ref.dtype)
+
+
+def _emit(
+    layer: Sizes, dot: Callable, second_ref, bias_ref, out_ref, width: int, line, b, window
+) -> None:
+    """Writes the outputs at position b from the intermediate under each tap."""
+    image, a = _divide(line, layer.result[0])
+    row = layer.row(layer.result, image, a, b)
+    live = (line < layer.images * layer.result[0]) & (b < layer.result[1])
+
+    def step(i, carry):
+        block = pl.ds(jnp.int32(i) * width, width)
+        total = bias_ref[block].astype(jnp.float32)[None, :]
+        for tap, between in enumerate(window):
+            total += dot(between, second_ref[tap, :, block])
+        channel = jnp.int32(i) * width + lax.iota(jnp.int32, width)[None, :]
+        mask = live & (channel < layer.channels[2])
+        triton.store(out_ref.at[row, channel], total.astype(out_ref.dtype), mask=mask)
+        return carry
+
+    lax.fori_loop(0, second_ref.shape[2] // width, step, None)
+
+
+def _divide(value, divisor: int):
+    """Quotient and remainder of numbers that are not negative, without the corrections that
+    `divmod` makes for them."""
+    by = lax.full_like(value, divisor)
+    return lax.div(value, by), lax.rem(value, by)

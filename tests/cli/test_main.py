@@ -1,0 +1,174 @@
+"""The commands, their reports and the weights they write."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lowrank_jax import data
+from lowrank_jax.cli import main as cli
+from lowrank_jax.io import weights as checkpoint
+from lowrank_jax.models import NIN
+from lowrank_jax.report import journey as report
+from lowrank_jax.training import experiment
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The sample cut to a size that every machine runs in seconds."""
+    whole = data.sample
+    cut = lambda split: data.Dataset(whole(split).images[:100], whole(split).labels[:100])  # noqa: E731
+    monkeypatch.setattr(data, "sample", cut)
+    monkeypatch.setattr(data, "cifar10", lambda split, data_dir: cut(split))
+    monkeypatch.setattr(
+        experiment.run, "__kwdefaults__", {"batch_size": 4, "rounds": 2, "log": print}
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_writes_a_whole_report(tiny, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert cli.main(["demo", "--out", str(out), "--finetune-epochs", "1"]) == 0
+    names = {
+        "report.md",
+        "report.json",
+        "spectra.png",
+        "costs.png",
+        "accuracy.png",
+        "lowrank.npz",
+        "dense.npz",
+    }
+    assert {path.name for path in out.iterdir()} == names
+    text = (out / "report.md").read_text()
+    assert "1.48" in text
+    assert "16.00" in text
+    assert text.split("\n", 2)[2].split("\n\n")[0] in capsys.readouterr().out
+    found = json.loads((out / "report.json").read_text())
+    assert {row["name"]: row["weights"] for row in found["layers"]}["Conv_2"] == [460800, 28800]
+    small = checkpoint.load_weights(out / "lowrank.npz")
+    logits = NIN(ranks=experiment.PAPER_RANKS).apply(small, np.zeros((1, 32, 32, 3), np.float32))
+    assert np.isfinite(logits).all()
+    assert (
+        cli.main(["demo", "--out", str(out), "--finetune-epochs", "1", "--ranks", "Conv_4=30"]) == 0
+    )
+    assert [row["rank"] for row in json.loads((out / "report.json").read_text())["layers"]][4] == 30
+
+
+@pytest.mark.slow
+def test_the_experiment_trains_and_then_starts_from_its_own_weights(tiny, tmp_path, capsys):
+    options = ["--batch-size", "50", "--crop", "24", "--padding", "0", "--finetune-epochs", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.main(["cifar10", *options, "--epochs", "1", "--out", str(first)]) == 0
+    again = [*options, "--distill", "--weights", str(first / "dense.npz")]
+    assert cli.main(["cifar10", *again, "--out", str(second)]) == 0
+    scores = [
+        json.loads((out / "report.json").read_text())["accuracy"]["dense"]
+        for out in (first, second)
+    ]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ranks", "Conv_9=3"], "No layer with a kernel at 'Conv_9'; did you mean"),
+        (["--ranks", "Conv_0=16"], "Conv_0: rank 16 is not allowed; give an int from 1 to 15"),
+    ],
+)
+def test_a_bad_rank_ends_with_one_line_and_nothing_written(options, message, tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path / "new"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [["--ranks", "Conv_0"], ["--ranks", "Conv_0=x"], ["--finetune-epochs", "0"]]
+)
+def test_options_that_do_not_parse_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", *options])
+    assert "allowed" in (error := capsys.readouterr().err) or "is not layer=rank" in error
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "is no report of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def fail_half_way(out):
+    with report.whole_folder(out) as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError("stop")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_half_way(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_report_is_replaced(tmp_path):
+    for text in ("one", "two"):
+        with report.whole_folder(tmp_path / "out") as folder:
+            (folder / "report.json").write_text(text)
+    assert (tmp_path / "out" / "report.json").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_missing_data_is_one_line_with_the_remedy(tmp_path, capsys):
+    assert cli.main(["cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_weights_survive_a_round_trip(tmp_path):
+    tree = {
+        "params": {"Conv_0": {"kernel": np.arange(6.0).reshape(2, 3)}},
+        "batch_stats": {"n": np.int32(3)},
+    }
+    checkpoint.save_weights(tmp_path / "w.npz", tree)
+    back = checkpoint.load_weights(tmp_path / "w.npz")
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, tree, back)))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.npz"]
+
+
+def test_weights_that_cannot_be_written_leave_nothing_and_keep_the_old(tmp_path):
+    checkpoint.save_weights(tmp_path / "w.npz", {"a": np.ones(2)})
+    with pytest.raises(ValueError, match="Object arrays"):
+        checkpoint.save_weights(tmp_path / "w.npz", {"a": np.array([object()])})
+    assert [path.name for path in tmp_path.iterdir()] == ["w.npz"]
+    assert checkpoint.load_weights(tmp_path / "w.npz")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut short"])
+def test_a_damaged_weight_file_is_refused_by_name(content, tmp_path):
+    (tmp_path / "w.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w.npz is no whole .npz file"):
+        checkpoint.load_weights(tmp_path / "w.npz")
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    checkpoint.save_weights(
+        tmp_path / "w.npz", {"params": {"Conv_0": {"kernel": np.ones((5, 5, 3, 8))}}}
+    )
+    with pytest.raises(ValueError, match=r"w.npz does not hold the weights of this network"):
+        experiment.load(NIN(), tmp_path / "w.npz")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.array([object()]))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        checkpoint.load_weights(tmp_path / "w.npz")
+
+
+def test_the_embedded_network_classifies_its_sample():
+    variables, test = data.pretrained(), data.sample("test")
+    part = data.Dataset(test.images[::4], test.labels[::4])
+    assert (
+        experiment.accuracy(NIN(), variables, part) > 0.8
+    )  # 85 % on all; 250 images: 2.3 % standard deviation

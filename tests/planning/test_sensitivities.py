@@ -1,0 +1,83 @@
+"""Divergences of cut layers are those of the decomposed network, from one compiled program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lowrank_jax import Separable, decompose, lowrank, trace
+from lowrank_jax.planning.sensitivities import divergences
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), 2, name="strided")(x))
+        x = nn.relu(nn.Conv(8, (3, 5), feature_group_count=2, name="grouped")(x))
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8, 8, 4)), jnp.float32)
+VARIABLES = Net().init(jax.random.key(0), X)
+USES = trace(Net().apply, VARIABLES, X)
+CANDIDATES = {
+    "strided": [("vertical", 2), ("horizontal", 5)],
+    "grouped": [("vertical", 1), ("vertical", 12)],
+}
+
+
+def logits(path, first, rank):
+    scheme = Separable(rank, 2 if path == "grouped" else 1, first=first)
+    small = {"params": decompose(VARIABLES["params"], {path: scheme})}
+    return np.asarray(lowrank(Net().apply)(small, X), np.float64)
+
+
+@pytest.mark.parametrize("measure", ["kl", "mse"])
+@pytest.mark.parametrize("batch", [4, 256])
+def test_each_divergence_is_that_of_the_network_with_that_layer_decomposed(measure, batch):
+    table = divergences(Net().apply, VARIABLES, X, USES, CANDIDATES, measure=measure, batch=batch)
+    dense = np.asarray(Net().apply(VARIABLES, X), np.float64)
+    for path, pairs in CANDIDATES.items():
+        assert set(table[path]) == set(pairs)
+        for pair in pairs:
+            low = logits(path, *pair)
+            if measure == "kl":
+                p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, low))
+                expected = np.mean(np.sum(p * np.log(p / q), -1))
+            else:
+                a, b = (x - x.mean(-1, keepdims=True) for x in (dense, low))
+                expected = np.sum((a - b) ** 2) / np.sum(a**2)
+            np.testing.assert_allclose(
+                table[path][pair], expected, rtol=1e-3, atol=1e-7
+            )  # float32 logits
+
+
+def test_all_candidates_run_under_one_compiled_program():
+    count = 0
+
+    def apply(variables, x):
+        nonlocal count
+        count += 1  # runs once for each trace
+        return Net().apply(variables, x)
+
+    divergences(apply, VARIABLES, X, USES, CANDIDATES)
+    assert count == 1
+
+
+@pytest.mark.parametrize(
+    "candidates, options, text",
+    [
+        ({"stride": [("vertical", 1)]}, {}, "did you mean 'strided'"),
+        ({"strided": [("vertical", 1)]}, {"measure": "l1"}, "measure='l1' is not allowed"),
+        ({"Dense_0": [("vertical", 1)]}, {}, "matrix product"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(candidates, options, text):
+    with pytest.raises(ValueError, match=text):
+        divergences(Net().apply, VARIABLES, X, USES, candidates, **options)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="No images"):
+        divergences(Net().apply, VARIABLES, X[:0], USES, CANDIDATES)
