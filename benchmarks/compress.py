@@ -84,10 +84,10 @@ def plans(
     """Name, budget and plan. EVBMF has no budget, one plan, and takes the plain singular values."""
     for name in args.selectors:
         if name == "evbmf":
-            yield name, None, ranks.evbmf(plain, "multiply_adds")
+            yield name, None, ranks.evbmf(plain, "macs")
         for share in args.budgets if name != "evbmf" else ():
             extra = (divergence(),) if name == "sensitivity" else ()
-            budget = Budget("multiply_adds", share)
+            budget = Budget("macs", share)
             plan = (
                 threshold(table, share)
                 if name == "energy"
@@ -98,13 +98,13 @@ def plans(
 
 def threshold(table: Options, share: float) -> Plan:
     """The highest threshold of energy, the same for all layers, that meets a share of the
-    multiply-adds."""
+    macs."""
     low, high = 1e-3, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        total, reached = ranks.energy(table, middle, "multiply_adds").total("multiply_adds")
+        total, reached = ranks.energy(table, middle, "macs").total("macs")
         low, high = (middle, high) if reached <= share * total else (low, middle)
-    return ranks.energy(table, low, "multiply_adds")
+    return ranks.energy(table, low, "macs")
 
 
 def networks(
@@ -183,7 +183,7 @@ def main() -> None:
         for name, share, plan in plans(table, both["plain"], args, divergence):
             for kind, network, seconds in networks(model, variables, images, plan, kinds):
                 found = accuracy(network)
-                total, low = plan.total("multiply_adds")
+                total, low = plan.total("macs")
                 row = {
                     "selector": name,
                     "factors": kind,
@@ -216,7 +216,7 @@ def draw(found: dict) -> Figure:
             ]
             axis.errorbar(share, accuracy, spread, fmt="o-", ms=3, lw=1, label=name)
         axis.axhline(100 * found["dense"], color="#8c8c8c", ls="--", label="dense")
-        axis.set(title=kind, xlabel="multiply-adds, % of the dense network", ylabel="accuracy, %")
+        axis.set(title=kind, xlabel="macs, % of the dense network", ylabel="accuracy, %")
         axis.label_outer()
     axis.legend(frameon=False)
     return figure
@@ -227,7 +227,7 @@ def write(out: Path, found: dict) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [
-        "| selector | factors | multiply-adds asked (reached) | accuracy | 95 % interval |",
+        "| selector | factors | macs asked (reached) | accuracy | 95 % interval |",
         "| --- | --- | ---: | ---: | --- |",
     ]
     for row in found["rows"]:

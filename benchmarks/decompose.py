@@ -148,7 +148,12 @@ def measure(
                 stack.close()
     best, sizes = optima(kernels), [kernel.size for kernel in kernels.values()]
     facts = {key: compared(worker.facts, kernels, best) for key, worker in workers.items()}
-    row = {"layers": len(sizes), "weights": sum(sizes), "optimum": math.hypot(*best), "base": base}
+    row = {
+        "layers": len(sizes),
+        "parameters": sum(sizes),
+        "optimum": math.hypot(*best),
+        "base": base,
+    }
     if others_s is not None:
         row[LOAD] = (used_by_others() - others_s) / (time.perf_counter() - start_s)
     return [

@@ -155,9 +155,7 @@ def summary(rows: list[dict]) -> list[str]:
             quartiles(ratios(each, f"{how}, dense", f"{how}, low-rank")) for how in ("fast", "jit")
         )
         text = f"{each['name']}: low-rank {gain[1]:.2f} ({gain[0]:.2f} to {gain[2]:.2f}) times the images/s of dense, "
-        text += (
-            f"plain jit {plain[1]:.2f}; multiply-adds fall {each['multiply_adds_ratio']:.2f} times"
-        )
+        text += f"plain jit {plain[1]:.2f}; macs fall {each['multiply_adds_ratio']:.2f} times"
         if wrong := [key for key, value in each.items() if value == "wrong outputs"]:
             text += f"; wrong outputs: {' and '.join(wrong)}"
         if "PyTorch, dense" in each["seconds"]:

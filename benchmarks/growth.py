@@ -108,7 +108,7 @@ def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, i
         "trace": lambda: (jax.clear_caches(), trace(model.apply, variables, images)),
         "spectra": lambda: spectra(variables["params"], uses),
         "options": lambda: options(uses, values),
-        "total_energy": lambda: total_energy(table, Budget("multiply_adds", 0.5)),
+        "total_energy": lambda: total_energy(table, Budget("macs", 0.5)),
     }
     matrix = 4 * 96 * 96
     return steps, lambda: [step() for step in steps.values()], count * matrix, matrix

@@ -3,7 +3,7 @@
 python benchmarks/layers.py [--dtypes float32 bfloat16] [--batch 128] [--out
 benchmarks/results/layers.json]
 
-The bound of a layer is the larger of its multiply-adds over the rate of a large product and its
+The bound of a layer is the larger of its macs over the rate of a large product and its
 bytes, without those between the two convolutions, over the rate of a copy; both rates are measured
 in the same run.
 """

@@ -17,11 +17,11 @@ VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Ta
 
 
 def half(uses: Trace) -> dict[str, Any]:
-    """Every layer at the largest rank that leaves at most half of its multiply-adds."""
+    """Every layer at the largest rank that leaves at most half of its macs."""
     found = {}
     for path in uses.safe_paths():
         use = uses.at(path)[0]
-        if rank := use.multiply_adds // (2 * use.multiply_adds_at(use.scheme(1))):
+        if rank := use.macs // (2 * use.macs_at(use.scheme(1))):
             found[path] = use.scheme(rank)
     return found
 
@@ -55,7 +55,7 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A model with its images and variables, and how many times its multiply-adds fall.
+    """A model with its images and variables, and how many times its macs fall.
 
     Attributes:
         trees: "dense" and "low-rank" to the variables.
@@ -75,5 +75,5 @@ def prepare(name: str, batch: int, dtype: str) -> Prepared:
     dense = jax.jit(model.init)(jax.random.key(0), images[:1])
     uses = trace(model.apply, dense, images[:1])
     low = {**dense, "params": decompose(dense["params"], network.choose(uses), uses)}
-    left = trace(lowrank(model.apply), low, images[:1]).multiply_adds
-    return Prepared(model, images, {"dense": dense, "low-rank": low}, uses.multiply_adds / left)
+    left = trace(lowrank(model.apply), low, images[:1]).macs
+    return Prepared(model, images, {"dense": dense, "low-rank": low}, uses.macs / left)

@@ -246,7 +246,7 @@ def test_the_rank_is_the_largest_of_half_the_weights(shape):
     from lowrank_jax import Separable
 
     rank, weights = half_rank(shape), np.prod(shape)
-    assert Separable(rank).weights(shape) <= weights / 2 < Separable(rank + 1).weights(shape)
+    assert Separable(rank).parameters(shape) <= weights / 2 < Separable(rank + 1).parameters(shape)
 
 
 @pytest.mark.parametrize("program", ["ours", "numpy"])

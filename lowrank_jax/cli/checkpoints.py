@@ -52,10 +52,10 @@ def add_commands(commands: Any) -> None:
             "--budget",
             type=parse_budget,
             default="macs=0.5",
-            help="macs, weights, bytes or seconds=share, or a count",
+            help="macs, parameters, bytes or latency=share, or a count",
         )
         command.add_argument(
-            "--batch", type=int, default=1, help="images that run at once, for a budget of seconds"
+            "--batch", type=int, default=1, help="images that run at once, for a budget of latency"
         )
         command.add_argument(
             "--multiple", type=int, default=1, help="ranks are restricted to multiples of this"
@@ -89,9 +89,9 @@ def parse_budget(text: str) -> dict[str, int | float]:
         value = float(amount) if "." in amount or "e" in amount else int(amount)
     except ValueError:
         name = ""
-    if name not in ("macs", "weights", "bytes", "seconds"):
+    if name not in ("macs", "parameters", "bytes", "latency"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no budget such as macs=0.5, weights=200000 or seconds=0.6"
+            f"{text!r} is no budget such as macs=0.5, parameters=200000 or latency=0.6"
         )
     return {name: value}
 
@@ -138,9 +138,7 @@ def curve(
         small = compress(apply, variables, images, planned.ranks) if planned.ranks else variables
         found = float(np.mean(classes(lowrank(apply), small, images) == wanted))
         print(f"{name}={share}: {found:.2%}", flush=True)
-        points.append(
-            (planned, found, planned.budget.measure if planned.budget else "multiply_adds")
-        )
+        points.append((planned, found, planned.budget.measure if planned.budget else "macs"))
     return points
 
 
@@ -285,7 +283,7 @@ def _write(folder: Path, chosen: Any, facts: dict[str, Any]) -> None:
 
     chosen.save(folder / "plan.json")
     (folder / "report.md").write_text(f"# {facts['command']}\n\n```\n{chosen}\n```\n")
-    totals = {measure: chosen.total(measure) for measure in ("weights", "multiply_adds", "bytes")}
+    totals = {measure: chosen.total(measure) for measure in ("parameters", "macs", "bytes")}
     (folder / "report.json").write_text(
         json.dumps({**facts, **totals, "machine": machine()}, indent=1) + "\n"
     )

@@ -132,8 +132,8 @@ class Separable:
             self.groups,
         )
 
-    def weights(self, shape: Sequence[int]) -> int:
-        """Number of weights of both factors of a kernel of this shape."""
+    def parameters(self, shape: Sequence[int]) -> int:
+        """Number of parameters of both factors of a kernel of this shape."""
         sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
         first = math.prod(sizes[letter] for letter in one) * sizes["I"] * self.groups
         return self.rank * (first + math.prod(sizes[letter] for letter in two) * sizes["O"])

@@ -27,7 +27,7 @@ def decompose(model: Model, ranks: Ranks | None = None, trace: Trace | None = No
     Args:
         model: `nnx.Module`, or a container of modules.
         ranks: layer path such as "blocks/0/conv" to the rank, or to `Separable`. Without it, every
-            layer that the trace proves safe and that gets smaller is cut to half its weights.
+            layer that the trace proves safe and that gets smaller is cut to half its parameters.
         trace: `trace` of this model; a layer whose kernel the program uses in another way is
             refused.
 
@@ -132,7 +132,7 @@ def trace(model: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Conv(4, 16, (3, 3), rngs=nnx.Rngs(0)), nnx.relu))
-        >>> [(use.path, use.multiply_adds) for use in trace(model, jnp.zeros((1, 8, 8, 4)))]
+        >>> [(use.path, use.macs) for use in trace(model, jnp.zeros((1, 8, 8, 4)))]
         [('layers/0', 36864)]
     """
     graphdef, state = nnx.split(model)

@@ -29,9 +29,9 @@ def plan(
     images: Any,
     *args: Any,
     macs: int | float | None = None,
-    weights: int | float | None = None,
+    parameters: int | float | None = None,
     bytes: int | float | None = None,
-    seconds: float | None = None,
+    latency: float | None = None,
     batch: int = 1,
     timer: Timer | None = None,
     multiple: int = 1,
@@ -45,7 +45,7 @@ def plan(
         model: `nnx.Module`; it runs in evaluation and is not changed.
         images: unlabelled inputs (batch, ...); costs are those of one of them.
         *args, **kwargs: other arguments of the model's call.
-        macs, weights, bytes, seconds, batch, timer, multiple, select: as in `lowrank_jax.plan`.
+        macs, parameters, bytes, latency, batch, timer, multiple, select: as in `lowrank_jax.plan`.
 
     Returns:
         The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and
@@ -61,17 +61,17 @@ def plan(
         >>> from flax import nnx
         >>> model = nnx.Sequential(nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0)))
         >>> chosen = plan(model, jax.random.normal(jax.random.key(1), (4, 8, 8, 8)), macs=0.5)
-        >>> chosen.ranks["layers/0"].rank, chosen.total("multiply_adds")
+        >>> chosen.ranks["layers/0"].rank, chosen.total("macs")
         (8, (73728, 36864))
     """
-    budget = one_budget(macs=macs, weights=weights, bytes=bytes, seconds=seconds)
+    budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
     images, still = check_images(images), evaluated(model)
     uses = traced_on(images, lambda images: trace(still, images, *args, **kwargs))
     seen = calibrate(model, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(model, images[:1], *args, **kwargs)
     found = whitened_spectra(nnx.to_pure_dict(nnx.state(model)), uses, seen, scales)
     table = options(uses, found, multiple)
-    if budget.measure == "seconds":
+    if budget.measure == "latency":
         together = trace(still, several(images, batch), *args, **kwargs)
         table = timed(
             table,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MEASURES = ("weights", "multiply_adds", "bytes", "seconds")
+MEASURES = ("parameters", "macs", "bytes", "latency")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Budget:
     """A limit on the cost of a whole network.
 
     Attributes:
-        measure: "weights", "multiply_adds", "bytes" (moved by the convolutions and products, each
-            array once) or "seconds" (of the layers whose time was measured).
+        measure: "parameters", "macs", "bytes" (moved by the convolutions and products, each
+            array once) or "latency" (in seconds, of the layers whose time was measured).
         amount: a float above 0 and up to 1 is a share of the dense network's cost; an int is
             absolute.
 
@@ -24,10 +24,10 @@ class Budget:
         ValueError: the measure or the amount is not one of these.
 
     Example:
-        >>> Budget("multiply_adds", 0.5).limit(1000)
+        >>> Budget("macs", 0.5).limit(1000)
         500
-        >>> print(Budget("weights", 300_000))
-        at most 300,000 weights
+        >>> print(Budget("parameters", 300_000))
+        at most 300,000 parameters
     """
 
     measure: str
@@ -39,12 +39,12 @@ class Budget:
         share = isinstance(self.amount, numbers.Real) and not isinstance(
             self.amount, numbers.Integral
         )
-        if not (whole and self.amount >= 1 and self.measure != "seconds") and not (
+        if not (whole and self.amount >= 1 and self.measure != "latency") and not (
             share and 0 < self.amount <= 1
         ):
             absolute = (
                 ""
-                if self.measure == "seconds"
+                if self.measure == "latency"
                 else ", or an int of 1 or more for an absolute limit"
             )
             raise ValueError(
@@ -59,8 +59,8 @@ class Budget:
             return self.amount
         limit = (
             self.amount * dense * (1 + 1e-12)
-        )  # a share of 0.29 of 100 is 29, and sums of seconds differ in order
-        return limit if self.measure == "seconds" else math.floor(limit)
+        )  # a share of 0.29 of 100 is 29, and sums of times differ in order
+        return limit if self.measure == "latency" else math.floor(limit)
 
     def __str__(self) -> str:
         amount = (
@@ -94,7 +94,7 @@ def check_budget(budget: Budget) -> Budget:
     """Returns the budget, or raises ValueError if it is something else."""
     if not isinstance(budget, Budget):
         raise ValueError(
-            f"The budget {budget!r} is not allowed; give one such as Budget('multiply_adds', 0.5)."
+            f"The budget {budget!r} is not allowed; give one such as Budget('macs', 0.5)."
         )
     return budget
 

@@ -22,21 +22,21 @@ class Option:
 
     Attributes:
         scheme: the decomposition; None if the layer stays dense.
-        weights: of the kernel or of both factors, of all kernels of a stack.
-        multiply_adds, bytes: of all the uses in one call of the program.
+        parameters: of the kernel or of both factors, of all kernels of a stack.
+        macs, bytes: of all the uses in one call of the program.
         error: share of the squared singular values left out.
         spectral: the largest singular value left out, over the largest, of the worst group or
             slice.
-        seconds: measured time; NaN if it is not known.
+        latency: measured time in seconds; NaN if it is not known.
     """
 
     scheme: Separable | None
-    weights: int
-    multiply_adds: int
+    parameters: int
+    macs: int
     bytes: int
     error: float = 0.0
     spectral: float = 0.0
-    seconds: float = math.nan
+    latency: float = math.nan
 
     def cost(self, measure: str) -> float:
         """The cost by one of `lowrank_jax.budget.MEASURES`."""
@@ -58,12 +58,12 @@ class Options:
     layers: Mapping[str, tuple[Option, ...]]
 
     def rest(self, measure: str) -> float:
-        """Cost of the layers that stay as they are; in seconds 0, because only the others are
+        """Cost of the layers that stay as they are; in latency 0, because only the others are
         measured."""
         others = [use for use in self.trace if use.path not in self.layers]
-        if check_measure(measure) == "weights":
-            return sum({use.path: use.weights for use in others if use.path}.values())
-        return 0 if measure == "seconds" else sum(getattr(use, measure) for use in others)
+        if check_measure(measure) == "parameters":
+            return sum({use.path: use.parameters for use in others if use.path}.values())
+        return 0 if measure == "latency" else sum(getattr(use, measure) for use in others)
 
     def dense(self, measure: str) -> float:
         """Cost of the whole program with every layer dense."""
@@ -136,16 +136,16 @@ def options(trace: Trace, spectra: Spectra, multiple: int = 1) -> Options:
 def front(layer: Iterable[Option], measure: str, loss: Callable[[Option], float]) -> list[Option]:
     """The options that no other one beats, from the cheapest to that of least loss.
 
-    Of those that cost and lose the same, the one of fewest multiply-adds and weights stays.
+    Of those that cost and lose the same, the one of fewest macs and parameters stays.
 
     Example:
         >>> dense, low, bad = Option(None, 9, 9, 9), Option(None, 4, 9, 9, 0.5), Option(None, 5, 9, 9, 0.6)
-        >>> front([dense, low, bad], "weights", lambda option: option.error) == [low, dense]
+        >>> front([dense, low, bad], "parameters", lambda option: option.error) == [low, dense]
         True
     """
     best: list[Option] = []
     key = operator.attrgetter(check_measure(measure))
-    for option in sorted(layer, key=lambda o: (key(o), loss(o), o.multiply_adds, o.weights)):
+    for option in sorted(layer, key=lambda o: (key(o), loss(o), o.macs, o.parameters)):
         if not best or loss(option) < loss(best[-1]):
             best.append(option)
     return best
@@ -153,8 +153,8 @@ def front(layer: Iterable[Option], measure: str, loss: Callable[[Option], float]
 
 def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Option, ...]:
     use, uses = known_use(trace, path), trace.at(path)
-    totals = (sum(u.multiply_adds for u in uses), sum(u.bytes for u in uses))
-    dense, found, seen = Option(None, use.weights, *totals), [], []
+    totals = (sum(u.macs for u in uses), sum(u.bytes for u in uses))
+    dense, found, seen = Option(None, use.parameters, *totals), [], []
     for first, values in spectra.values[path].items():
         limit = max_rank(use.kernel_shape, use.groups, use.axes, first)
         if values.shape[-1] != limit:
@@ -163,9 +163,7 @@ def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Op
                 f"the {first} convolution first, which has {limit}; compute the spectra from this network."
             )
         cut = _cut(uses, spectra, first, range(multiple, limit + 1, multiple))
-        facts = [
-            (option.weights, option.multiply_adds, option.bytes, option.error) for option in cut
-        ]
+        facts = [(option.parameters, option.macs, option.bytes, option.error) for option in cut]
         if facts not in seen:  # the two orders of a pointwise kernel are the same
             found += [option for option in cut if _cheaper(option, dense)]
         seen.append(facts)
@@ -176,7 +174,7 @@ def _cut(uses: list[KernelUse], spectra: Spectra, first: str, ranks: Iterable[in
     """The options of some ranks; all costs are linear in the rank."""
     use, path = uses[0], uses[0].path
     one = use.scheme(1, first)
-    weights, adds = use.weights_at(one), sum(u.multiply_adds_at(one) for u in uses)
+    parameters, macs = use.parameters_at(one), sum(u.macs_at(one) for u in uses)
     fixed, each = np.sum([_bytes(u, one) for u in uses], axis=0)
     error, spectral = (
         spectra.left_out(path, first).tolist(),
@@ -186,14 +184,19 @@ def _cut(uses: list[KernelUse], spectra: Spectra, first: str, ranks: Iterable[in
     def at(rank: int) -> Option:
         moved = round(float(fixed + rank * each))
         return Option(
-            use.scheme(rank, first), rank * weights, rank * adds, moved, error[rank], spectral[rank]
+            use.scheme(rank, first),
+            rank * parameters,
+            rank * macs,
+            moved,
+            error[rank],
+            spectral[rank],
         )
 
     return [at(rank) for rank in ranks]
 
 
 def _bytes(use: KernelUse, one: Separable) -> tuple[float, float]:
-    """Bytes that move at any rank, and those that each rank adds: weights, and the array between
+    """Bytes that move at any rank, and those that each rank adds: parameters, and the array between
     written and read."""
     spatial = [letter for letter in one.axes if letter not in "IO"]
     along = split_axes(one.axes, one.first)[0]
@@ -207,14 +210,13 @@ def _bytes(use: KernelUse, one: Separable) -> tuple[float, float]:
         use.bytes / entries
     )  # of all the uses; the mean if inputs, kernel and outputs differ in type
     return use.bytes - entry * kernel, entry * (
-        one.weights(use.kernel_shape) + 2 * between * use.groups
+        one.parameters(use.kernel_shape) + 2 * between * use.groups
     )
 
 
 def _cheaper(option: Option, dense: Option) -> bool:
     return any(
-        option.cost(measure) < dense.cost(measure)
-        for measure in ("weights", "multiply_adds", "bytes")
+        option.cost(measure) < dense.cost(measure) for measure in ("parameters", "macs", "bytes")
     )
 
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 def draw_curve(
     points: Mapping[str, Sequence[tuple[Plan, float]]],
-    measure: str = "multiply_adds",
+    measure: str = "macs",
     dense: float | None = None,
 ) -> "Figure":
     """Draws accuracy over cost, one line a way to choose the ranks.
 
     Args:
         points: label of the line to its (plan, accuracy as a share) pairs, in any order.
-        measure: "weights", "multiply_adds", "bytes" or "seconds".
+        measure: "parameters", "macs", "bytes" or "latency".
         dense: accuracy of the dense network, drawn as a level.
 
     Returns:
@@ -32,7 +32,7 @@ def draw_curve(
         >>> from lowrank_jax.planning.plans import Choice
         >>> plan = Plan((Choice("Conv_0", None, (600, 600), (6000, 6000), (40, 40), 0.0),), "fixed")
         >>> draw_curve({"fixed": [(plan, 0.9)]}).axes[0].get_xlabel()
-        'multiply-adds, share of the dense network'
+        'macs, share of the dense network'
     """
     if not any(points.values()):
         raise ValueError("There are no points to draw; give at least one (plan, accuracy) pair.")

@@ -12,32 +12,32 @@ from lowrank_jax.planning.candidates import Option, Options
 from lowrank_jax.planning.spectra import known_use
 
 
-def timed(options: Options, seconds: Mapping[str, Mapping[Separable | None, float]]) -> Options:
+def timed(options: Options, times: Mapping[str, Mapping[Separable | None, float]]) -> Options:
     """The options that were measured faster than dense, with their time: a plan of any selector is
     never slower.
 
     Args:
         options: of every layer.
-        seconds: path, then scheme, to the time of the layer; that of None is the dense one's. A
+        times: path, then scheme, to the time of the layer; that of None is the dense one's. A
             layer that is not in it stays dense.
 
     Raises:
         ValueError: a path is unknown, a time is no finite number above 0, or that of the dense
             layer is missing.
     """
-    _check(options, seconds, "seconds", lambda key: key is None or isinstance(key, Separable))
-    for path, times in seconds.items():
-        if None not in times or min(times.values()) <= 0:
+    _check(options, times, "times", lambda key: key is None or isinstance(key, Separable))
+    for path, row in times.items():
+        if None not in row or min(row.values()) <= 0:
             raise ValueError(
-                f"seconds: {path}: give times above 0, with that of the dense layer under None."
+                f"times: {path}: give times above 0, with that of the dense layer under None."
             )
 
-    def time(path: str, option: Option) -> float:
-        return seconds[path].get(option.scheme, math.inf) if path in seconds else 0.0
+    def latency(path: str, option: Option) -> float:
+        return times[path].get(option.scheme, math.inf) if path in times else 0.0
 
     def faster(path: str, layer: tuple[Option, ...]) -> tuple[Option, ...]:
-        found = [dataclasses.replace(option, seconds=time(path, option)) for option in layer]
-        return (found[0], *(option for option in found[1:] if option.seconds < found[0].seconds))
+        found = [dataclasses.replace(option, latency=latency(path, option)) for option in layer]
+        return (found[0], *(option for option in found[1:] if option.latency < found[0].latency))
 
     return dataclasses.replace(
         options, layers={path: faster(path, layer) for path, layer in options.layers.items()}

@@ -23,9 +23,9 @@ def plan(
     images: Any,
     *args: Any,
     macs: int | float | None = None,
-    weights: int | float | None = None,
+    parameters: int | float | None = None,
     bytes: int | float | None = None,
-    seconds: float | None = None,
+    latency: float | None = None,
     batch: int = 1,
     timer: Timer | None = None,
     multiple: int = 1,
@@ -40,10 +40,10 @@ def plan(
         variables: trained variables, "params" and others.
         images: unlabelled inputs (batch, ...); costs are those of one of them.
         *args, **kwargs: other arguments of ``apply``, in evaluation.
-        macs, weights, bytes, seconds: the budget, exactly one of them; a float up to 1 is a share
-            of the dense network's, an int is absolute. With seconds, the layers are measured on
+        macs, parameters, bytes, latency: the budget, exactly one of them; a float up to 1 is a share
+            of the dense network's, an int is absolute. With latency, the layers are measured on
             this device, dense and at a few ranks, and none gets a rank at which it is slower.
-        batch: how many images are to run at once, for seconds.
+        batch: how many images are to run at once, for latency.
         timer: that measures; keep one to measure once.
         multiple: ranks are restricted to multiples of it.
         select: a selector of `lowrank_jax.ranks` that takes options and a budget.
@@ -63,17 +63,17 @@ def plan(
         >>> model, images = nn.Sequential([nn.Conv(16, (3, 3))]), jax.random.normal(jax.random.key(1), (4, 8, 8, 8))
         >>> variables = model.init(jax.random.key(0), images)
         >>> chosen = plan(model.apply, variables, images, macs=0.5)
-        >>> chosen.ranks["layers_0"].rank, chosen.total("multiply_adds")
+        >>> chosen.ranks["layers_0"].rank, chosen.total("macs")
         (8, (73728, 36864))
     """
-    budget = one_budget(macs=macs, weights=weights, bytes=bytes, seconds=seconds)
+    budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
     variables, images = flax.core.unfreeze(variables), check_images(images)
     uses = traced_on(images, lambda images: trace(apply, variables, images, *args, **kwargs))
     seen = calibrate(apply, variables, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(apply, variables, images[:1], *args, **kwargs)
     found = whitened_spectra(variables["params"], uses, seen, scales)
     table = options(uses, found, multiple)
-    if budget.measure == "seconds":
+    if budget.measure == "latency":
         together = trace(apply, variables, several(images, batch), *args, **kwargs)
         table = timed(
             table,

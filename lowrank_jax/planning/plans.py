@@ -13,7 +13,7 @@ from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.planning.budget import Budget, check_measure, number
 from lowrank_jax.program.kernel_use import table
 
-VERSION = 1
+VERSION = 2
 Pair = tuple[float, float]
 
 
@@ -24,18 +24,18 @@ class Choice:
     Attributes:
         path: of the layer.
         scheme: its decomposition; None if it stays dense.
-        weights, multiply_adds, bytes: (dense, chosen).
+        parameters, macs, bytes: (dense, chosen).
         error: predicted, the share of the squared singular values left out.
-        seconds: (dense, chosen) if they were measured.
+        latency: (dense, chosen) in seconds, if it was measured.
     """
 
     path: str
     scheme: Separable | None
-    weights: Pair
-    multiply_adds: Pair
+    parameters: Pair
+    macs: Pair
     bytes: Pair
     error: float
-    seconds: Pair | None = None
+    latency: Pair | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Plan:
         choices: one for each layer that could be decomposed, in program order.
         selector: name of the function that chose.
         budget: what was asked; None if the selector takes no budget.
-        rest: weights, multiply-adds and bytes of the other layers of the traced program, which
+        rest: parameters, macs and bytes of the other layers of the traced program, which
             stay.
 
     Example:
         >>> choice = Choice("Conv_0", Separable(4), (600, 200), (6000, 2000), (40, 30), 0.125)
-        >>> plan = Plan((choice,), "total_energy", Budget("weights", 0.5), (100, 1000, 10))
-        >>> plan.ranks["Conv_0"].rank, plan.total("weights")
+        >>> plan = Plan((choice,), "total_energy", Budget("parameters", 0.5), (100, 1000, 10))
+        >>> plan.ranks["Conv_0"].rank, plan.total("parameters")
         (4, (700, 300))
         >>> print(plan)
-        layer         first     rank  weights  low-rank          multiply-adds  low-rank
-        error Conv_0        vertical     4      600       200  33.3 %          6,000     2,000  33.3
-        %  0.1250 other layers                      100       100   100 %          1,000     1,000
-        100 % total                             700       300  42.9 %          7,000     3,000  42.9
-        % total_energy, at most 0.5 of the dense weights: 300, 42.9 %
+        layer         first     rank  parameters  low-rank           macs  low-rank          error
+        Conv_0        vertical     4         600       200  33.3 %  6,000     2,000  33.3 %  0.1250
+        other layers                         100       100   100 %  1,000     1,000   100 %
+        total                                700       300  42.9 %  7,000     3,000  42.9 %
+        total_energy, at most 0.5 of the dense parameters: 300, 42.9 %
     """
 
     choices: tuple[Choice, ...]
@@ -76,24 +76,22 @@ class Plan:
         return {choice.path: choice.scheme for choice in self if choice.scheme}
 
     def total(self, measure: str) -> Pair:
-        """(dense, chosen) cost of the whole program; in seconds of the layers that were
+        """(dense, chosen) cost of the whole program; the latency is that of the layers that were
         measured."""
         pairs = [getattr(choice, check_measure(measure)) for choice in self]
         if None in pairs:
             raise ValueError(
-                "The plan has no seconds; choose it from options with measured times, as timed gives them."
+                "The plan has no latency; choose it from options with measured times, as timed gives them."
             )
         dense, chosen = (sum(column) for column in zip(*pairs, self._rest(measure), strict=True))
         return dense, chosen
 
     def _rest(self, measure: str) -> Pair:
-        rest = dict(zip(("weights", "multiply_adds", "bytes"), self.rest, strict=True)).get(
-            measure, 0
-        )
+        rest = dict(zip(("parameters", "macs", "bytes"), self.rest, strict=True)).get(measure, 0)
         return rest, rest
 
     def __str__(self) -> str:
-        shown = ["weights", "multiply_adds"]
+        shown = ["parameters", "macs"]
         if self.budget and self.budget.measure not in shown:
             shown.append(self.budget.measure)
         head = [text for measure in shown for text in (measure.replace("_", "-"), "low-rank", "")]
@@ -118,16 +116,16 @@ class Plan:
         return f"{self.selector}, {self.budget}: {reached}, {share}"
 
     def compare(self, other: "Plan") -> str:
-        """A table of this plan beside another one: ranks, weights, multiply-adds and errors of
+        """A table of this plan beside another one: ranks, parameters, macs and errors of
         both."""
-        facts = ("rank", "weights", "multiply-adds", "error")
+        facts = ("rank", "parameters", "macs", "error")
         rows = [("layer", *(f"{fact} {which}" for fact in facts for which in "AB"), "")]
         mine, theirs = ({choice.path: choice for choice in plan} for plan in (self, other))
         for path in dict.fromkeys([*mine, *theirs]):
             pairs = zip(_facts(mine.get(path)), _facts(theirs.get(path)), strict=True)
             rows.append((path, *(text for pair in pairs for text in pair), ""))
         totals = [
-            number(plan.total(m)[1]) for m in ("weights", "multiply_adds") for plan in (self, other)
+            number(plan.total(m)[1]) for m in ("parameters", "macs") for plan in (self, other)
         ]
         rows.append(("total", "", "", *totals, "", "", ""))
         return f"{table(rows, left=1)}\nA: {self._summary()}\nB: {other._summary()}"
@@ -171,13 +169,13 @@ def _plan(choices: list, selector: str, budget: dict | None, rest: list) -> Plan
 
 
 def _choice(
-    path: str, scheme: dict | None, error: float, seconds: list | None, **costs: list
+    path: str, scheme: dict | None, error: float, latency: list | None, **costs: list
 ) -> Choice:
     pairs = {name: _tuple(pair, 2) for name, pair in costs.items()}
     if not isinstance(path, str) or not 0 <= error <= 1:
         raise ValueError(f"the layer {path!r} has the error {error!r}")
     made = _scheme(**scheme) if scheme else None
-    return Choice(path, made, error=error, seconds=_tuple(seconds, 2) if seconds else None, **pairs)
+    return Choice(path, made, error=error, latency=_tuple(latency, 2) if latency else None, **pairs)
 
 
 def _scheme(rank: int, groups: int, axes: str, first: str) -> Separable:
@@ -216,4 +214,4 @@ def _facts(choice: Choice | None) -> tuple[str, ...]:
     if choice is None:
         return ("-",) * 4
     rank = " ".join(_name(choice)).strip()
-    return rank, number(choice.weights[1]), number(choice.multiply_adds[1]), f"{choice.error:.4f}"
+    return rank, number(choice.parameters[1]), number(choice.macs[1]), f"{choice.error:.4f}"

@@ -60,15 +60,10 @@ def one_budget(**given: int | float | None) -> Budget:
     """The budget of the one measure that is not None.
 
     Example:
-        >>> one_budget(macs=0.5, weights=None)
-        Budget(measure='multiply_adds', amount=0.5)
+        >>> one_budget(macs=0.5, parameters=None)
+        Budget(measure='macs', amount=0.5)
     """
-    names = {"macs": "multiply_adds"}
-    budgets = [
-        Budget(names.get(name, name), amount)
-        for name, amount in given.items()
-        if amount is not None
-    ]
+    budgets = [Budget(name, amount) for name, amount in given.items() if amount is not None]
     if len(budgets) != 1:
         raise ValueError(f"plan needs exactly one budget, {', '.join(given)}; got {len(budgets)}.")
     return budgets[0]

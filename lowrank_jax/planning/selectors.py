@@ -64,7 +64,7 @@ def ratio(options: Options, budget: Budget) -> Plan:
     return _plan(options, chosen, "ratio", budget)
 
 
-def energy(options: Options, share: float, measure: str = "weights") -> Plan:
+def energy(options: Options, share: float, measure: str = "parameters") -> Plan:
     """Every layer at the cheapest option that keeps a share of its squared singular values.
 
     Raises:
@@ -100,8 +100,8 @@ def total_energy(options: Options, budget: Budget) -> Plan:
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3)), nn.Conv(8, (3, 3))]), jnp.ones((1, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
         >>> uses = lr.trace(model.apply, variables, images)
-        >>> plan = total_energy(options(uses, spectra(variables["params"], uses)), Budget("weights", 0.5))
-        >>> plan.total("weights")
+        >>> plan = total_energy(options(uses, spectra(variables["params"], uses)), Budget("parameters", 0.5))
+        >>> plan.total("parameters")
         (864, 432)
     """
     return _search(options, budget, lambda _, option: option.error, "total_energy")
@@ -149,7 +149,7 @@ def minmax(options: Options, budget: Budget, norm: str = "spectral") -> Plan:
     return _search(options, budget, lambda _, option: option.error, "minmax", limit_to=within)
 
 
-def evbmf(options: Options, measure: str = "weights") -> Plan:
+def evbmf(options: Options, measure: str = "parameters") -> Plan:
     """The rank that stands out of the noise in every layer (Nakajima et al., 2013); for plain
     spectra, no budget.
 
@@ -184,11 +184,11 @@ def sensitivity(
 
 
 def latency(
-    options: Options, seconds: Mapping[str, Mapping[Separable | None, float]], budget: Budget
+    options: Options, times: Mapping[str, Mapping[Separable | None, float]], budget: Budget
 ) -> Plan:
     """The largest sum of energies within a budget, of the options measured faster than dense; see
     `timed`."""
-    return dataclasses.replace(total_energy(timed(options, seconds), budget), selector="latency")
+    return dataclasses.replace(total_energy(timed(options, times), budget), selector="latency")
 
 
 def _search(
@@ -225,9 +225,9 @@ def _limit(options: Options, budget: Budget) -> float:
 
 
 def _known(options: Options, measure: str) -> str:
-    if check_measure(measure) == "seconds" and math.isnan(options.dense("seconds")):
+    if check_measure(measure) == "latency" and math.isnan(options.dense("latency")):
         raise ValueError(
-            "The options have no seconds; call timed(options, seconds) with a table of measured times."
+            "The options have no latency; call timed(options, times) with a table of measured times."
         )
     return measure
 
@@ -239,18 +239,18 @@ def _plan(
         _choice(path, layer[0], chosen.get(path, layer[0]))
         for path, layer in options.layers.items()
     )
-    rest = tuple(int(options.rest(measure)) for measure in ("weights", "multiply_adds", "bytes"))
+    rest = tuple(int(options.rest(measure)) for measure in ("parameters", "macs", "bytes"))
     return Plan(choices, selector, budget, rest)  # type: ignore[arg-type]
 
 
 def _choice(path: str, dense: Option, chosen: Option) -> Choice:
     pairs = {
         name: (getattr(dense, name), getattr(chosen, name))
-        for name in ("weights", "multiply_adds", "bytes")
+        for name in ("parameters", "macs", "bytes")
     }
-    seconds = (dense.seconds, chosen.seconds)
-    known = None if any(map(math.isnan, seconds)) else seconds
-    return Choice(path, chosen.scheme, error=chosen.error, seconds=known, **pairs)
+    latency = (dense.latency, chosen.latency)
+    known = None if any(map(math.isnan, latency)) else latency
+    return Choice(path, chosen.scheme, error=chosen.error, latency=known, **pairs)
 
 
 def _scheme(options: Options, path: str, rank: int) -> Separable:

@@ -26,7 +26,7 @@ class KernelUse:
         inputs, outputs: shapes (batch, *spatial, channels) of one use; of a product those of its
             operand.
         uses: how often it runs in one call of the program.
-        multiply_adds: products of all the uses, for the batch given.
+        macs: products of all the uses, for the batch given.
         bytes: inputs, kernel and outputs of all the uses, each moved once.
         count: "exact", "at most" (in a branch of a ``cond``) or "per iteration" (in a ``while``).
         reason: why the layer cannot be decomposed safely; "" if it can.
@@ -45,14 +45,14 @@ class KernelUse:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     uses: int
-    multiply_adds: int
+    macs: int
     bytes: int
     count: str = "exact"
     reason: str = ""
     dtype: str = "float32"
 
     @property
-    def weights(self) -> int:
+    def parameters(self) -> int:
         """Entries of the kernel, of all kernels of a stack."""
         return math.prod(self.kernel_shape)
 
@@ -71,15 +71,17 @@ class KernelUse:
         """The separable scheme of a rank for this layer."""
         return Separable(rank, self.groups, self.axes, first)
 
-    def weights_at(self, scheme: Separable) -> int:
-        """Weights of the factors, of all kernels of a stack."""
-        return scheme.weights(self.kernel_shape) * math.prod(self.kernel_shape[: -len(scheme.axes)])
+    def parameters_at(self, scheme: Separable) -> int:
+        """Parameters of the factors, of all kernels of a stack."""
+        return scheme.parameters(self.kernel_shape) * math.prod(
+            self.kernel_shape[: -len(scheme.axes)]
+        )
 
-    def multiply_adds_at(self, scheme: Separable) -> int:
-        """Multiply-adds of all the uses with the factors in place of the kernel.
+    def macs_at(self, scheme: Separable) -> int:
+        """Macs of all the uses with the factors in place of the kernel.
 
         The first convolution runs at the input's size along the axes that it leaves alone, so that
-        with a stride the multiply-adds do not follow the weights. Padding that the program adds as
+        with a stride the macs do not follow the parameters. Padding that the program adds as
         an operation of its own, such as circular padding, is counted as part of that input.
         """
         spatial = [letter for letter in scheme.axes if letter not in "IO"]
@@ -110,14 +112,14 @@ class Trace:
         return self.uses[index]
 
     @property
-    def multiply_adds(self) -> int:
+    def macs(self) -> int:
         """Of the whole program, for the batch given."""
-        return sum(use.multiply_adds for use in self)
+        return sum(use.macs for use in self)
 
     @property
-    def weights(self) -> int:
+    def parameters(self) -> int:
         """Entries of all kernels; one that is used twice counts once."""
-        return sum({use.path: use.weights for use in self if use.path}.values())
+        return sum({use.path: use.parameters for use in self if use.path}.values())
 
     def at(self, path: str) -> list[KernelUse]:
         """The uses of the kernel at a path."""
@@ -141,11 +143,12 @@ class Trace:
         paths = dict.fromkeys(use.path for use in self)
         return [path for path in paths if all(use.safe for use in self.at(path))]
 
-    def half_weights(self) -> dict[str, Separable]:
-        """Every safe layer at the largest rank that leaves at most half of its weights."""
+    def half_parameters(self) -> dict[str, Separable]:
+        """Every safe layer at the largest rank that leaves at most half of its parameters."""
         uses = [self.at(path)[0] for path in self.safe_paths()]
         ranks = {
-            use.path: (use, use.weights // (2 * use.weights_at(use.scheme(1)))) for use in uses
+            use.path: (use, use.parameters // (2 * use.parameters_at(use.scheme(1))))
+            for use in uses
         }
         return {path: use.scheme(rank) for path, (use, rank) in ranks.items() if rank}
 
@@ -159,14 +162,14 @@ class Trace:
             "groups",
             "uses",
             "positions",
-            "multiply-adds",
+            "macs",
             "bytes",
         )
         rows = [(*head, "decomposable"), *(_row(use) for use in self)]
         total = (
             "total",
             *[""] * 7,
-            f"{self.multiply_adds:,}",
+            f"{self.macs:,}",
             f"{sum(use.bytes for use in self):,}",
             "",
         )
@@ -175,10 +178,7 @@ class Trace:
 
 def _row(use: KernelUse) -> tuple[str, ...]:
     shape, strides = ("x".join(map(str, sizes)) for sizes in (use.kernel_shape, use.strides))
-    counts = [
-        f"{value:,}"
-        for value in (use.groups, use.uses, use.positions, use.multiply_adds, use.bytes)
-    ]
+    counts = [f"{value:,}" for value in (use.groups, use.uses, use.positions, use.macs, use.bytes)]
     note = "" if use.count == "exact" else f" ({use.count})"
     return (
         use.path or "(computed)",

@@ -29,7 +29,7 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     Args:
         apply: function (variables, *args, **kwargs), such as ``model.apply``.
         variables: pytree of arrays or `jax.ShapeDtypeStruct`, in any framework's shape.
-        *args, **kwargs: the other arguments; multiply-adds are for this batch size. What is no
+        *args, **kwargs: the other arguments; macs are for this batch size. What is no
             array, such as ``train=False``, stays as it is.
 
     Returns:
@@ -40,7 +40,7 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> from flax import linen as nn
         >>> model, images = nn.Conv(16, (3, 3)), jnp.zeros((1, 8, 8, 4))
         >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
-        >>> trace(model.apply, variables, images).multiply_adds
+        >>> trace(model.apply, variables, images).macs
         36864
     """
     jaxpr, leaves, arrays = traced(apply, variables, args, kwargs)
@@ -119,12 +119,12 @@ class _Walk:
         for index, source in enumerate(inputs):
             if source and index != operand:
                 self.touched[source.path].append(eqn.primitive.name)
-        same = dataclasses.replace(use, uses=0, multiply_adds=0, bytes=0)
+        same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(self.found))  # computed kernels stay apart
         if old := self.found.get(key):
             sums = {
                 field: getattr(old, field) + getattr(use, field)
-                for field in ("uses", "multiply_adds", "bytes")
+                for field in ("uses", "macs", "bytes")
             }
             use = dataclasses.replace(use, **sums)
         self.found[key] = use
@@ -207,7 +207,7 @@ def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         inputs=inputs_of_one,
         outputs=_channels_last(out.shape, spec.out_spec, stack),
         uses=repeats * stack,
-        multiply_adds=repeats * adds,
+        macs=repeats * adds,
         bytes=repeats * _bytes(x, kernel, out),
         count=count,
         reason=reason,
@@ -239,7 +239,7 @@ def _product(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         inputs=tuple(other.shape),
         outputs=tuple(out.shape),
         uses=repeats,
-        multiply_adds=repeats * adds,
+        macs=repeats * adds,
         bytes=repeats * _bytes(eqn.invars[0].aval, eqn.invars[1].aval, out),
         count=count,
         reason="it is a matrix product, not a convolution",

@@ -56,18 +56,16 @@ def write_report(folder: Path, journey: Journey, title: str) -> None:
 
 def markdown(journey: Journey) -> str:
     """The figures as Markdown tables, readable on a terminal too."""
-    rows = [
-        ("layer", "rank", "weights", "low-rank", "factor", "multiply-adds", "low-rank", "factor")
-    ]
+    rows = [("layer", "rank", "parameters", "low-rank", "factor", "macs", "low-rank", "factor")]
     for layer in journey.layers:
         rank = "dense" if layer.rank is None else str(layer.rank)
-        rows.append((layer.name, rank, *_costs(layer.weights), *_costs(layer.multiply_adds)))
+        rows.append((layer.name, rank, *_costs(layer.parameters), *_costs(layer.macs)))
     rows.append(
         (
             "convolutions",
             "",
-            *_costs(_total(journey, "weights")),
-            *_costs(_total(journey, "multiply_adds")),
+            *_costs(_total(journey, "parameters")),
+            *_costs(_total(journey, "macs")),
         )
     )
     scores = [("network", "test accuracy", "images/s: median (quartiles)")]
@@ -157,10 +155,10 @@ def draw_spectra(journey: Journey):
 
 
 def draw_costs(journey: Journey):
-    """Weights and multiply-adds of each layer, dense and low-rank."""
+    """Parameters and macs of each layer, dense and low-rank."""
     figure, axes = _figure(2)
     names = [layer.name for layer in journey.layers]
-    for axis, field in zip(axes, ("weights", "multiply_adds"), strict=True):
+    for axis, field in zip(axes, ("parameters", "macs"), strict=True):
         for shift, which, color, label in (
             (-0.2, 0, DENSE, "dense"),
             (0.2, 1, LOWRANK, "low-rank"),
@@ -169,7 +167,7 @@ def draw_costs(journey: Journey):
             axis.bar([i + shift for i in range(len(names))], values, 0.4, color=color, label=label)
         axis.set_xticks(range(len(names)), names, rotation=30)
         axis.set_title(
-            field.replace("_", "-") + (" per image" if field != "weights" else ""), size=10
+            field.replace("_", "-") + (" per image" if field != "parameters" else ""), size=10
         )
         axis.legend(frameon=False)
     return figure

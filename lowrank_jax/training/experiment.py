@@ -63,8 +63,8 @@ class Layer:
 
     name: str
     rank: int | None
-    weights: tuple[int, int]
-    multiply_adds: tuple[int, int]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +213,7 @@ def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> lis
 
     names = [use.path for use in dense]
     return [
-        Layer(name, ranks.get(name), both(name, "weights"), both(name, "multiply_adds"))
-        for name in names
+        Layer(name, ranks.get(name), both(name, "parameters"), both(name, "macs")) for name in names
     ]
 
 

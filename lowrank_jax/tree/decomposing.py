@@ -36,7 +36,7 @@ def decompose(
     Args:
         params: nested mapping of arrays; convolution kernels are (..., h, w, in, out).
         ranks: layer path, its keys joined by "/", to the rank, or to `Separable`. Without it, every
-            layer that the trace proves safe and that gets smaller is cut to half its weights.
+            layer that the trace proves safe and that gets smaller is cut to half its parameters.
         trace: `lowrank_jax.trace` of the forward pass; groups and layouts are taken from it and
             layers that cannot run decomposed are refused. Without it a layer with groups needs
             `Separable`.
@@ -148,7 +148,7 @@ def _fit_together(first: tuple[int, ...], second: tuple[int, ...], axes: str) ->
 
 
 def choose(ranks: Ranks | None, trace: Trace | None) -> Ranks:
-    """The table as given, or the safe layers of the trace at half their weights."""
+    """The table as given, or the safe layers of the trace at half their parameters."""
     if ranks:
         return ranks
     if trace is None or ranks is not None:
@@ -156,7 +156,7 @@ def choose(ranks: Ranks | None, trace: Trace | None) -> Ranks:
             "The table of ranks is empty; name at least one layer, as in {'Conv_0': 10}, or give no table "
             "and a trace of the forward pass, decompose(params, trace=trace(model.apply, variables, x))."
         )
-    if half := trace.half_weights():
+    if half := trace.half_parameters():
         return half
     raise ValueError(
         f"No layer of the traced program can be decomposed and gets smaller by it:\n{trace}"

@@ -239,7 +239,7 @@ def _grid(use: KernelUse, multiple: int) -> list[Separable]:
     )
     found = []
     for first in FACTORS if size > 1 else ["vertical"]:
-        even = use.weights // use.weights_at(use.scheme(1, first))
+        even = use.parameters // use.parameters_at(use.scheme(1, first))
         limit = min(even, max_rank(use.kernel_shape, use.groups, use.axes, first))
         ranks = {multiple * round(share * even / multiple) for share in POINTS}
         found += [use.scheme(rank, first) for rank in sorted(ranks) if 1 <= rank <= limit]

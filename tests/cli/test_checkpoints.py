@@ -41,7 +41,7 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(files, tmp
         "variables.npz",
     ]
     small, plan = load_weights(out / "variables.npz"), Plan.load(out / "plan.json")
-    dense, low = plan.total("multiply_adds")
+    dense, low = plan.total("macs")
     assert 0.4 * dense < low <= 0.5 * dense
     images = jnp.asarray((np.load(files[3]) / np.float32(255) - 0.5) / 0.25, jnp.float32)
     model = CifarResNet(depth=8)
@@ -49,7 +49,7 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(files, tmp
     error = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
     facts = json.loads((out / "report.json").read_text())
     assert facts["output_error"] == pytest.approx(error, rel=1e-3) and 0 < error < 1
-    assert "at most 0.5 of the dense multiply-adds" in capsys.readouterr().out
+    assert "at most 0.5 of the dense macs" in capsys.readouterr().out
 
 
 def test_plan_writes_a_plan_that_compress_takes(files, tmp_path):
@@ -61,7 +61,7 @@ def test_plan_writes_a_plan_that_compress_takes(files, tmp_path):
                 *files,
                 *MODEL,
                 "--budget",
-                "weights=0.6",
+                "parameters=0.6",
                 "--multiple",
                 "4",
                 "--out",

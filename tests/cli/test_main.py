@@ -45,7 +45,7 @@ def test_the_demo_writes_a_whole_report(tiny, tmp_path, capsys):
     assert "16.00" in text
     assert text.split("\n", 2)[2].split("\n\n")[0] in capsys.readouterr().out
     found = json.loads((out / "report.json").read_text())
-    assert {row["name"]: row["weights"] for row in found["layers"]}["Conv_2"] == [460800, 28800]
+    assert {row["name"]: row["parameters"] for row in found["layers"]}["Conv_2"] == [460800, 28800]
     small = checkpoint.load_weights(out / "lowrank.npz")
     logits = NIN(ranks=experiment.PAPER_RANKS).apply(small, np.zeros((1, 32, 32, 3), np.float32))
     assert np.isfinite(logits).all()

@@ -483,7 +483,7 @@ def test_a_trace_tells_the_facts_of_every_layer():
     model = nnx.eval_shape(lambda: nnx.Dict(params=make_conv(feature_group_count=2, strides=2)))
     model = nnx.Sequential(model["params"], nnx.Linear(8, 3, rngs=nnx.Rngs(0)))
     conv, linear = trace(model, jax.ShapeDtypeStruct((2, 8, 8, 4), "float32"))
-    assert (conv.path, conv.groups, conv.strides, conv.multiply_adds) == (
+    assert (conv.path, conv.groups, conv.strides, conv.macs) == (
         "layers/0",
         2,
         (2, 2),

@@ -123,10 +123,10 @@ def cut(batch_norm="mean"):
 
 def test_linen_and_nnx_give_the_same_plan():
     (variables, model), x = pair(), images()
-    for given in ({"macs": 0.5}, {"weights": 0.4, "multiple": 2}):
+    for given in ({"macs": 0.5}, {"parameters": 0.4, "multiple": 2}):
         one = lowrank_jax.plan(LinenNet().apply, variables, x, **given)
         two = plan(model, x, **given)
-        assert one.ranks == two.ranks and one.total("multiply_adds") == two.total("multiply_adds")
+        assert one.ranks == two.ranks and one.total("macs") == two.total("macs")
 
 
 @pytest.mark.parametrize("batch_norm", ["mean", "full", "keep"])
@@ -460,7 +460,7 @@ def test_what_cannot_be_used_is_refused(change, text):
     "change, text",
     [
         ({"macs": None}, "exactly one budget"),
-        ({"weights": 0.5}, "exactly one budget"),
+        ({"parameters": 0.5}, "exactly one budget"),
         ({"images": jnp.zeros((0, 8, 8, 4))}, "No calibration data"),
         (
             {"images": jnp.full((2, 8, 8, 4), jnp.inf)},

@@ -51,7 +51,7 @@ def test_a_search_without_a_feasible_choice_says_the_least():
 
 
 @pytest.mark.parametrize("amount", [0, -3, 0.0, 1.5, math.nan, True, "half", None])
-@pytest.mark.parametrize("measure", ["weights", "seconds"])
+@pytest.mark.parametrize("measure", ["parameters", "latency"])
 def test_a_budget_of_another_type_or_out_of_range_is_refused(measure, amount):
     with pytest.raises(
         ValueError,
@@ -61,5 +61,5 @@ def test_a_budget_of_another_type_or_out_of_range_is_refused(measure, amount):
 
 
 def test_numbers_of_numpy_are_budgets_too():
-    assert Budget("weights", np.int64(300)) == Budget("weights", 300)
-    assert Budget("weights", np.float32(0.5)) == Budget("weights", 0.5)
+    assert Budget("parameters", np.int64(300)) == Budget("parameters", 300)
+    assert Budget("parameters", np.float32(0.5)) == Budget("parameters", 0.5)

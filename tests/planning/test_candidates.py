@@ -93,8 +93,8 @@ def test_every_cost_is_that_of_the_decomposed_program(first):
     )
     small = jax.eval_shape(lambda p: decompose(p, plan.ranks, uses), variables["params"])
     after = trace(lowrank(CNN().apply), {"params": small}, X)
-    assert plan.total("weights") == (uses.weights, after.weights)
-    assert plan.total("multiply_adds") == (uses.multiply_adds, after.multiply_adds)
+    assert plan.total("parameters") == (uses.parameters, after.parameters)
+    assert plan.total("macs") == (uses.macs, after.macs)
     assert plan.total("bytes") == (sum(use.bytes for use in uses), sum(use.bytes for use in after))
 
 
@@ -107,7 +107,7 @@ def test_a_stack_of_kernels_has_one_rank_and_its_energies_are_summed():
     option = options(uses, found).at(path, uses[0].scheme(2))
     assert option.error == pytest.approx((values[:, 2:] ** 2).sum() / (values**2).sum())
     assert option.spectral == pytest.approx((values[:, 2] / values[:, 0]).max())
-    assert option.weights == 3 * 2 * (3 * 2 * 2 + 3 * 6)
+    assert option.parameters == 3 * 2 * (3 * 2 * 2 + 3 * 6)
 
 
 def test_dense_comes_first_and_every_other_option_is_cheaper_by_some_measure():
@@ -116,21 +116,16 @@ def test_dense_comes_first_and_every_other_option_is_cheaper_by_some_measure():
     for layer in table.layers.values():
         dense, *others = layer
         assert dense.scheme is None and dense.error == 0
-        assert all(o.weights < dense.weights or o.multiply_adds < dense.multiply_adds or o.bytes < dense.bytes
+        assert all(o.parameters < dense.parameters or o.macs < dense.macs or o.bytes < dense.bytes
                    for o in others)  # fmt: skip
-    assert (
-        table.dense("weights") == uses.weights
-        and table.dense("multiply_adds") == uses.multiply_adds
-    )
-    assert table.rest("weights") == 16 * 3
+    assert table.dense("parameters") == uses.parameters and table.dense("macs") == uses.macs
+    assert table.rest("parameters") == 16 * 3
 
 
-def test_multiply_adds_do_not_follow_the_weights_where_there_is_a_stride():
+def test_macs_do_not_follow_the_parameters_where_there_is_a_stride():
     _, uses, found = network()
     dense, low, *_ = options(uses, found).layers["strided"]
-    assert low.weights / dense.weights != pytest.approx(
-        low.multiply_adds / dense.multiply_adds, rel=0.1
-    )
+    assert low.parameters / dense.parameters != pytest.approx(low.macs / dense.macs, rel=0.1)
 
 
 def test_ranks_are_restricted_to_multiples():
@@ -243,11 +238,13 @@ def test_a_kernel_of_zeros_loses_nothing_at_any_rank():
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))
 def test_nothing_beats_an_option_of_the_front(pairs):
     layer = [Option(None, cost, 0, 0, error=loss) for cost, loss in pairs]
-    best = front(layer, "weights", lambda option: option.error)
+    best = front(layer, "parameters", lambda option: option.error)
     for kept in best:
-        assert not any((o.weights <= kept.weights and o.error < kept.error) or
-                       (o.weights < kept.weights and o.error <= kept.error) for o in layer)  # fmt: skip
-    assert all(any(k.weights <= o.weights and k.error <= o.error for k in best) for o in layer)
+        assert not any((o.parameters <= kept.parameters and o.error < kept.error) or
+                       (o.parameters < kept.parameters and o.error <= kept.error) for o in layer)  # fmt: skip
+    assert all(
+        any(k.parameters <= o.parameters and k.error <= o.error for k in best) for o in layer
+    )
 
 
 def test_options_need_no_weights_once_the_spectra_are_there():

@@ -22,14 +22,14 @@ SMALL = Choice(
     0.125,
 )
 DENSE = Choice("block/Conv_1", None, (300, 300), (2000, 2000), (900, 900), 0.0)
-PLAN = Plan((SMALL, DENSE), "minmax", Budget("weights", 0.6), (100, 1000, 400))
+PLAN = Plan((SMALL, DENSE), "minmax", Budget("parameters", 0.6), (100, 1000, 400))
 
 
 def timed_plan():
     choice = Choice(
-        "c", Separable(4), (600, 200), (6000, 3000), (4000, 5000), 0.125, seconds=(2e-3, 1.5e-3)
+        "c", Separable(4), (600, 200), (6000, 3000), (4000, 5000), 0.125, latency=(2e-3, 1.5e-3)
     )
-    return Plan((choice,), "latency", Budget("seconds", 0.8))
+    return Plan((choice,), "latency", Budget("latency", 0.8))
 
 
 def test_the_ranks_of_a_plan_are_a_table_for_decompose():
@@ -40,14 +40,14 @@ def test_the_ranks_of_a_plan_are_a_table_for_decompose():
 
 
 def test_totals_are_those_of_the_whole_program():
-    assert PLAN.total("weights") == (1000, 600) and PLAN.total("multiply_adds") == (9000, 6000)
+    assert PLAN.total("parameters") == (1000, 600) and PLAN.total("macs") == (9000, 6000)
     assert PLAN.total("bytes") == (5300, 6300)
     with pytest.raises(
-        ValueError, match="The plan has no seconds; choose it from options with measured times"
+        ValueError, match="The plan has no latency; choose it from options with measured times"
     ):
-        PLAN.total("seconds")
-    with pytest.raises(ValueError, match="The measure 'macs' is not known"):
-        PLAN.total("macs")
+        PLAN.total("latency")
+    with pytest.raises(ValueError, match="The measure 'flops' is not known"):
+        PLAN.total("flops")
 
 
 def test_a_plan_prints_as_a_table_with_what_was_asked_and_what_was_reached():
@@ -56,9 +56,9 @@ def test_a_plan_prints_as_a_table_with_what_was_asked_and_what_was_reached():
         "layer",
         "first",
         "rank",
-        "weights",
+        "parameters",
         "low-rank",
-        "multiply-adds",
+        "macs",
         "low-rank",
         "error",
     ]
@@ -70,13 +70,13 @@ def test_a_plan_prints_as_a_table_with_what_was_asked_and_what_was_reached():
         "100",
     ]
     assert total.split() == ["total", "1,000", "600", "60", "%", "9,000", "6,000", "66.7", "%"]
-    assert asked == "minmax, at most 0.6 of the dense weights: 600, 60 %"
+    assert asked == "minmax, at most 0.6 of the dense parameters: 600, 60 %"
     assert str(Plan((SMALL,), "fixed")).splitlines()[-1] == "fixed, without a budget"
 
 
 def test_the_measure_of_the_budget_is_a_column_of_its_own():
     assert "bytes" in str(Plan((SMALL,), "minmax", Budget("bytes", 9000))).splitlines()[0]
-    assert "seconds" in str(timed_plan()).splitlines()[0] and "0.0015" in str(timed_plan())
+    assert "latency" in str(timed_plan()).splitlines()[0] and "0.0015" in str(timed_plan())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path, plan):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
 
 
 PAIRS = st.tuples(st.integers(0, 10**15), st.integers(0, 10**15))
@@ -125,16 +125,16 @@ def damaged(change):
 @pytest.mark.parametrize(
     "change",
     [
-        damaged(lambda d: d.update(version=2)),
+        damaged(lambda d: d.update(version=1)),
         damaged(lambda d: d.pop("version")),
         damaged(lambda d: d.pop("choices")),
         damaged(lambda d: d.update(unknown=1)),
         damaged(lambda d: d.update(selector=3)),
         damaged(lambda d: d.update(rest=[1, 2])),
-        damaged(lambda d: d.update(budget={"measure": "macs", "amount": 1})),
-        damaged(lambda d: d["choices"][0].pop("weights")),
-        damaged(lambda d: d["choices"][0].update(weights=[1, -1])),
-        damaged(lambda d: d["choices"][0].update(weights=["1", "2"])),
+        damaged(lambda d: d.update(budget={"measure": "flops", "amount": 1})),
+        damaged(lambda d: d["choices"][0].pop("parameters")),
+        damaged(lambda d: d["choices"][0].update(parameters=[1, -1])),
+        damaged(lambda d: d["choices"][0].update(parameters=["1", "2"])),
         damaged(lambda d: d["choices"][0].update(error=2)),
         damaged(lambda d: d["choices"][0].update(path=1)),
         damaged(lambda d: d["choices"][0].update(error=float("nan"))),
@@ -201,7 +201,7 @@ def test_two_plans_are_compared_side_by_side():
     assert lines[3].split()[:4] == ["new", "-", "vertical", "7"]
     assert lines[4].split() == ["total", "600", "440", "6,000", "3,400"]
     assert lines[5:] == [
-        "A: minmax, at most 0.6 of the dense weights: 600, 60 %",
+        "A: minmax, at most 0.6 of the dense parameters: 600, 60 %",
         "B: ratio, without a budget",
     ]
 
@@ -209,7 +209,7 @@ def test_two_plans_are_compared_side_by_side():
 def test_the_curve_has_a_line_for_each_selector_sorted_by_cost(tmp_path):
     full = Plan((DENSE,), "fixed")
     figure = draw_curve(
-        {"minmax": [(full, 0.9), (PLAN, 0.8)], "ratio": [(PLAN, 0.7)]}, "weights", dense=0.9
+        {"minmax": [(full, 0.9), (PLAN, 0.8)], "ratio": [(PLAN, 0.7)]}, "parameters", dense=0.9
     )
     first, second, level = figure.axes[0].get_lines()
     assert first.get_xdata().tolist() == [0.6, 1.0] and first.get_ydata().tolist() == [80, 90]

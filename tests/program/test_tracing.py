@@ -39,9 +39,9 @@ def weights(*shape):
         ({"dtype": jnp.bfloat16}, 2 * 64 * 9 * 4 * 6),
     ],
 )
-def test_multiply_adds_of_a_convolution(options, adds):
+def test_macs_of_a_convolution(options, adds):
     (use,) = traced(nn.Conv(6, (3, 3), **options))
-    assert use.multiply_adds == adds and use.safe and use.kind == "conv"
+    assert use.macs == adds and use.safe and use.kind == "conv"
 
 
 def test_every_fact_of_a_convolution_is_read():
@@ -52,7 +52,12 @@ def test_every_fact_of_a_convolution_is_read():
         "feature_group_count": 2,
     }
     (use,) = traced(nn.Conv(6, (3, 3), **options))
-    assert (use.axes, use.kernel_shape, use.weights, use.groups) == ("HWIO", (3, 3, 2, 6), 108, 2)
+    assert (use.axes, use.kernel_shape, use.parameters, use.groups) == (
+        "HWIO",
+        (3, 3, 2, 6),
+        108,
+        2,
+    )
     assert (use.strides, use.dilation, use.input_dilation, use.padding) == (
         (2, 1),
         (1, 2),
@@ -75,7 +80,7 @@ def test_a_transposed_convolution_and_a_dense_layer_are_told_apart():
         (2, 2),
         True,
     )
-    assert (dense.kind, dense.path, dense.multiply_adds, dense.safe) == (
+    assert (dense.kind, dense.path, dense.macs, dense.safe) == (
         "product",
         "Dense_0",
         2 * 256 * 6 * 5,
@@ -85,8 +90,8 @@ def test_a_transposed_convolution_and_a_dense_layer_are_told_apart():
 
 def test_a_strided_separable_layer_runs_its_vertical_part_at_full_width():
     vertical, horizontal = traced(SeparableConv(6, (3, 3), 5, strides=2))
-    assert (vertical.path, vertical.multiply_adds) == ("vertical", 2 * 4 * 8 * 3 * 4 * 5)
-    assert (horizontal.path, horizontal.multiply_adds) == ("horizontal", 2 * 4 * 4 * 3 * 5 * 6)
+    assert (vertical.path, vertical.macs) == ("vertical", 2 * 4 * 8 * 3 * 4 * 5)
+    assert (horizontal.path, horizontal.macs) == ("horizontal", 2 * 4 * 4 * 3 * 5 * 6)
 
 
 @pytest.mark.parametrize("first", ["vertical", "horizontal"])
@@ -98,8 +103,8 @@ def test_the_cost_predicted_for_a_rank_is_that_of_the_decomposed_program(options
     (use,) = traced(nn.Conv(6, (3, 5), **options))
     scheme = use.scheme(2, first)
     separable = traced(SeparableConv(6, (3, 5), 2, first=first, **options))
-    assert use.multiply_adds_at(scheme) == separable.multiply_adds
-    assert use.weights_at(scheme) == separable.weights
+    assert use.macs_at(scheme) == separable.macs
+    assert use.parameters_at(scheme) == separable.parameters
 
 
 class Block(nn.Module):
@@ -122,9 +127,9 @@ STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 
 def test_convolutions_in_nested_calls_and_scans_are_found():
     (use,) = traced(loop(nn.remat(Block), **STACKED))
-    assert (use.path, use.multiply_adds, use.uses) == ("loop/inner", 3 * 2 * 64 * 9 * 4 * 4, 3)
+    assert (use.path, use.macs, use.uses) == ("loop/inner", 3 * 2 * 64 * 9 * 4 * 4, 3)
     assert (use.axes, use.kernel_shape, use.safe) == ("HWIO", (3, 3, 3, 4, 4), True)
-    assert use.multiply_adds_at(use.scheme(2)) == 3 * 2 * 64 * 2 * 3 * (4 + 4)
+    assert use.macs_at(use.scheme(2)) == 3 * 2 * 64 * 2 * 3 * (4 + 4)
 
 
 def test_a_kernel_shared_by_all_iterations_counts_each_use():
@@ -143,7 +148,7 @@ def test_the_kernels_of_a_vmapped_layer_are_a_stack():
         True,
     )
     assert (use.inputs, use.outputs) == ((2, 8, 8, 4), (2, 8, 8, 6))
-    assert use.multiply_adds == 5 * 2 * 64 * 9 * 2 * 6
+    assert use.macs == 5 * 2 * 64 * 9 * 2 * 6
 
 
 def test_a_layer_used_twice_is_one_entry_and_its_weights_count_once():
@@ -154,8 +159,8 @@ def test_a_layer_used_twice_is_one_entry_and_its_weights_count_once():
             return layer(layer(x))
 
     uses = traced(Twice())
-    assert len(uses) == 1 and uses[0].uses == 2 and uses.weights == 9 * 16
-    assert uses.multiply_adds == 2 * 2 * 64 * 9 * 4 * 4
+    assert len(uses) == 1 and uses[0].uses == 2 and uses.parameters == 9 * 16
+    assert uses.macs == 2 * 2 * 64 * 9 * 4 * 4
 
 
 def test_a_layer_used_at_two_sizes_is_two_entries():
@@ -175,7 +180,7 @@ def test_branches_are_listed_as_at_most_and_while_loops_per_iteration():
 
     uses = trace(apply, {"kernel": jnp.ones((3, 3, 4, 4))}["kernel"], X)
     assert [use.count for use in uses] == ["at most", "per iteration"]
-    assert all(use.safe and use.multiply_adds == 2 * 64 * 9 * 16 for use in uses)
+    assert all(use.safe and use.macs == 2 * 64 * 9 * 16 for use in uses)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,7 @@ def test_a_kernel_that_is_only_moved_is_safe_and_its_layout_is_read(move, stored
 
     (use,) = trace(apply, params, X)
     assert (use.axes, use.kernel_shape, use.reason) == (axes, stored, "")
-    chex.assert_equal(use.multiply_adds, 2 * 64 * 15 * 24)
+    chex.assert_equal(use.macs, 2 * 64 * 15 * 24)
 
 
 @pytest.mark.parametrize("size", [(3,), (3, 3, 3)])
@@ -237,7 +242,7 @@ def test_one_and_three_dimensions_are_read(size):
     x = jnp.zeros((2, *(8,) * len(size), 4))
     (use,) = traced(nn.Conv(6, size), x)
     assert use.axes == {1: "WIO", 3: "DHWIO"}[len(size)] and use.safe
-    assert use.multiply_adds == 2 * 8 ** len(size) * 3 ** len(size) * 24
+    assert use.macs == 2 * 8 ** len(size) * 3 ** len(size) * 24
 
 
 def test_what_is_no_array_stays_as_it_is():
@@ -309,18 +314,18 @@ def test_a_trace_tells_decompose_the_groups():
 @pytest.mark.parametrize(
     "options", [{}, {"strides": 2}, {"feature_group_count": 4}, {"kernel_dilation": 2}]
 )
-def test_multiply_adds_agree_with_the_compilers_count(options, padding):
+def test_macs_agree_with_the_compilers_count(options, padding):
     model = nn.Conv(8, (3, 3), use_bias=False, padding=padding, **options)
     variables = model.init(jax.random.key(0), X)
     analysis = jax.jit(model.apply).lower(variables, X).cost_analysis()
-    assert 2 * traced(model).multiply_adds == analysis["flops"]
+    assert 2 * traced(model).macs == analysis["flops"]
 
 
 def test_the_experiments_network_costs_what_its_layers_add_up_to():
     uses = traced(NIN(), jnp.zeros((1, 32, 32, 3)))
     assert [use.path for use in uses] == [f"Conv_{i}" for i in range(6)]
-    assert uses[2].multiply_adds == 25 * 96 * 192 * 16 * 16
-    assert uses.weights == 14400 + 18432 + 460800 + 36864 + 331776 + 1920
+    assert uses[2].macs == 25 * 96 * 192 * 16 * 16
+    assert uses.parameters == 14400 + 18432 + 460800 + 36864 + 331776 + 1920
 
 
 def test_a_trace_prints_as_a_table():

@@ -113,7 +113,7 @@ def test_the_table_has_dense_and_both_orders_and_no_rank_that_costs_more_weights
         "horizontal",
     }
     assert all(
-        scheme.rank % 4 == 0 and uses.at("Conv_1")[0].weights_at(scheme) <= 5 * 5 * 8 * 8
+        scheme.rank % 4 == 0 and uses.at("Conv_1")[0].parameters_at(scheme) <= 5 * 5 * 8 * 8
         for scheme in schemes
     )
 
@@ -135,7 +135,7 @@ def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
     uses = lr.trace(model.apply, variables, images)
     table = layer_seconds(uses, Timer(rounds=2), ["Conv_1"], multiple=4)
     plan = latency(
-        options(uses, spectra(variables["params"], uses)), table, lr.Budget("seconds", 1.0)
+        options(uses, spectra(variables["params"], uses)), table, lr.Budget("latency", 1.0)
     )
     for choice in plan:
         if choice.scheme:
