@@ -21,7 +21,7 @@ from lowrank_jax.calibration.collecting import calibrate, output_scales, reestim
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.planning import selectors as ranks
-from lowrank_jax.planning.candidates import Options, options
+from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.planner import whitened_spectra
 from lowrank_jax.planning.sensitivities import divergences
 from lowrank_jax.planning.spectra import spectra
@@ -47,19 +47,19 @@ def load(shared: Path) -> tuple[CifarResNet, dict]:
     return model, jax.tree.map(jnp.asarray, variables)
 
 
-def tables(model: CifarResNet, variables: dict, images: jax.Array) -> dict[str, Options]:
+def tables(model: CifarResNet, variables: dict, images: jax.Array) -> dict[str, Candidates]:
     """What each layer may become, by the plain and by the whitened singular values."""
     uses = trace(model.apply, variables, images[:1])
     seen = calibrate(model.apply, variables, [images[:512]], uses.safe_paths())
     scales = output_scales(model.apply, variables, images[:1])
     white = whitened_spectra(variables["params"], uses, seen, scales)
     return {
-        "plain": options(uses, spectra(variables["params"], uses)),
-        "data-aware": options(uses, white),
+        "plain": candidates(uses, spectra(variables["params"], uses)),
+        "data-aware": candidates(uses, white),
     }
 
 
-def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Options) -> dict:
+def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Candidates) -> dict:
     """Squared change of the logits of 256 images at three ranks of each layer and order."""
     found: dict[str, list] = {}
     for path, layer in table.layers.items():
@@ -79,7 +79,7 @@ def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Option
 
 
 def plans(
-    table: Options, plain: Options, args: argparse.Namespace, divergence: Callable
+    table: Candidates, plain: Candidates, args: argparse.Namespace, divergence: Callable
 ) -> Iterator[tuple]:
     """Name, budget and plan. EVBMF has no budget, one plan, and takes the plain singular values."""
     for name in args.selectors:
@@ -96,7 +96,7 @@ def plans(
             yield name, share, plan
 
 
-def threshold(table: Options, share: float) -> Plan:
+def threshold(table: Candidates, share: float) -> Plan:
     """The highest threshold of energy, the same for all layers, that meets a share of the
     macs."""
     low, high = 1e-3, 1.0

@@ -37,7 +37,7 @@ from turns import check, take_turns, write
 
 from lowrank_jax import decompose, trace
 from lowrank_jax.planning.budget import Budget
-from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.selectors import total_energy
 from lowrank_jax.planning.spectra import spectra
 
@@ -103,11 +103,11 @@ def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, i
     )
     uses = trace(model.apply, variables, images)
     values = spectra(variables["params"], uses)
-    table = options(uses, values)
+    table = candidates(uses, values)
     steps = {
         "trace": lambda: (jax.clear_caches(), trace(model.apply, variables, images)),
         "spectra": lambda: spectra(variables["params"], uses),
-        "options": lambda: options(uses, values),
+        "candidates": lambda: candidates(uses, values),
         "total_energy": lambda: total_energy(table, Budget("macs", 0.5)),
     }
     matrix = 4 * 96 * 96

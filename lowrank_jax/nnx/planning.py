@@ -8,7 +8,7 @@ from flax import nnx
 from lowrank_jax.nnx.calibrate import calibrate, output_scales
 from lowrank_jax.nnx.decompose import trace
 from lowrank_jax.nnx.watch import evaluated
-from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.measured import timed
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selection import (
@@ -70,7 +70,7 @@ def plan(
     seen = calibrate(model, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(model, images[:1], *args, **kwargs)
     found = whitened_spectra(nnx.to_pure_dict(nnx.state(model)), uses, seen, scales)
-    table = options(uses, found, multiple)
+    table = candidates(uses, found, multiple)
     if budget.measure == "latency":
         together = trace(still, several(images, batch), *args, **kwargs)
         table = timed(

@@ -1,5 +1,4 @@
-"""What every layer may become, with its cost and its error: the table that the selectors choose
-from."""
+"""What every layer may become, with cost and error: the table that selectors choose from."""
 
 import dataclasses
 import math
@@ -9,57 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax.factorization.layout import split_axes
 from lowrank_jax.factorization.separable import Separable, max_rank
-from lowrank_jax.planning.budget import check_measure
+from lowrank_jax.planning.budget import Budget, check_budget, check_measure, number
+from lowrank_jax.planning.costs import Candidate, at_ranks
+from lowrank_jax.planning.plans import Choice, Plan, Rest
 from lowrank_jax.planning.spectra import Spectra, known_use
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One way to run one layer.
-
-    Attributes:
-        scheme: the decomposition; None if the layer stays dense.
-        parameters: of the kernel or of both factors, of all kernels of a stack.
-        macs, bytes: of all the uses in one call of the program.
-        error: share of the squared singular values left out.
-        spectral: the largest singular value left out, over the largest, of the worst group or
-            slice.
-        latency: measured time in seconds; NaN if it is not known.
-    """
-
-    scheme: Separable | None
-    parameters: int
-    macs: int
-    bytes: int
-    error: float = 0.0
-    spectral: float = 0.0
-    latency: float = math.nan
-
-    def cost(self, measure: str) -> float:
-        """The cost by one of `lowrank_jax.budget.MEASURES`."""
-        return getattr(self, check_measure(measure))
+COUNTS = ("parameters", "macs", "bytes")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """The options of every layer of a traced program, the dense one first.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Candidates:
+    """The candidates of every layer of a traced program, the dense one first.
 
     Attributes:
         trace: the traced program, which tells the costs.
         spectra: singular values of the layers, which tell the errors.
-        layers: path to its options; the other layers of the program stay as they are.
+        layers: path to its candidates; the other layers of the program stay as they are.
     """
 
     trace: Trace
     spectra: Spectra
-    layers: Mapping[str, tuple[Option, ...]]
+    layers: Mapping[str, tuple[Candidate, ...]]
 
     def rest(self, measure: str) -> float:
-        """Cost of the layers that stay as they are; in latency 0, because only the others are
-        measured."""
+        """Cost of the layers that stay as they are; of latency 0, because it is not measured."""
         others = [use for use in self.trace if use.path not in self.layers]
         if check_measure(measure) == "parameters":
             return sum({use.path: use.parameters for use in others if use.path}.values())
@@ -71,11 +45,39 @@ class Options:
 
     def least(self, measure: str) -> float:
         """Cost of the whole program with every layer at its cheapest."""
-        cheapest = (min(option.cost(measure) for option in layer) for layer in self.layers.values())
+        cheapest = (min(each.cost(measure) for each in layer) for layer in self.layers.values())
         return self.rest(measure) + sum(cheapest)
 
-    def at(self, path: str, scheme: Separable) -> Option:
-        """The option of any scheme that a layer allows, be it cheaper than dense or not.
+    def known(self, measure: str) -> str:
+        """The measure, or a ValueError if it is none or if nothing was measured."""
+        if check_measure(measure) == "latency" and math.isnan(self.dense("latency")):
+            raise ValueError(
+                "The candidates have no latency; call timed(candidates, times) with a table of "
+                "measured times."
+            )
+        return measure
+
+    def room(self, budget: Budget) -> float:
+        """What a budget leaves to the layers that may change.
+
+        Raises:
+            ValueError: the budget is below the least possible, which the error names.
+        """
+        measure = self.known(check_budget(budget).measure)
+        dense, least, rest = (cost(measure) for cost in (self.dense, self.least, self.rest))
+        if (limit := budget.limit(dense)) >= least:
+            return limit - rest
+        one = isinstance(budget.amount, int) and budget.amount == 1
+        hint = " An int is absolute; write 1.0 for the whole network." if one else ""
+        share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that it can be asked for
+        raise ValueError(
+            f"Budget: {budget} cannot be met; the least possible is {number(least)} ({share:.4f} "
+            f"of the dense {number(dense)}), of which {number(rest)} belong to layers that stay "
+            f"as they are. Raise the budget.{hint}"
+        )
+
+    def at(self, path: str, scheme: Separable) -> Candidate:
+        """The candidate of any scheme that a layer allows, be it cheaper than dense or not.
 
         Raises:
             ValueError: the path is unknown, or the scheme does not fit the layer.
@@ -83,27 +85,36 @@ class Options:
         use = known_use(self.trace, path)
         if path not in self.layers or scheme.first not in self.spectra.values[path]:
             raise ValueError(
-                f"{path}: there is no spectrum of it with the {scheme.first} convolution first; add one."
+                f"{path}: there is no spectrum of it with the {scheme.first} convolution first; "
+                "add one."
             )
         if (scheme.groups, scheme.axes) != (use.groups, use.axes):
-            raise ValueError(
-                f"{path}: {scheme} does not fit the program; write {use.scheme(scheme.rank, scheme.first)}."
-            )
+            fitting = use.scheme(scheme.rank, scheme.first)
+            raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")
         rank = scheme.check(use.kernel_shape, path)
-        return _cut(self.trace.at(path), self.spectra, scheme.first, [rank])[0]
+        return at_ranks(self.trace.at(path), self.spectra, scheme.first, [rank])[0]
+
+    def plan(
+        self, chosen: Mapping[str, Candidate], selector: str, budget: Budget | None = None
+    ) -> Plan:
+        """The plan of one candidate for each path; a layer that has none stays dense."""
+        choices = [
+            _choice(path, layer[0], chosen.get(path, layer[0]))
+            for path, layer in self.layers.items()
+        ]
+        rest = Rest(**{measure: int(self.rest(measure)) for measure in COUNTS})
+        return Plan(choices=tuple(choices), selector=selector, budget=budget, rest=rest)
 
 
-def options(trace: Trace, spectra: Spectra, multiple: int = 1) -> Options:
-    """Lists dense and every useful rank in both orders of the factors, for every layer that has a
-    spectrum.
+def candidates(trace: Trace, spectra: Spectra, multiple: int = 1) -> Candidates:
+    """Lists dense and every useful rank in both orders, for each layer that has a spectrum.
 
-    A rank is useful if it is cheaper than dense by any measure. A layer that is used several times
-    or at several sizes costs the sum; the kernels of a stack and the groups of a kernel have one
-    rank.
+    A rank is useful if it is cheaper than dense by any measure. A layer that runs at more than one
+    place or size costs the sum; the kernels of a stack and the groups of a kernel have one rank.
 
     Args:
         trace: `lowrank_jax.trace` of the forward pass.
-        spectra: `lowrank_jax.spectra.spectra`, or whitened ones.
+        spectra: of `lowrank_jax.planning.spectra.spectra`, or whitened ones.
         multiple: ranks are restricted to multiples of it, such as 8 for tensor cores.
 
     Raises:
@@ -117,116 +128,81 @@ def options(trace: Trace, spectra: Spectra, multiple: int = 1) -> Options:
         >>> from flax import linen as nn
         >>> model, images = nn.Sequential([nn.Conv(16, (3, 3))]), jnp.ones((1, 8, 8, 8))
         >>> variables = model.init(jax.random.key(0), images)
-        >>> uses = lr.trace(model.apply, variables, images)
-        >>> table = options(uses, spectra(variables["params"], uses), multiple=4)
-        >>> [(option.scheme.rank, option.scheme.first) for option in table.layers["layers_0"][1:]]
-        [(4, 'vertical'), (8, 'vertical'), (12, 'vertical'), (4, 'horizontal'), (8, 'horizontal'),
-        (12, 'horizontal')]
+        >>> program = lr.trace(model.apply, variables, images)
+        >>> table = candidates(program, spectra(variables["params"], program), multiple=4)
+        >>> dense, *low = table.layers["layers_0"]
+        >>> [each.scheme.rank for each in low if each.scheme.first == "vertical"]
+        [4, 8, 12]
     """
     multiple = _check_multiple(multiple)
     layers = {path: _layer(trace, spectra, path, multiple) for path in spectra.values}
     if not any(len(layer) > 1 for layer in layers.values()):
         raise ValueError(
-            f"No layer has a rank that is a multiple of {multiple} and cheaper than dense; give a smaller "
-            f"multiple, or a network with larger kernels than these:\n{trace}"
+            f"No layer has a rank that is a multiple of {multiple} and cheaper than dense; give a "
+            f"smaller multiple, or a network with larger kernels than these:\n{trace}"
         )
-    return Options(trace, spectra, layers)
+    return Candidates(trace=trace, spectra=spectra, layers=layers)
 
 
-def front(layer: Iterable[Option], measure: str, loss: Callable[[Option], float]) -> list[Option]:
-    """The options that no other one beats, from the cheapest to that of least loss.
+def front(
+    layer: Iterable[Candidate], measure: str, loss: Callable[[Candidate], float]
+) -> list[Candidate]:
+    """The candidates that no other one beats, from the cheapest to that of least loss.
 
     Of those that cost and lose the same, the one of fewest macs and parameters stays.
 
     Example:
-        >>> dense, low, bad = Option(None, 9, 9, 9), Option(None, 4, 9, 9, 0.5), Option(None, 5, 9, 9, 0.6)
-        >>> front([dense, low, bad], "parameters", lambda option: option.error) == [low, dense]
+        >>> costs = dict(scheme=None, macs=9, bytes=9)
+        >>> dense = Candidate(parameters=9, **costs)
+        >>> low = Candidate(parameters=4, error=0.5, **costs)
+        >>> bad = Candidate(parameters=5, error=0.6, **costs)
+        >>> front([dense, low, bad], "parameters", lambda each: each.error) == [low, dense]
         True
     """
-    best: list[Option] = []
-    key = operator.attrgetter(check_measure(measure))
-    for option in sorted(layer, key=lambda o: (key(o), loss(o), o.macs, o.parameters)):
-        if not best or loss(option) < loss(best[-1]):
-            best.append(option)
+    best: list[Candidate] = []
+    for each in sorted(layer, key=lambda c: (c.cost(measure), loss(c), c.macs, c.parameters)):
+        if not best or loss(each) < loss(best[-1]):
+            best.append(each)
     return best
 
 
-def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Option, ...]:
-    use, uses = known_use(trace, path), trace.at(path)
-    totals = (sum(u.macs for u in uses), sum(u.bytes for u in uses))
-    dense, found, seen = Option(None, use.parameters, *totals), [], []
+def _choice(path: str, dense: Candidate, chosen: Candidate) -> Choice:
+    pairs: dict[str, Any] = {m: (getattr(dense, m), getattr(chosen, m)) for m in COUNTS}
+    times = (dense.latency, chosen.latency)
+    latency = None if any(map(math.isnan, times)) else times
+    return Choice(path=path, scheme=chosen.scheme, latency=latency, error=chosen.error, **pairs)
+
+
+def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Candidate, ...]:
+    kernel, calls = known_use(trace, path), trace.at(path)
+    macs, moved = sum(call.macs for call in calls), sum(call.bytes for call in calls)
+    dense = Candidate(scheme=None, parameters=kernel.parameters, macs=macs, bytes=moved)
+    found: dict[tuple, Candidate] = {}  # one of two orders that cost and lose the same is enough
     for first, values in spectra.values[path].items():
-        limit = max_rank(use.kernel_shape, use.groups, use.axes, first)
-        if values.shape[-1] != limit:
-            raise ValueError(
-                f"{path}: a spectrum of {values.shape[-1]} values does not fit the kernel {use.kernel_shape} with "
-                f"the {first} convolution first, which has {limit}; compute the spectra from this network."
-            )
-        cut = _cut(uses, spectra, first, range(multiple, limit + 1, multiple))
-        facts = [(option.parameters, option.macs, option.bytes, option.error) for option in cut]
-        if facts not in seen:  # the two orders of a pointwise kernel are the same
-            found += [option for option in cut if _cheaper(option, dense)]
-        seen.append(facts)
-    return (dense, *found)
+        limit = _check_size(kernel, first, values)
+        for low in at_ranks(calls, spectra, first, range(multiple, limit + 1, multiple)):
+            if any(low.cost(measure) < dense.cost(measure) for measure in COUNTS):
+                found.setdefault((low.parameters, low.macs, low.bytes, low.error), low)
+    return (dense, *found.values())
 
 
-def _cut(uses: list[KernelUse], spectra: Spectra, first: str, ranks: Iterable[int]) -> list[Option]:
-    """The options of some ranks; all costs are linear in the rank."""
-    use, path = uses[0], uses[0].path
-    one = use.scheme(1, first)
-    parameters, macs = use.parameters_at(one), sum(u.macs_at(one) for u in uses)
-    fixed, each = np.sum([_bytes(u, one) for u in uses], axis=0)
-    error, spectral = (
-        spectra.left_out(path, first).tolist(),
-        spectra.largest_left_out(path, first).tolist(),
-    )
-
-    def at(rank: int) -> Option:
-        moved = round(float(fixed + rank * each))
-        return Option(
-            use.scheme(rank, first),
-            rank * parameters,
-            rank * macs,
-            moved,
-            error[rank],
-            spectral[rank],
-        )
-
-    return [at(rank) for rank in ranks]
-
-
-def _bytes(use: KernelUse, one: Separable) -> tuple[float, float]:
-    """Bytes that move at any rank, and those that each rank adds: parameters, and the array between
-    written and read."""
-    spatial = [letter for letter in one.axes if letter not in "IO"]
-    along = split_axes(one.axes, one.first)[0]
-    extent = zip(spatial, use.inputs[1:-1], use.outputs[1:-1], strict=True)
-    between = use.inputs[0] * math.prod(
-        out if letter in along else own for letter, own, out in extent
-    )
-    kernel = math.prod(use.kernel_shape[-len(one.axes) :])
-    entries = math.prod(use.inputs) + kernel + math.prod(use.outputs)
-    entry = (
-        use.bytes / entries
-    )  # of all the uses; the mean if inputs, kernel and outputs differ in type
-    return use.bytes - entry * kernel, entry * (
-        one.parameters(use.kernel_shape) + 2 * between * use.groups
-    )
-
-
-def _cheaper(option: Option, dense: Option) -> bool:
-    return any(
-        option.cost(measure) < dense.cost(measure) for measure in ("parameters", "macs", "bytes")
+def _check_size(kernel: KernelUse, first: str, values: np.ndarray) -> int:
+    """The largest rank of a kernel, or an error if its spectrum has another size."""
+    limit = max_rank(kernel.kernel_shape, kernel.groups, kernel.axes, first)
+    if values.shape[-1] == limit:
+        return limit
+    raise ValueError(
+        f"{kernel.path}: a spectrum of {values.shape[-1]} values does not fit the kernel "
+        f"{kernel.kernel_shape} with the {first} convolution first, which has {limit}; compute the "
+        "spectra from this network."
     )
 
 
 def _check_multiple(multiple: Any) -> int:
-    if (
-        isinstance(multiple, bool)
-        or not hasattr(multiple, "__index__")
-        or operator.index(multiple) < 1
-    ):
-        raise ValueError(
-            f"multiple={multiple!r} is not allowed; give an int of 1 or more, such as 8 for tensor cores."
-        )
-    return operator.index(multiple)
+    whole = hasattr(multiple, "__index__") and not isinstance(multiple, bool)
+    if whole and operator.index(multiple) >= 1:
+        return operator.index(multiple)
+    raise ValueError(
+        f"multiple={multiple!r} is not allowed; give an int of 1 or more, such as 8 for tensor "
+        "cores."
+    )

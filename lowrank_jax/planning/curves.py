@@ -14,7 +14,7 @@ def draw_curve(
     measure: str = "macs",
     dense: float | None = None,
 ) -> "Figure":
-    """Draws accuracy over cost, one line a way to choose the ranks.
+    """Draws accuracy over cost, one line for each label.
 
     Args:
         points: label of the line to its (plan, accuracy as a share) pairs, in any order.
@@ -29,8 +29,7 @@ def draw_curve(
         ValueError: there are no points.
 
     Example:
-        >>> from lowrank_jax.planning.plans import Choice
-        >>> plan = Plan((Choice("Conv_0", None, (600, 600), (6000, 6000), (40, 40), 0.0),), "fixed")
+        >>> plan = Plan(choices=(), selector="fixed")
         >>> draw_curve({"fixed": [(plan, 0.9)]}).axes[0].get_xlabel()
         'macs, share of the dense network'
     """
@@ -43,9 +42,7 @@ def draw_curve(
         axis.plot(*zip(*pairs, strict=True), "o-", label=label)
     if dense is not None:
         axis.axhline(100 * dense, color="#8c8c8c", ls="--", label="dense")
-    axis.set(
-        xlabel=f"{measure.replace('_', '-')}, share of the dense network", ylabel="accuracy, %"
-    )
+    axis.set(xlabel=f"{measure}, share of the dense network", ylabel="accuracy, %")
     axis.legend(frameon=False)
     return figure
 

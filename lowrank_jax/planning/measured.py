@@ -1,5 +1,4 @@
-"""Options narrowed to what was measured: times on a device, or what the network loses by each
-cut."""
+"""Candidates narrowed to what was measured: times on a device, or divergences of the outputs."""
 
 import dataclasses
 import math
@@ -8,64 +7,80 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowrank_jax.factorization.separable import Separable
-from lowrank_jax.planning.candidates import Option, Options
+from lowrank_jax.planning.candidates import Candidate, Candidates
 from lowrank_jax.planning.spectra import known_use
 
+Times = Mapping[str, Mapping[Separable | None, float]]
+Divergences = Mapping[str, Mapping[tuple[str, int], float]]
 
-def timed(options: Options, times: Mapping[str, Mapping[Separable | None, float]]) -> Options:
-    """The options that were measured faster than dense, with their time: a plan of any selector is
-    never slower.
+
+def timed(candidates: Candidates, times: Times) -> Candidates:
+    """The candidates that were measured faster than dense, with their times.
+
+    A plan chosen from them is never slower than dense, whatever its budget.
 
     Args:
-        options: of every layer.
-        times: path, then scheme, to the time of the layer; that of None is the dense one's. A
-            layer that is not in it stays dense.
+        candidates: of every layer.
+        times: path, then scheme, to the time of the layer in seconds; that of None is the dense
+            one's. A layer that is not in it stays dense.
 
     Raises:
         ValueError: a path is unknown, a time is no finite number above 0, or that of the dense
             layer is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import lowrank_jax as lr
+        >>> from lowrank_jax.planning.candidates import candidates
+        >>> from lowrank_jax.planning.spectra import Spectra
+        >>> from flax import linen as nn
+        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((1, 8, 8, 4))
+        >>> program = lr.trace(model.apply, model.init(jax.random.key(0), images), images)
+        >>> spectra = Spectra({"layers_0": {"vertical": list(range(12, 0, -1))}})
+        >>> times = {"layers_0": {None: 1.0, lr.Separable(2): 0.5, lr.Separable(4): 2.0}}
+        >>> table = timed(candidates(program, spectra), times)
+        >>> [(each.scheme and each.scheme.rank, each.latency) for each in table.layers["layers_0"]]
+        [(None, 1.0), (2, 0.5)]
     """
-    _check(options, times, "times", lambda key: key is None or isinstance(key, Separable))
+    _check(candidates, times, "times", lambda key: key is None or isinstance(key, Separable))
     for path, row in times.items():
         if None not in row or min(row.values()) <= 0:
             raise ValueError(
                 f"times: {path}: give times above 0, with that of the dense layer under None."
             )
 
-    def latency(path: str, option: Option) -> float:
-        return times[path].get(option.scheme, math.inf) if path in times else 0.0
+    def latency(path: str, scheme: Separable | None) -> float:
+        return times[path].get(scheme, math.inf) if path in times else 0.0
 
-    def faster(path: str, layer: tuple[Option, ...]) -> tuple[Option, ...]:
-        found = [dataclasses.replace(option, latency=latency(path, option)) for option in layer]
-        return (found[0], *(option for option in found[1:] if option.latency < found[0].latency))
+    def faster(path: str, layer: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        found = [dataclasses.replace(c, latency=latency(path, c.scheme)) for c in layer]
+        return (found[0], *(each for each in found[1:] if each.latency < found[0].latency))
 
-    return dataclasses.replace(
-        options, layers={path: faster(path, layer) for path, layer in options.layers.items()}
-    )
+    layers = {path: faster(path, layer) for path, layer in candidates.layers.items()}
+    return dataclasses.replace(candidates, layers=layers)
 
 
-def listed(options: Options, divergences: Mapping[str, Mapping[tuple[str, int], float]]) -> Options:
-    """Dense, and the options that a table of divergences lists by (first, rank).
+def listed(candidates: Candidates, divergences: Divergences) -> Candidates:
+    """Dense, and the candidates that a table of divergences lists by (first, rank).
 
     Raises:
         ValueError: a path is unknown, a divergence is no finite number, or nothing in the table is
-            an option.
+            a candidate.
     """
-    _check(
-        options, divergences, "divergences", lambda key: isinstance(key, tuple) and len(key) == 2
-    )
-    layers = {
-        path: (
-            layer[0],
-            *(option for option in layer[1:] if _listed(option, divergences.get(path, {}))),
-        )
-        for path, layer in options.layers.items()
-    }
+    is_pair = lambda key: isinstance(key, tuple) and len(key) == 2  # noqa: E731
+    _check(candidates, divergences, "divergences", is_pair)
+
+    def kept(path: str, layer: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        row = divergences.get(path, {})
+        return (layer[0], *(c for c in layer[1:] if c.scheme and order_and_rank(c.scheme) in row))
+
+    layers = {path: kept(path, layer) for path, layer in candidates.layers.items()}
     if all(len(layer) == 1 for layer in layers.values()):
         raise ValueError(
-            "divergences: nothing in the table is an option; measure ranks that are in options.layers."
+            "divergences: nothing in the table is a candidate; measure ranks that are in "
+            "candidates.layers."
         )
-    return dataclasses.replace(options, layers=layers)
+    return dataclasses.replace(candidates, layers=layers)
 
 
 def order_and_rank(scheme: Separable) -> tuple[str, int]:
@@ -78,16 +93,15 @@ def order_and_rank(scheme: Separable) -> tuple[str, int]:
     return scheme.first, scheme.rank
 
 
-def _listed(option: Option, row: Mapping[tuple[str, int], float]) -> bool:
-    return option.scheme is not None and order_and_rank(option.scheme) in row
-
-
 def _check(
-    options: Options, table: Mapping[str, Mapping[Any, float]], name: str, is_key: Callable
+    candidates: Candidates,
+    table: Mapping[str, Mapping[Any, float]],
+    name: str,
+    is_key: Callable[[Any], bool],
 ) -> None:
     for path, row in table.items():
-        known_use(options.trace, path)
-        if path not in options.layers:
+        known_use(candidates.trace, path)
+        if path not in candidates.layers:
             raise ValueError(
                 f"{name}: {path} has no spectrum; add one, or leave it out of the table."
             )

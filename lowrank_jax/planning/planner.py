@@ -6,7 +6,7 @@ from typing import Any
 import flax
 
 from lowrank_jax.calibration.collecting import calibrate, output_scales
-from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.measured import timed
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selection import batched, check_images, one_budget, several, traced_on
@@ -46,7 +46,7 @@ def plan(
         batch: how many images are to run at once, for latency.
         timer: that measures; keep one to measure once.
         multiple: ranks are restricted to multiples of it.
-        select: a selector of `lowrank_jax.ranks` that takes options and a budget.
+        select: a selector of `lowrank_jax.planning` that takes candidates and a budget.
 
     Returns:
         The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and
@@ -72,7 +72,7 @@ def plan(
     seen = calibrate(apply, variables, batched(images), uses.safe_paths(), *args, **kwargs)
     scales = output_scales(apply, variables, images[:1], *args, **kwargs)
     found = whitened_spectra(variables["params"], uses, seen, scales)
-    table = options(uses, found, multiple)
+    table = candidates(uses, found, multiple)
     if budget.measure == "latency":
         together = trace(apply, variables, several(images, batch), *args, **kwargs)
         table = timed(

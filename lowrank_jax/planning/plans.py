@@ -17,7 +17,7 @@ VERSION = 2
 Pair = tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
     """What becomes of one layer.
 
@@ -25,8 +25,12 @@ class Choice:
         path: of the layer.
         scheme: its decomposition; None if it stays dense.
         parameters, macs, bytes: (dense, chosen).
-        error: predicted, the share of the squared singular values left out.
-        latency: (dense, chosen) in seconds, if it was measured.
+        latency: (dense, chosen) in seconds; None if it was not measured.
+        error: predicted, the share of the squared singular values that is left out.
+
+    Example:
+        >>> Choice(path="conv", scheme=None, parameters=(9, 9), macs=(9, 9), bytes=(9, 9)).error
+        0.0
     """
 
     path: str
@@ -34,11 +38,25 @@ class Choice:
     parameters: Pair
     macs: Pair
     bytes: Pair
-    error: float
     latency: Pair | None = None
+    error: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rest:
+    """Cost of the layers of a program that stay as they are.
+
+    Example:
+        >>> Rest(parameters=100, macs=1000).bytes
+        0
+    """
+
+    parameters: int = 0
+    macs: int = 0
+    bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The choices of one selector; prints as a table.
 
@@ -46,12 +64,13 @@ class Plan:
         choices: one for each layer that could be decomposed, in program order.
         selector: name of the function that chose.
         budget: what was asked; None if the selector takes no budget.
-        rest: parameters, macs and bytes of the other layers of the traced program, which
-            stay.
+        rest: cost of the other layers of the traced program, which stay.
 
     Example:
-        >>> choice = Choice("Conv_0", Separable(4), (600, 200), (6000, 2000), (40, 30), 0.125)
-        >>> plan = Plan((choice,), "total_energy", Budget("parameters", 0.5), (100, 1000, 10))
+        >>> costs = dict(parameters=(600, 200), macs=(6000, 2000), bytes=(40, 30))
+        >>> choice = Choice(path="Conv_0", scheme=Separable(4), error=0.125, **costs)
+        >>> rest, budget = Rest(parameters=100, macs=1000), Budget("parameters", 0.5)
+        >>> plan = Plan(choices=(choice,), selector="total_energy", budget=budget, rest=rest)
         >>> plan.ranks["Conv_0"].rank, plan.total("parameters")
         (4, (700, 300))
         >>> print(plan)
@@ -65,7 +84,7 @@ class Plan:
     choices: tuple[Choice, ...]
     selector: str
     budget: Budget | None = None
-    rest: tuple[int, int, int] = (0, 0, 0)
+    rest: Rest = Rest()
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
@@ -76,35 +95,33 @@ class Plan:
         return {choice.path: choice.scheme for choice in self if choice.scheme}
 
     def total(self, measure: str) -> Pair:
-        """(dense, chosen) cost of the whole program; the latency is that of the layers that were
-        measured."""
+        """The (dense, chosen) cost of the whole program; the latency is of the measured layers.
+
+        Raises:
+            ValueError: the measure is not known, or it is the latency and was not measured.
+        """
         pairs = [getattr(choice, check_measure(measure)) for choice in self]
         if None in pairs:
             raise ValueError(
-                "The plan has no latency; choose it from options with measured times, as timed gives them."
+                "The plan has no latency; choose it from candidates with measured times, as timed "
+                "gives them."
             )
         dense, chosen = (sum(column) for column in zip(*pairs, self._rest(measure), strict=True))
         return dense, chosen
 
     def _rest(self, measure: str) -> Pair:
-        rest = dict(zip(("parameters", "macs", "bytes"), self.rest, strict=True)).get(measure, 0)
-        return rest, rest
+        cost = getattr(self.rest, measure, 0)
+        return cost, cost
 
     def __str__(self) -> str:
         shown = ["parameters", "macs"]
         if self.budget and self.budget.measure not in shown:
             shown.append(self.budget.measure)
-        head = [text for measure in shown for text in (measure.replace("_", "-"), "low-rank", "")]
-        rows = [("layer", "first", "rank", *head, "error")]
+        heads = [text for measure in shown for text in (measure, "low-rank", "")]
+        rows = [("layer", "first", "rank", *heads, "error")]
         for choice in self:
-            rows.append(
-                (
-                    choice.path,
-                    *_name(choice),
-                    *_costs(getattr(choice, m) for m in shown),
-                    f"{choice.error:.4f}",
-                )
-            )
+            costs = _costs(getattr(choice, measure) for measure in shown)
+            rows.append((choice.path, *_name(choice), *costs, f"{choice.error:.4f}"))
         rows.append(("other layers", "", "", *_costs(self._rest(m) for m in shown), ""))
         rows.append(("total", "", "", *_costs(self.total(m) for m in shown), ""))
         return f"{table(rows, left=2)}\n{self._summary()}"
@@ -116,25 +133,21 @@ class Plan:
         return f"{self.selector}, {self.budget}: {reached}, {share}"
 
     def compare(self, other: "Plan") -> str:
-        """A table of this plan beside another one: ranks, parameters, macs and errors of
-        both."""
+        """A table of two plans side by side: the ranks, parameters, macs and errors of A and B."""
         facts = ("rank", "parameters", "macs", "error")
-        rows = [("layer", *(f"{fact} {which}" for fact in facts for which in "AB"), "")]
+        rows = [("layer", *(f"{fact} {plan}" for fact in facts for plan in "AB"), "")]
         mine, theirs = ({choice.path: choice for choice in plan} for plan in (self, other))
         for path in dict.fromkeys([*mine, *theirs]):
             pairs = zip(_facts(mine.get(path)), _facts(theirs.get(path)), strict=True)
             rows.append((path, *(text for pair in pairs for text in pair), ""))
-        totals = [
-            number(plan.total(m)[1]) for m in ("parameters", "macs") for plan in (self, other)
-        ]
+        totals = [number(plan.total(m)[1]) for m in facts[1:3] for plan in (self, other)]
         rows.append(("total", "", "", *totals, "", "", ""))
         return f"{table(rows, left=1)}\nA: {self._summary()}\nB: {other._summary()}"
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan as JSON; the file appears whole or not at all."""
-        text = json.dumps(
-            {"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False
-        )
+        data = {"version": VERSION, **dataclasses.asdict(self)}
+        text = json.dumps(data, indent=1, allow_nan=False)
         with whole_file(path) as scratch:
             scratch.write_text(text + "\n")
 
@@ -148,34 +161,40 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text(), parse_constant=_refuse)
-            if data.pop("version") != VERSION:
-                raise ValueError(f"its version is not {VERSION}, which this release reads")
+            if (version := data.pop("version")) != VERSION:
+                raise ValueError(f"its version is {version!r}, not {VERSION}")
             return _plan(**data)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            reason = _short(f"{type(error).__name__}: {error}")
             raise ValueError(
-                f"{path} is no whole plan: {error!r}. Give another file, or save the plan anew."
-            ) from error
+                f"{path} is no whole plan ({reason}). Give another file, or save the plan anew."
+            ) from None
 
 
-def _plan(choices: list, selector: str, budget: dict | None, rest: list) -> Plan:
+def _plan(choices: list, selector: str, budget: dict | None, rest: dict) -> Plan:
     if not isinstance(selector, str):
         raise TypeError(f"the selector {selector!r} is no name")
     return Plan(
-        tuple(_choice(**c) for c in choices),
-        selector,
-        Budget(**budget) if budget else None,
-        _tuple(rest, 3),
+        choices=tuple(_choice(**choice) for choice in choices),
+        selector=selector,
+        budget=Budget(**budget) if budget else None,
+        rest=Rest(**{measure: _cost(cost) for measure, cost in rest.items()}),
     )
 
 
 def _choice(
     path: str, scheme: dict | None, error: float, latency: list | None, **costs: list
 ) -> Choice:
-    pairs = {name: _tuple(pair, 2) for name, pair in costs.items()}
     if not isinstance(path, str) or not 0 <= error <= 1:
         raise ValueError(f"the layer {path!r} has the error {error!r}")
-    made = _scheme(**scheme) if scheme else None
-    return Choice(path, made, error=error, latency=_tuple(latency, 2) if latency else None, **pairs)
+    pairs: dict[str, Any] = {measure: _pair(pair) for measure, pair in costs.items()}
+    return Choice(
+        path=path,
+        scheme=_scheme(**scheme) if scheme else None,
+        latency=_pair(latency) if latency else None,
+        error=error,
+        **pairs,
+    )
 
 
 def _scheme(rank: int, groups: int, axes: str, first: str) -> Separable:
@@ -185,16 +204,24 @@ def _scheme(rank: int, groups: int, axes: str, first: str) -> Separable:
     return Separable(rank, groups, axes, first)
 
 
-def _tuple(values: list, size: int) -> Any:
-    if len(values) != size or not all(
-        isinstance(value, int | float) and value >= 0 for value in values
-    ):
-        raise ValueError(f"{values!r} are not {size} costs")
-    return tuple(values)
+def _pair(costs: list) -> Pair:
+    dense, chosen = costs
+    return _cost(dense), _cost(chosen)
+
+
+def _cost(value: Any) -> Any:
+    if not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{value!r} is no cost")
+    return value
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"it holds {constant}, which is no number")
+
+
+def _short(text: str, most: int = 80) -> str:
+    """A text without its end, if it is long: an error may quote what a file holds."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _name(choice: Choice) -> tuple[str, str]:

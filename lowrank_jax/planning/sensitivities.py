@@ -1,44 +1,44 @@
-"""What the network's output loses when one layer is cut: every candidate under one compiled
-program."""
+"""What the network's output loses when one layer is truncated; all candidates run one program."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lowrank_jax.factorization.layout import from_matrix, from_pair, to_matrix, to_pair
+from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.planning.spectra import known_use
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.tree.decomposing import find_layer, layer_leaves
+from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 
-Candidates = Mapping[str, Sequence[tuple[str, int]]]
+Basis = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def divergences(
     apply: Callable,
     variables: Any,
     images: Any,
-    uses: Trace,
-    candidates: Candidates,
+    trace: Trace,
+    candidates: Mapping[str, Sequence[tuple[str, int]]],
     *args: Any,
-    measure: str = "kl",
+    measure: Literal["kl", "mse"] = "kl",
     batch: int = 256,
     **kwargs: Any,
 ) -> dict[str, dict[tuple[str, int], float]]:
-    """How far the outputs move when one layer at a time is cut to a rank.
+    """How far the outputs move when one layer at a time is truncated to a rank.
 
-    The singular value decompositions are taken once; a candidate masks singular values, so that all
-    of them run under one compiled program.
+    The singular value decompositions are taken once, side by side on the host. A candidate is the
+    dense network with another kernel of the same shape, so that one compiled program runs them all.
 
     Args:
-        apply: ``model.apply`` of a model whose output are logits (batch, classes).
+        apply: ``model.apply`` of a model whose outputs are logits (batch, classes).
         variables: trained variables of the dense model.
         images: unlabelled inputs (batch, ...).
-        uses: trace of the model.
+        trace: `lowrank_jax.trace` of the model.
         candidates: layer path to the (first, rank) pairs to try.
         *args, **kwargs: other arguments of ``apply``, in evaluation.
         measure: "kl", the mean divergence of the classes' probabilities, in nats; or "mse", the
@@ -47,67 +47,75 @@ def divergences(
         batch: images in a forward pass.
 
     Returns:
-        The table that `lowrank_jax.ranks.sensitivity` takes.
+        The table that `lowrank_jax.planning.selectors.sensitivity` takes.
 
     Raises:
         ValueError: a path or the measure is unknown, or there are no images.
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> import lowrank_jax as lr
-        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3)), lambda x: x.mean((1, 2))]), jnp.ones((4, 8, 8, 4))
+        >>> model = nn.Sequential([nn.Conv(8, (3, 3)), lambda x: x.mean((1, 2))])
+        >>> images = jnp.ones((4, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
-        >>> uses = lr.trace(model.apply, variables, images)
-        >>> table = divergences(model.apply, variables, images, uses, {"layers_0": [("vertical", 1), ("vertical", 12)]})
+        >>> program = lr.trace(model.apply, variables, images)
+        >>> ranks = {"layers_0": [("vertical", 1), ("vertical", 12)]}
+        >>> table = divergences(model.apply, variables, images, program, ranks)
         >>> table["layers_0"]["vertical", 1] > table["layers_0"]["vertical", 12]
         True
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure={measure!r} is not allowed; give one of {sorted(MEASURES)}.")
+    if measure not in DIVERGENCES:
+        raise ValueError(f"measure={measure!r} is not allowed; give one of {sorted(DIVERGENCES)}.")
     if not len(images):
         raise ValueError("No images: give at least one batch of inputs.")
-    flat = flatten_dict(variables["params"])
-    layers = layer_leaves(flat)
-    keys = {path: (*find_layer(path, layers), "kernel") for path in candidates}
-    known = {path: known_use(uses, path) for path in candidates}
-    bases = {(path, first): _basis(flat[keys[path]], known[path], first)
-             for path, pairs in candidates.items() for first, _ in pairs}  # fmt: skip
-
-    def outputs(masks: dict, x: jax.Array) -> jax.Array:
-        kernels = dict(flat)
-        for (path, first), mask in masks.items():
-            change = _masked(bases[path, first], mask, known[path], first)
-            kernels[keys[path]] = kernels[keys[path]] - change.astype(kernels[keys[path]].dtype)
-        return apply({**variables, "params": unflatten_dict(kernels)}, x, *args, **kwargs)
-
-    program = jax.jit(outputs, compiler_options=default_options())
-    whole = {key: np.zeros(basis[1].shape[-1], np.float32) for key, basis in bases.items()}
+    leaves = named_leaves(variables)
+    kernels = {path: find_leaf(path, leaves) for path in candidates}
+    known = {path: known_use(trace, path) for path in candidates}
+    bases = _bases({path: np.asarray(x) for path, x in kernels.items()}, known, candidates)
     parts = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images), batch)]
-    dense = [np.asarray(program(whole, x), np.float64) for x in parts]
+    call = lambda variables, x: apply(variables, x, *args, **kwargs)  # noqa: E731
+    program = jax.jit(call, compiler_options=default_options())
+
+    def outputs(new: Mapping[str, jax.Array]) -> np.ndarray:
+        changed = map_named(lambda name, leaf: new.get(name, leaf), variables)
+        return np.concatenate([np.asarray(program(changed, x), np.float64) for x in parts])
+
+    dense = outputs({})
 
     def loss(path: str, first: str, rank: int) -> float:
-        dropped = (np.arange(len(whole[path, first])) >= rank).astype(np.float32)
-        low = [np.asarray(program(whole | {(path, first): dropped}, x), np.float64) for x in parts]
-        return MEASURES[measure](np.concatenate(dense), np.concatenate(low))
+        low = _of_rank(bases[path, first], rank, known[path], first)
+        kernel = jnp.asarray(low, kernels[path].dtype)
+        return DIVERGENCES[measure](dense, outputs({path: kernel}))
 
     return {path: {pair: loss(path, *pair) for pair in pairs} for path, pairs in candidates.items()}
 
 
-def _basis(kernel: Any, use: KernelUse, first: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = jnp.asarray(kernel, jnp.promote_types(jnp.asarray(kernel).dtype, jnp.float32))
-    u, s, v = jnp.linalg.svd(
-        to_matrix(to_pair(wide, use.axes, first), use.groups), full_matrices=False
-    )
+def _bases(
+    kernels: Mapping[str, np.ndarray],
+    known: Mapping[str, KernelUse],
+    candidates: Mapping[str, Sequence[tuple[str, int]]],
+) -> dict[tuple[str, str], Basis]:
+    """The decompositions U, s, V of every layer in the orders that are tried."""
+    pairs = [(path, first) for path, tried in candidates.items() for first, _ in tried]
+    keys = list(dict.fromkeys(pairs))
+    jobs = [partial(_basis, kernels[path], known[path], first) for path, first in keys]
+    sizes = [kernels[path].size for path, _ in keys]
+    return dict(zip(keys, side_by_side(jobs, sizes, lambda _, basis: basis), strict=True))
+
+
+def _basis(kernel: np.ndarray, use: KernelUse, first: str) -> Basis:
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    matrix = to_matrix(to_pair(wide, use.axes, first), use.groups)
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
     return u, s, v
 
 
-def _masked(basis: tuple, mask: jax.Array, use: KernelUse, first: str) -> jax.Array:
-    """The part of a kernel that the singular values of a mask carry."""
+def _of_rank(basis: Basis, rank: int, use: KernelUse, first: str) -> np.ndarray:
+    """The kernel U_K S_K V_K of a rank, in the layout of its use."""
     u, s, v = basis
-    matrix = jnp.matmul(u * (s * mask)[..., None, :], v, precision=jax.lax.Precision.HIGHEST)
+    matrix = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
     sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
-    a, b, c, n = to_pair(jnp.zeros(use.kernel_shape), use.axes, first).shape[-4:]
+    a, b, c, n = to_pair(np.empty(use.kernel_shape), use.axes, first).shape[-4:]
     return from_pair(from_matrix(matrix, (a, b, c, n)), use.axes, first, sizes)
 
 
@@ -122,4 +130,4 @@ def _mse(dense: np.ndarray, low: np.ndarray) -> float:
     return float(np.sum((a - b) ** 2) / max(np.sum(a**2), np.finfo(float).tiny))
 
 
-MEASURES = {"kl": _kl, "mse": _mse}
+DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"kl": _kl, "mse": _mse}

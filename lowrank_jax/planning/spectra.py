@@ -1,20 +1,23 @@
-"""The singular values of every layer, computed once: ranks, budgets and curves are slices of
-them."""
+"""The singular values of every layer, computed once: budgets and curves are slices of them."""
 
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lowrank_jax.factorization.layout import to_matrix, to_pair
+from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.separable import FACTORS
 from lowrank_jax.io.formats import nest
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.tree.decomposing import check_kernel, find_layer, layer_leaves
+from lowrank_jax.tree.decomposing import check_kernel
+from lowrank_jax.tree.paths import find_leaf, named_leaves
 from lowrank_jax.tree.suggest import suggest
 
 
@@ -25,8 +28,7 @@ class Spectra:
     Attributes:
         values: path, then the order of the factors ("vertical" or "horizontal" first), then the
             values: float64 of shape (matrices, max_rank), largest first, one row for each group of
-                each kernel of a stack. Arrays
-            of more or fewer axes are brought to this shape.
+            each kernel of a stack. Arrays of more or fewer axes are brought to this shape.
 
     Raises:
         ValueError: an order is unknown, or values are not finite, negative or not sorted.
@@ -41,44 +43,41 @@ class Spectra:
 
     def __post_init__(self) -> None:
         checked = {
-            path: {
-                first: _check(f"{path}, {first} first", first, array)
-                for first, array in orders.items()
-            }
+            path: {first: _check(path, first, array) for first, array in orders.items()}
             for path, orders in self.values.items()
         }
         object.__setattr__(self, "values", checked)
 
     def left_out(self, path: str, first: str) -> np.ndarray:
-        """Share of the squared singular values that each rank from 0 to max_rank leaves out, over
-        all matrices."""
+        """Share of the squared singular values, over all matrices, that a rank leaves out.
+
+        Returns:
+            Array of shape (max_rank + 1,), for each rank from 0 to max_rank.
+        """
         energy = (self.values[path][first] ** 2).sum(0)
         tail = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
         return tail / tail[0] if tail[0] else tail
 
     def largest_left_out(self, path: str, first: str) -> np.ndarray:
-        """The largest singular value that each rank leaves out, over the largest of its matrix; of
-        the worst matrix.
+        """Relative error of each rank in the spectral norm, of the worst matrix.
 
-        This is the relative error in the spectral norm.
+        That is the largest singular value that the rank leaves out, over the largest of its matrix.
+
+        Returns:
+            Array of shape (max_rank + 1,), for each rank from 0 to max_rank.
         """
         values = self.values[path][first]
         share = values / np.where(values[:, :1] > 0, values[:, :1], 1.0)
         return np.append(share.max(0), 0.0)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the values; the suffix of the path, such as ``.npz``, chooses the format as in
-        `save_weights`."""
-        save_weights(
-            path,
-            nest(
-                {
-                    f"{layer}/{first}": x
-                    for layer, v in self.values.items()
-                    for first, x in v.items()
-                }
-            ),
-        )
+        """Writes the values; the suffix, such as ``.npz``, is the format, as in `save_weights`."""
+        arrays = {
+            f"{layer}/{first}": values
+            for layer, orders in self.values.items()
+            for first, values in orders.items()
+        }
+        save_weights(path, nest(arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Spectra":
@@ -103,55 +102,65 @@ def spectra(
     paths: Iterable[str] | None = None,
     *,
     orders: Iterable[str] = tuple(FACTORS),
-    leaves: tuple[str, str] = ("kernel", "bias"),
 ) -> Spectra:
     """Computes the singular values of the layers of a network, in both orders of the factors.
+
+    The layers are done side by side on the host; nothing is compiled.
 
     Args:
         params: nested mapping of arrays, as for `decompose`.
         trace: `lowrank_jax.trace` of the forward pass.
         paths: the layers; without them all that the trace proves safe.
         orders: which convolution may come first, of "vertical" and "horizontal".
-        leaves: names of the kernel and of the bias.
 
     Raises:
-        ValueError: a path is unknown or cannot be decomposed safely, or a kernel holds NaN or is no
-            array.
+        ValueError: a path is unknown or cannot be decomposed safely, or a kernel is no array, holds
+            NaN or has a type of 8 or fewer bits or of integers.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import jax
         >>> from flax import linen as nn
         >>> from lowrank_jax import trace
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((1, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
         >>> found = spectra(variables["params"], trace(model.apply, variables, images))
-        >>> {path: {first: x.shape for first, x in orders.items()} for path, orders in found.values.items()}
-        {'layers_0': {'vertical': (1, 12), 'horizontal': (1, 12)}}
+        >>> {first: values.shape for first, values in found.values["layers_0"].items()}
+        {'vertical': (1, 12), 'horizontal': (1, 12)}
     """
-    layers = layer_leaves(flatten_dict(params), leaves[0])
-    values: dict[str, dict[str, np.ndarray]] = {}
+    leaves, orders = named_leaves(params), tuple(orders)
+    jobs, sizes = {}, []
     for path in trace.safe_paths() if paths is None else paths:
         use = known_use(trace, path)
-        kernel = check_kernel(path, layers[find_layer(path, layers, leaves[0])], leaves)
-        values[path] = _values(kernel, use, orders)
+        kernel = check_kernel(path, find_leaf(path, leaves))
+        kernel = _check_bits(path, kernel)
+        for shared in [orders] if _pointwise(use) else [(first,) for first in orders]:
+            jobs[path, shared] = partial(singular_values, np.asarray(kernel), use, shared[0])
+            sizes.append(kernel.size)
+    results = side_by_side(list(jobs.values()), sizes, lambda _, found: found)
+    values: dict[str, dict[str, np.ndarray]] = {}
+    for (path, shared), found in zip(jobs, results, strict=True):
+        values.setdefault(path, {}).update(dict.fromkeys(shared, found))
     return Spectra(values)
 
 
-def _values(kernel: chex.Array, use: KernelUse, orders: Iterable[str]) -> dict[str, np.ndarray]:
-    """By numpy in float64, because JAX would compile a decomposition for every shape."""
-    values: dict[str, np.ndarray] = {}
-    spatial = [
-        size
-        for letter, size in zip(use.axes, kernel.shape[-len(use.axes) :], strict=True)
-        if letter not in "IO"
-    ]
-    for first in orders:
-        if values and max(spatial) == 1:  # a pointwise kernel has the same matrix in both orders
-            values[first] = next(iter(values.values()))
-        else:
-            matrix = np.asarray(to_matrix(to_pair(kernel, use.axes, first), use.groups), np.float64)
-            values[first] = np.linalg.svd(matrix, compute_uv=False)
-    return values
+def singular_values(kernel: np.ndarray, use: KernelUse, first: str) -> np.ndarray:
+    """Singular values of the matrices of a kernel, largest first, without their vectors.
+
+    They are s = sqrt(eig(M M^T)), in float64. Squaring loses those below 1e-8 of the largest, which
+    a kernel in float32 does not hold either.
+
+    Args:
+        kernel: in the layout of its use; axes before that are a stack.
+        use: of the kernel in the program, for its layout and groups.
+        first: "vertical" or "horizontal".
+
+    Returns:
+        Array of shape (..., groups, max_rank).
+    """
+    matrix = to_matrix(to_pair(kernel.astype(np.float64), use.axes, first), use.groups)
+    turned = np.swapaxes(matrix, -1, -2)
+    gram = matrix @ turned if matrix.shape[-2] <= matrix.shape[-1] else turned @ matrix
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[..., ::-1], 0.0))
 
 
 def known_use(trace: Trace, path: str) -> KernelUse:
@@ -163,23 +172,37 @@ def known_use(trace: Trace, path: str) -> KernelUse:
     return use
 
 
-def _check(where: str, first: str, array: np.ndarray) -> np.ndarray:
-    if first not in FACTORS:
+def _pointwise(use: KernelUse) -> bool:
+    """Whether a kernel has one tap; its matrix is the same in both orders."""
+    sizes = dict(zip(reversed(use.axes), reversed(use.kernel_shape), strict=False))
+    return all(size == 1 for letter, size in sizes.items() if letter not in "IO")
+
+
+def _check_bits(path: str, kernel: chex.Array) -> chex.Array:
+    if jnp.finfo(kernel.dtype).bits < 16:
         raise ValueError(
-            f"{where}: the order {first!r} is not known; give one of {', '.join(map(repr, FACTORS))}."
+            f"{path}: the kernel has type {kernel.dtype}; convert it to a floating-point type of "
+            "16 bits or more first."
         )
+    return kernel
+
+
+def _check(path: str, first: str, array: np.ndarray) -> np.ndarray:
+    """The values in float64, of shape (matrices, max_rank), or an error that says what is wrong."""
+    where = f"{path}, {first} first"
+    if first not in FACTORS:
+        known = ", ".join(map(repr, FACTORS))
+        raise ValueError(f"{where}: the order {first!r} is not known; give one of {known}.")
     values = np.asarray(array, np.float64)
-    values = (
-        values.reshape(-1, values.shape[-1]) if values.ndim and values.size else np.empty((0, 0))
-    )
-    if not values.size:
+    if not values.ndim or not values.size:
         raise ValueError(
             f"{where}: there are no singular values; give an array of shape (matrices, max_rank)."
         )
     if not np.isfinite(values).all():
         raise ValueError(
-            f"{where}: the singular values hold NaN or infinite values; repair the weights or statistics."
+            f"{where}: the singular values hold NaN or infinite values; repair the parameters or "
+            "the statistics."
         )
     if (values < 0).any() or (np.diff(values) > 0).any():
         raise ValueError(f"{where}: singular values must be 0 or more and sorted, largest first.")
-    return values
+    return values.reshape(-1, values.shape[-1])

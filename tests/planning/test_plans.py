@@ -1,7 +1,9 @@
 """A plan as data: printed, saved, loaded, compared, drawn."""
 
 import builtins
+import dataclasses
 import json
+import traceback
 
 import jax.numpy as jnp
 import pytest
@@ -9,31 +11,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, decompose
-from lowrank_jax.planning.budget import Budget
+from lowrank_jax.planning.budget import MEASURES, Budget
 from lowrank_jax.planning.curves import draw_curve
-from lowrank_jax.planning.plans import Choice, Plan
+from lowrank_jax.planning.plans import Choice, Plan, Rest
 
 SMALL = Choice(
-    "block/Conv_0",
-    Separable(4, 2, "OIHW", "horizontal"),
-    (600, 200),
-    (6000, 3000),
-    (4000, 5000),
-    0.125,
+    path="block/Conv_0",
+    scheme=Separable(4, 2, "OIHW", "horizontal"),
+    parameters=(600, 200),
+    macs=(6000, 3000),
+    bytes=(4000, 5000),
+    error=0.125,
 )
-DENSE = Choice("block/Conv_1", None, (300, 300), (2000, 2000), (900, 900), 0.0)
-PLAN = Plan((SMALL, DENSE), "minmax", Budget("parameters", 0.6), (100, 1000, 400))
-
-
-def timed_plan():
-    choice = Choice(
-        "c", Separable(4), (600, 200), (6000, 3000), (4000, 5000), 0.125, latency=(2e-3, 1.5e-3)
-    )
-    return Plan((choice,), "latency", Budget("latency", 0.8))
+DENSE = Choice(
+    path="block/Conv_1",
+    scheme=None,
+    parameters=(300, 300),
+    macs=(2000, 2000),
+    bytes=(900, 900),
+)
+PLAN = Plan(
+    choices=(SMALL, DENSE),
+    selector="minmax",
+    budget=Budget("parameters", 0.6),
+    rest=Rest(parameters=100, macs=1000, bytes=400),
+)
+TIMED = Plan(
+    choices=(dataclasses.replace(SMALL, latency=(2e-3, 1.5e-3)),),
+    selector="latency",
+    budget=Budget("latency", 0.8),
+)
+BYTES = Plan(choices=(SMALL,), selector="ratio", budget=Budget("bytes", 9000))
+BARE = Plan(choices=(SMALL,), selector="fixed")
 
 
 def test_the_ranks_of_a_plan_are_a_table_for_decompose():
-    plan = Plan((Choice("conv", Separable(2), (18, 12), (18, 12), (1, 1), 0.1), DENSE), "fixed")
+    conv = dataclasses.replace(SMALL, path="conv", scheme=Separable(2))
+    plan = Plan(choices=(conv, DENSE), selector="fixed")
     assert plan.ranks == {"conv": Separable(2)}
     small = decompose({"conv": {"kernel": jnp.ones((3, 3, 2, 4))}}, plan.ranks)
     assert small["conv"]["vertical"]["kernel"].shape == (3, 1, 2, 2)
@@ -43,7 +57,7 @@ def test_totals_are_those_of_the_whole_program():
     assert PLAN.total("parameters") == (1000, 600) and PLAN.total("macs") == (9000, 6000)
     assert PLAN.total("bytes") == (5300, 6300)
     with pytest.raises(
-        ValueError, match="The plan has no latency; choose it from options with measured times"
+        ValueError, match="The plan has no latency; choose it from candidates with measured times"
     ):
         PLAN.total("latency")
     with pytest.raises(ValueError, match="The measure 'flops' is not known"):
@@ -51,37 +65,23 @@ def test_totals_are_those_of_the_whole_program():
 
 
 def test_a_plan_prints_as_a_table_with_what_was_asked_and_what_was_reached():
-    head, small, dense, rest, total, asked = str(PLAN).splitlines()
-    assert head.split() == [
-        "layer",
-        "first",
-        "rank",
-        "parameters",
-        "low-rank",
-        "macs",
-        "low-rank",
-        "error",
-    ]
-    assert small.split() == ["block/Conv_0", "horizontal", "4", "600", "200", "33.3", "%", "6,000", "3,000", "50", "%",
-                             "0.1250"]  # fmt: skip
-    assert dense.split()[:3] == ["block/Conv_1", "dense", "300"] and rest.split()[:3] == [
-        "other",
-        "layers",
-        "100",
-    ]
-    assert total.split() == ["total", "1,000", "600", "60", "%", "9,000", "6,000", "66.7", "%"]
-    assert asked == "minmax, at most 0.6 of the dense parameters: 600, 60 %"
-    assert str(Plan((SMALL,), "fixed")).splitlines()[-1] == "fixed, without a budget"
+    head, small, dense, rest, total, asked = (line.split() for line in str(PLAN).splitlines())
+    assert " ".join(head) == "layer first rank parameters low-rank macs low-rank error"
+    assert small[:7] == ["block/Conv_0", "horizontal", "4", "600", "200", "33.3", "%"]
+    assert small[7:] == ["6,000", "3,000", "50", "%", "0.1250"]
+    assert dense[:3] == ["block/Conv_1", "dense", "300"]
+    assert rest[:3] == ["other", "layers", "100"]
+    assert total == ["total", "1,000", "600", "60", "%", "9,000", "6,000", "66.7", "%"]
+    assert " ".join(asked) == "minmax, at most 0.6 of the dense parameters: 600, 60 %"
+    assert str(BARE).splitlines()[-1] == "fixed, without a budget"
 
 
 def test_the_measure_of_the_budget_is_a_column_of_its_own():
-    assert "bytes" in str(Plan((SMALL,), "minmax", Budget("bytes", 9000))).splitlines()[0]
-    assert "latency" in str(timed_plan()).splitlines()[0] and "0.0015" in str(timed_plan())
+    assert "bytes" in str(BYTES).splitlines()[0]
+    assert "latency" in str(TIMED).splitlines()[0] and "0.0015" in str(TIMED)
 
 
-@pytest.mark.parametrize(
-    "plan", [PLAN, timed_plan(), Plan((), "fixed"), Plan((SMALL,), "ratio", Budget("bytes", 7))]
-)
+@pytest.mark.parametrize("plan", [PLAN, TIMED, BYTES, BARE, Plan(choices=(), selector="fixed")])
 def test_a_plan_is_saved_and_loaded(tmp_path, plan):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -89,32 +89,48 @@ def test_a_plan_is_saved_and_loaded(tmp_path, plan):
     assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
 
 
-PAIRS = st.tuples(st.integers(0, 10**15), st.integers(0, 10**15))
+COUNTS = st.integers(0, 10**15)
+PAIRS = st.tuples(COUNTS, COUNTS)
+SECONDS = st.floats(0, 1e3)
 SCHEMES = st.builds(
     Separable,
-    st.integers(1, 99),
-    st.integers(1, 9),
-    st.sampled_from(["HWIO", "OIW"]),
-    st.sampled_from(["vertical"]),
+    rank=st.integers(1, 99),
+    groups=st.integers(1, 9),
+    axes=st.sampled_from(["HWIO", "OIW"]),
+    first=st.sampled_from(["vertical", "horizontal"]),
 )
-CHOICES = st.builds(Choice, st.text(), st.none() | SCHEMES, PAIRS, PAIRS, PAIRS, st.floats(0, 1))
+CHOICES = st.builds(
+    Choice,
+    path=st.text(),
+    scheme=st.none() | SCHEMES,
+    parameters=PAIRS,
+    macs=PAIRS,
+    bytes=PAIRS,
+    latency=st.none() | st.tuples(SECONDS, SECONDS),
+    error=st.floats(0, 1),
+)
+PLANS = st.builds(
+    Plan,
+    choices=st.lists(CHOICES, max_size=3).map(tuple),
+    selector=st.text(),
+    budget=st.none() | st.builds(Budget, st.sampled_from(MEASURES), st.floats(0.01, 1)),
+    rest=st.builds(Rest, parameters=COUNTS, macs=COUNTS, bytes=COUNTS),
+)
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(CHOICES, max_size=3), st.text(), st.tuples(*[st.integers(0, 10**15)] * 3))
-def test_any_plan_comes_back_from_json(tmp_path_factory, choices, selector, rest):
+@given(PLANS)
+def test_any_plan_comes_back_from_json(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plans") / "plan.json"
-    plan = Plan(tuple(choices), selector, None, rest)
     plan.save(path)
     assert Plan.load(path) == plan
 
 
 def test_a_plan_with_nan_is_not_written(tmp_path):
     (tmp_path / "plan.json").write_text("before")
+    broken = dataclasses.replace(SMALL, error=float("nan"))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Plan((Choice("c", None, (1, 1), (1, 1), (1, 1), float("nan")),), "fixed").save(
-            tmp_path / "plan.json"
-        )
+        Plan(choices=(broken,), selector="fixed").save(tmp_path / "plan.json")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
@@ -131,10 +147,13 @@ def damaged(change):
         damaged(lambda d: d.update(unknown=1)),
         damaged(lambda d: d.update(selector=3)),
         damaged(lambda d: d.update(rest=[1, 2])),
+        damaged(lambda d: d.update(rest={"weights": 1})),
+        damaged(lambda d: d.update(rest={"macs": -1})),
         damaged(lambda d: d.update(budget={"measure": "flops", "amount": 1})),
         damaged(lambda d: d["choices"][0].pop("parameters")),
         damaged(lambda d: d["choices"][0].update(parameters=[1, -1])),
         damaged(lambda d: d["choices"][0].update(parameters=["1", "2"])),
+        damaged(lambda d: d["choices"][0].update(parameters=[1])),
         damaged(lambda d: d["choices"][0].update(error=2)),
         damaged(lambda d: d["choices"][0].update(path=1)),
         damaged(lambda d: d["choices"][0].update(error=float("nan"))),
@@ -152,54 +171,52 @@ def test_damaged_json_is_refused(tmp_path, change):
     PLAN.save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(
-        ValueError, match=r"plan\.json is no whole plan: .*Give another file, or save the plan anew"
+        ValueError,
+        match=r"plan\.json is no whole plan \(.*\)\. Give another file, or save the plan anew",
     ):
         Plan.load(path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe\x00"])
-def test_what_is_no_json_is_refused(tmp_path, text):
+FILES = {
+    "empty": b"",
+    "an open brace": b"{",
+    "binary": b"\xff\xfe\x00" * 10**6,
+    "text": b"no plan " * 10**6,
+    "deep": b"[" * 10**6,
+    "a long name": b'{"version": 2, "' + b"x" * 10**6 + b'": 1}',
+    "a long version": b'{"version": "' + b"x" * 10**6 + b'"}',
+    "a long number": b'{"version": ' + b"1" * 10**6 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_plan_is_refused_in_a_few_words(tmp_path, name):
     path = tmp_path / "plan.json"
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match=r"plan\.json is no whole plan"):
+    path.write_bytes(FILES[name])
+    with pytest.raises(ValueError, match=r"plan\.json is no whole plan") as error:
         Plan.load(path)
-    with pytest.raises(FileNotFoundError):
+    assert len(str(error.value)) < len(str(path)) + 200
+    assert len("".join(traceback.format_exception(error.value))) < 10**4
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
         Plan.load(tmp_path / "nothing.json")
 
 
 def test_two_plans_are_compared_side_by_side():
-    other = Plan(
-        (DENSE, Choice("new", Separable(7), (50, 40), (500, 400), (1, 1), 0.5)),
-        "ratio",
-        None,
-        (100, 1000, 4),
-    )
-    lines = PLAN.compare(other).splitlines()
-    assert lines[1].split() == [
-        "block/Conv_0",
-        "horizontal",
-        "4",
-        "-",
-        "200",
-        "-",
-        "3,000",
-        "-",
-        "0.1250",
-        "-",
-    ]
-    assert lines[2].split() == [
-        "block/Conv_1",
-        "dense",
-        "dense",
-        "300",
-        "300",
-        "2,000",
-        "2,000",
-        "0.0000",
-        "0.0000",
-    ]
-    assert lines[3].split()[:4] == ["new", "-", "vertical", "7"]
-    assert lines[4].split() == ["total", "600", "440", "6,000", "3,400"]
+    costs = dict(parameters=(50, 40), macs=(500, 400), bytes=(1, 1), error=0.5)
+    new = Choice(path="new", scheme=Separable(7), **costs)
+    rest = Rest(parameters=100, macs=1000, bytes=4)
+    other = Plan(choices=(DENSE, new), selector="ratio", rest=rest)
+    lines = [line.split() for line in PLAN.compare(other).splitlines()]
+    assert lines[1][:6] == ["block/Conv_0", "horizontal", "4", "-", "200", "-"]
+    assert lines[1][6:] == ["3,000", "-", "0.1250", "-"]
+    assert lines[2][:5] == ["block/Conv_1", "dense", "dense", "300", "300"]
+    assert lines[2][5:] == ["2,000", "2,000", "0.0000", "0.0000"]
+    assert lines[3][:4] == ["new", "-", "vertical", "7"]
+    assert lines[4] == ["total", "600", "440", "6,000", "3,400"]
+    lines = [" ".join(line) for line in lines]
     assert lines[5:] == [
         "A: minmax, at most 0.6 of the dense parameters: 600, 60 %",
         "B: ratio, without a budget",
@@ -207,10 +224,9 @@ def test_two_plans_are_compared_side_by_side():
 
 
 def test_the_curve_has_a_line_for_each_selector_sorted_by_cost(tmp_path):
-    full = Plan((DENSE,), "fixed")
-    figure = draw_curve(
-        {"minmax": [(full, 0.9), (PLAN, 0.8)], "ratio": [(PLAN, 0.7)]}, "parameters", dense=0.9
-    )
+    full = Plan(choices=(DENSE,), selector="fixed")
+    points = {"minmax": [(full, 0.9), (PLAN, 0.8)], "ratio": [(PLAN, 0.7)]}
+    figure = draw_curve(points, "parameters", dense=0.9)
     first, second, level = figure.axes[0].get_lines()
     assert first.get_xdata().tolist() == [0.6, 1.0] and first.get_ydata().tolist() == [80, 90]
     assert second.get_label() == "ratio" and level.get_label() == "dense"

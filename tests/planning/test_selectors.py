@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from lowrank_jax import Separable, trace
 from lowrank_jax.factorization.separable import FACTORS, max_rank
-from lowrank_jax.planning.budget import MEASURES, Budget, lower_hull
-from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.budget import MEASURES, Budget
+from lowrank_jax.planning.candidates import candidates
+from lowrank_jax.planning.knapsack import lower_hull
 from lowrank_jax.planning.measured import order_and_rank, timed
 from lowrank_jax.planning.selectors import (
     energy,
@@ -50,10 +51,10 @@ class CNN(nn.Module):
 
 @functools.cache
 def table(multiple=1, decay=0.7):
-    """Options of made-up spectra, so that no kernel is needed."""
-    uses = trace(CNN().apply, jax.eval_shape(CNN().init, jax.random.key(0), X), X)
+    """Candidates of made-up spectra, so that no kernel is needed."""
+    program = trace(CNN().apply, jax.eval_shape(CNN().init, jax.random.key(0), X), X)
     rng, values = np.random.default_rng(0), {}
-    for use in uses:
+    for use in program:
         if use.safe:
             sizes = {
                 first: max_rank(use.kernel_shape, use.groups, use.axes, first) for first in FACTORS
@@ -62,14 +63,14 @@ def table(multiple=1, decay=0.7):
                 first: rng.uniform(decay, 1, (use.groups, size)) for first, size in sizes.items()
             }
             values[use.path] = {first: np.cumprod(step, axis=1) for first, step in drop.items()}
-    return options(uses, Spectra(values), multiple)
+    return candidates(program, Spectra(values), multiple)
 
 
 def every_choice(found, budget):
-    """All combinations of options that meet the budget."""
+    """All combinations of candidates that meet the budget."""
     limit = budget.limit(found.dense(budget.measure)) - found.rest(budget.measure)
     for choice in itertools.product(*found.layers.values()):
-        if sum(option.cost(budget.measure) for option in choice) <= limit:
+        if sum(each.cost(budget.measure) for each in choice) <= limit:
             yield choice
 
 
@@ -79,8 +80,8 @@ def chosen(found, plan):
     ]
 
 
-def log_loss(option):
-    return -math.log1p(-option.error)
+def log_loss(each):
+    return -math.log1p(-each.error)
 
 
 def steps(found, budget, loss):
@@ -94,7 +95,7 @@ def steps(found, budget, loss):
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize(
-    "name, loss", [("total_energy", lambda option: option.error), ("log_energy", log_loss)]
+    "name, loss", [("total_energy", lambda each: each.error), ("log_energy", log_loss)]
 )
 def test_a_sum_is_smallest_to_one_step_among_all_choices(name, loss, budget):
     found = table(multiple=2)
@@ -160,10 +161,10 @@ def test_fixed_ranks_are_taken_as_they_are():
 @pytest.mark.parametrize(
     "ranks, message",
     [
-        ({"nothing": 3}, "'nothing' is no layer of the traced program; did you mean"),
+        ({"nothing": 3}, "The rule 'nothing' matches no layer; did you mean"),
         ({"head": 3}, "head: cannot be decomposed: it is a matrix product"),
         ({"last": 0}, "last: rank 0 is not allowed; give an int from 1 to 18"),
-        ({"last": 2.5}, "last: rank 2.5 is not allowed"),
+        ({"last": 2.5}, "last: the share 2.5 is not allowed"),
     ],
 )
 def test_fixed_ranks_that_cannot_be_are_refused(ranks, message):
@@ -176,7 +177,7 @@ def test_a_ratio_holds_in_every_layer_that_can_meet_it(measure):
     found, budget = table(), Budget(measure, 0.6)
     for choice, layer in zip(ratio(found, budget), found.layers.values(), strict=True):
         dense, low = getattr(choice, measure)
-        within = [option.error for option in layer if option.cost(measure) <= 0.6 * dense]
+        within = [each.error for each in layer if each.cost(measure) <= 0.6 * dense]
         assert (
             (choice.error == min(within) and low <= 0.6 * dense)
             if within
@@ -197,7 +198,7 @@ def test_energy_takes_the_cheapest_that_keeps_enough():
     found = table()
     for choice, layer in zip(energy(found, 0.9, "macs"), found.layers.values(), strict=True):
         assert choice.error <= 0.1
-        assert choice.macs[1] == min(option.macs for option in layer if option.error <= 0.1)
+        assert choice.macs[1] == min(each.macs for each in layer if each.error <= 0.1)
     assert energy(found, 1).ranks == {}
 
 
@@ -210,14 +211,14 @@ def test_a_share_of_energy_out_of_range_is_refused(share):
 
 
 def test_the_variational_ranks_are_rounded_up_to_a_multiple():
-    uses = table().trace
-    values = {path: {"vertical": np.tile([9.0, 8.0, 7.0] + [0.1] * 9, (uses.at(path)[0].groups, 1))}
-              for path in ("strided", "grouped")}  # fmt: skip
+    program = table().trace
+    rows = np.array([[9.0, 8.0, 7.0] + [0.1] * 9])
+    values = {"strided": {"vertical": rows}, "grouped": {"vertical": rows.repeat(2, axis=0)}}
     for multiple, rank in ((1, 3), (4, 4)):
-        plan = evbmf(options(uses, Spectra(values), multiple))
+        plan = evbmf(candidates(program, Spectra(values), multiple))
         assert plan.ranks["strided"] == Separable(rank) and plan.budget is None
     flat = {"last": {"vertical": np.ones((1, 18))}}
-    assert evbmf(options(uses, Spectra(flat))).ranks["last"].rank == 1
+    assert evbmf(candidates(program, Spectra(flat))).ranks["last"].rank == 1
 
 
 def divergences(found):
@@ -261,7 +262,7 @@ def test_latency_drops_what_is_not_faster_than_dense():
     found = table()
     slow = times(
         found,
-        lambda option: 1e-9 if option.scheme is None or option.scheme.first == "vertical" else 1e-3,
+        lambda each: 1e-9 if each.scheme is None or each.scheme.first == "vertical" else 1e-3,
     )
     plan = latency(found, slow, Budget("latency", 0.6))
     assert plan.selector == "latency" and {scheme.first for scheme in plan.ranks.values()} == {
@@ -275,9 +276,9 @@ def test_latency_drops_what_is_not_faster_than_dense():
 
 def test_another_budget_can_be_met_without_getting_slower():
     found = table()
-    plan = minmax(timed(found, times(found, lambda option: 1e-9)), Budget("parameters", 0.7))
+    plan = minmax(timed(found, times(found, lambda each: 1e-9)), Budget("parameters", 0.7))
     assert all(choice.latency[1] <= choice.latency[0] for choice in plan)
-    only = timed(found, {"last": times(found, lambda option: 1e-9)["last"]})
+    only = timed(found, {"last": times(found, lambda each: 1e-9)["last"]})
     assert set(total_energy(only, Budget("latency", 0.5)).ranks) == {"last"}
 
 
@@ -304,7 +305,7 @@ def test_times_that_cannot_be_are_refused(row, message):
             r"divergences: last: \('vertical', 2\) has nan; give a finite number",
         ),
         ({"last": {2: 0.5}}, "divergences: last: 2 has 0.5"),
-        ({"last": {("vertical", 999): 0.5}}, "nothing in the table is an option"),
+        ({"last": {("vertical", 999): 0.5}}, "nothing in the table is a candidate"),
     ],
 )
 def test_divergences_that_cannot_be_are_refused(losses, message):
@@ -348,11 +349,11 @@ def test_an_unknown_measure_norm_or_budget_is_refused():
         Budget("latency", 2)
 
 
-def test_a_layer_that_loses_nothing_at_a_rank_is_cut_for_free():
+def test_a_layer_that_loses_nothing_at_a_rank_is_decomposed_for_free():
     found = table()
     values = {path: dict(orders) for path, orders in found.spectra.values.items()}
     values["last"]["vertical"] = np.where(np.arange(18) < 2, 1.0, 0.0)[None]
-    plan = total_energy(options(found.trace, Spectra(values)), Budget("parameters", 1.0))
+    plan = total_energy(candidates(found.trace, Spectra(values)), Budget("parameters", 1.0))
     assert plan.ranks == {"last": Separable(2)} and sum(choice.error for choice in plan) == 0
 
 

@@ -1,4 +1,4 @@
-"""Divergences of cut layers are those of the decomposed network, from one compiled program."""
+"""Divergences of truncated layers are those of the decomposed network; one program is compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ class Net(nn.Module):
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8, 8, 4)), jnp.float32)
 VARIABLES = Net().init(jax.random.key(0), X)
-USES = trace(Net().apply, VARIABLES, X)
+PROGRAM = trace(Net().apply, VARIABLES, X)
 CANDIDATES = {
     "strided": [("vertical", 2), ("horizontal", 5)],
     "grouped": [("vertical", 1), ("vertical", 12)],
@@ -36,7 +36,9 @@ def logits(path, first, rank):
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 @pytest.mark.parametrize("batch", [4, 256])
 def test_each_divergence_is_that_of_the_network_with_that_layer_decomposed(measure, batch):
-    table = divergences(Net().apply, VARIABLES, X, USES, CANDIDATES, measure=measure, batch=batch)
+    table = divergences(
+        Net().apply, VARIABLES, X, PROGRAM, CANDIDATES, measure=measure, batch=batch
+    )
     dense = np.asarray(Net().apply(VARIABLES, X), np.float64)
     for path, pairs in CANDIDATES.items():
         assert set(table[path]) == set(pairs)
@@ -61,7 +63,7 @@ def test_all_candidates_run_under_one_compiled_program():
         count += 1  # runs once for each trace
         return Net().apply(variables, x)
 
-    divergences(apply, VARIABLES, X, USES, CANDIDATES)
+    divergences(apply, VARIABLES, X, PROGRAM, CANDIDATES)
     assert count == 1
 
 
@@ -75,9 +77,9 @@ def test_all_candidates_run_under_one_compiled_program():
 )
 def test_what_cannot_be_used_is_refused(candidates, options, text):
     with pytest.raises(ValueError, match=text):
-        divergences(Net().apply, VARIABLES, X, USES, candidates, **options)
+        divergences(Net().apply, VARIABLES, X, PROGRAM, candidates, **options)
 
 
 def test_no_images_are_refused():
     with pytest.raises(ValueError, match="No images"):
-        divergences(Net().apply, VARIABLES, X[:0], USES, CANDIDATES)
+        divergences(Net().apply, VARIABLES, X[:0], PROGRAM, CANDIDATES)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import lowrank_jax as lr
-from lowrank_jax.planning.candidates import options
+from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.selectors import latency
 from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.program.compiler import candidate_options
@@ -135,7 +135,7 @@ def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
     uses = lr.trace(model.apply, variables, images)
     table = layer_seconds(uses, Timer(rounds=2), ["Conv_1"], multiple=4)
     plan = latency(
-        options(uses, spectra(variables["params"], uses)), table, lr.Budget("latency", 1.0)
+        candidates(uses, spectra(variables["params"], uses)), table, lr.Budget("latency", 1.0)
     )
     for choice in plan:
         if choice.scheme:

@@ -8,9 +8,9 @@ def evbmf_rank(values: np.ndarray, columns: int) -> int:
 
     Empirical variational Bayesian matrix factorisation of Nakajima, Sugiyama, Babacan and Tomioka,
     2013 ("Global analytic solution of fully-observed variational Bayesian matrix factorization",
-    JMLR 14): for noise of variance v, an L x M matrix with a = L / M keeps the singular values
-        above
-    sqrt(M v (1 + t) (1 + a / t)), where t = 2.5129 sqrt(a); v is that of the smallest free energy.
+    JMLR 14). For noise of variance v, an L x M matrix with a = L / M keeps the singular values
+    above sqrt(M v (1 + t) (1 + a / t)), where t = 2.5129 sqrt(a). The v is that of the smallest
+    free energy.
 
     Args:
         values: all L singular values, largest first.
@@ -37,23 +37,20 @@ def evbmf_rank(values: np.ndarray, columns: int) -> int:
 
 
 def _noise(energy: np.ndarray, columns: int, ratio: float, bound: float) -> float:
-    """The variance of smallest free energy, by a search that narrows a grid of logarithms around
-    the best one."""
+    """The variance of smallest free energy, on a grid of logarithms that narrows to the best."""
     start = min(max(int(np.ceil(len(energy) / (1 + ratio))) - 1, 0), len(energy) - 1)
-    low = max(energy[start] / (columns * bound), energy[start:].mean() / columns)
-    left, right = np.log(low), np.log(max(energy.mean() / columns, low))
+    least = max(energy[start] / (columns * bound), energy[start:].mean() / columns)
+    low, high = np.log(least), np.log(max(energy.mean() / columns, least))
     for _ in range(4):
-        grid = np.linspace(left, right, 101)
-        best = int(
-            np.argmin([_free_energy(energy / (columns * np.exp(v)), ratio, bound) for v in grid])
-        )
-        left, right = grid[max(best - 1, 0)], grid[min(best + 1, 100)]
+        grid = np.linspace(low, high, 101)
+        free = [_free_energy(energy / (columns * np.exp(v)), ratio, bound) for v in grid]
+        best = int(np.argmin(free))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 100)]
     return float(np.exp(grid[best]))
 
 
 def _free_energy(x: np.ndarray, ratio: float, bound: float) -> float:
-    """The free energy over M / 2, up to a constant, at x = squared singular values / (M *
-    variance)."""
+    """The free energy over M / 2, up to a constant, at x = squared singular values / (M v)."""
     small, large = x[x <= bound], x[x > bound]
     rest = large - (1 + ratio)
     tau = (rest + np.sqrt(rest**2 - 4 * ratio)) / 2

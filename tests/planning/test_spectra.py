@@ -1,0 +1,165 @@
+"""Singular values of every layer: what they are, where they are kept, what they are not."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_jax import spectrum, trace
+from lowrank_jax.factorization.layout import to_matrix, to_pair
+from lowrank_jax.planning.spectra import Spectra, singular_values, spectra
+
+X = jnp.zeros((2, 8, 6, 4))
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), strides=2, name="strided")(x)
+        x = nn.Conv(8, (3, 5), feature_group_count=2, name="grouped")(x)
+        return nn.Dense(3, name="head")(nn.Conv(16, (1, 1), name="pointwise")(x))
+
+
+@functools.cache
+def network():
+    shapes = jax.eval_shape(CNN().init, jax.random.key(0), X)
+    program, rng = trace(CNN().apply, shapes, X), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes["params"])
+    return params, program, spectra(params, program)
+
+
+def test_the_spectra_are_those_of_every_safe_layer_in_both_orders():
+    params, _, found = network()
+    assert list(found.values) == ["strided", "grouped", "pointwise"]
+    values = found.values["grouped"]
+    expected = spectrum(params["grouped"]["kernel"], 2, "HWIO", "horizontal")
+    np.testing.assert_allclose(values["horizontal"], expected, rtol=1e-5)
+    assert [x.dtype for x in values.values()] == [np.float64] * 2
+    shapes = {path: orders["vertical"].shape for path, orders in found.values.items()}
+    assert shapes == {"strided": (1, 12), "grouped": (2, 12), "pointwise": (1, 8)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_spectra_that_are_not_finite_are_refused(value):
+    with pytest.raises(
+        ValueError, match="block/conv, vertical first: the singular values hold NaN or infinite"
+    ):
+        Spectra({"block/conv": {"vertical": np.array([value, 1.0])}})
+
+
+@pytest.mark.parametrize(
+    "orders, message",
+    [
+        ({"diagonal": [1.0]}, "'diagonal' is not known; give one of 'vertical', 'horizontal'"),
+        ({"vertical": [1.0, 2.0]}, "sorted, largest first"),
+        ({"vertical": [1.0, -2.0]}, "0 or more"),
+        ({"vertical": []}, "there are no singular values"),
+        ({"vertical": 3.0}, "there are no singular values"),
+    ],
+)
+def test_what_are_no_singular_values_is_refused(orders, message):
+    with pytest.raises(ValueError, match=f"conv, .* first: .*{message}"):
+        Spectra({"conv": orders})
+
+
+@pytest.mark.parametrize("suffix", ["npz", "msgpack"])
+def test_spectra_are_saved_and_loaded(tmp_path, suffix):
+    _, _, found = network()
+    found.save(tmp_path / f"spectra.{suffix}")
+    again = Spectra.load(tmp_path / f"spectra.{suffix}")
+    chex.assert_trees_all_equal(again.values, found.values)
+
+
+def test_damaged_spectra_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "spectra.npz"
+    with pytest.raises(FileNotFoundError, match=r"spectra\.npz"):
+        Spectra.load(path)
+    path.write_bytes(b"PK damaged")
+    with pytest.raises(ValueError, match=r"spectra\.npz is no whole"):
+        Spectra.load(path)
+    np.savez(path, **{"params/Conv_0/kernel": np.ones((3, 3, 1, 1))})
+    with pytest.raises(ValueError, match=r"spectra\.npz holds no spectra: .*'kernel' is not known"):
+        Spectra.load(path)
+
+
+def test_the_layers_and_orders_can_be_chosen():
+    params, program, _ = network()
+    found = spectra(params, program, ["grouped"], orders=["horizontal"])
+    chosen = {path: list(orders) for path, orders in found.values.items()}
+    assert chosen == {"grouped": ["horizontal"]}
+
+
+SHAPES = st.tuples(*[st.integers(1, 4)] * 2, *[st.integers(1, 9)] * 2)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 99), st.sampled_from(["vertical", "horizontal"]))
+def test_singular_values_are_those_of_the_whole_decomposition(shape, seed, first):
+    kernel = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    (use,) = trace(convolve, {"kernel": kernel}, jnp.zeros((1, 9, 9, shape[2])))
+    matrix = to_matrix(to_pair(kernel.astype(np.float64), "HWIO", first))
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    found = singular_values(kernel, use, first)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-7 * expected.max())
+
+
+def convolve(tree, x):
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel = tree["kernel"]
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+
+def test_no_singular_vectors_are_computed_and_a_pointwise_kernel_is_done_once(monkeypatch):
+    params, program, before = network()
+    monkeypatch.setattr(np.linalg, "svd", None)
+    monkeypatch.setattr(np.linalg, "eigh", None)
+    sizes, eigenvalues = [], np.linalg.eigvalsh
+    record = lambda gram: (sizes.append(gram.shape[-1]), eigenvalues(gram))[1]  # noqa: E731
+    monkeypatch.setattr(np.linalg, "eigvalsh", record)
+    chex.assert_trees_all_equal(spectra(params, program).values, before.values)
+    assert sorted(sizes) == [8, 12, 12, 12, 12]
+
+
+def test_a_kernel_of_a_low_rank_loses_nothing_from_there_on():
+    left, right = (np.random.default_rng(0).standard_normal(s) for s in ((12, 3), (3, 24)))
+    kernel = (left @ right).reshape(3, 4, 3, 8).transpose(0, 2, 1, 3)
+    (use,) = trace(convolve, {"kernel": kernel}, jnp.zeros((1, 9, 9, 4)))
+    found = Spectra({"conv": {"vertical": singular_values(kernel, use, "vertical")}})
+    lost = found.left_out("conv", "vertical")
+    assert lost[2] > 1e-3 and (lost[3:] < 1e-15).all() and lost[-1] == 0
+
+
+def test_a_kernel_of_zeros_loses_nothing_at_any_rank():
+    zero = Spectra({"conv": {"vertical": np.zeros((2, 4))}})
+    assert not zero.left_out("conv", "vertical").any()
+    assert not zero.largest_left_out("conv", "vertical").any()
+
+
+def test_a_kernel_with_nan_and_an_unknown_path_are_refused():
+    params, program, _ = network()
+    with pytest.raises(ValueError, match="strided: the kernel holds NaN"):
+        spectra(jax.tree.map(lambda x: x * jnp.nan, params), program)
+    with pytest.raises(ValueError, match=r"'stride' is no layer of .*did you mean 'strided'"):
+        spectra(params, program, ["stride"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8])
+def test_kernels_of_eight_bits_are_refused_by_their_path(dtype):
+    params, program, _ = network()
+    kernel = {"grouped": params["grouped"] | {"kernel": jnp.ones((3, 5, 4, 8), dtype)}}
+    message = f"grouped: the kernel has type {jnp.dtype(dtype)}; convert it to a floating-point"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        spectra(params | kernel, program)
+
+
+def test_kernels_of_sixteen_bits_are_decomposed():
+    params, program, expected = network()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    chex.assert_trees_all_close(spectra(half, program).values, expected.values, rtol=0.02)
