@@ -13,6 +13,7 @@ from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.planning.spectra import known_use
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.kernel_use import KernelUse, Trace
+from lowrank_jax.tree.decomposing import check_kernel
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 
 Basis = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -69,9 +70,9 @@ def divergences(
     if not len(images):
         raise ValueError("No images: give at least one batch of inputs.")
     leaves = named_leaves(variables)
-    kernels = {path: find_leaf(path, leaves) for path in candidates}
     known = {path: known_use(trace, path) for path in candidates}
-    bases = _bases({path: np.asarray(x) for path, x in kernels.items()}, known, candidates)
+    kernels = {path: check_kernel(path, find_leaf(path, leaves)) for path in candidates}
+    bases = _bases(kernels, known, candidates)
     parts = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images), batch)]
     call = lambda variables, x: apply(variables, x, *args, **kwargs)  # noqa: E731
     program = jax.jit(call, compiler_options=default_options())
@@ -91,14 +92,14 @@ def divergences(
 
 
 def _bases(
-    kernels: Mapping[str, np.ndarray],
+    kernels: Mapping[str, jax.Array],
     known: Mapping[str, KernelUse],
     candidates: Mapping[str, Sequence[tuple[str, int]]],
 ) -> dict[tuple[str, str], Basis]:
     """The decompositions U, s, V of every layer in the orders that are tried."""
     pairs = [(path, first) for path, tried in candidates.items() for first, _ in tried]
     keys = list(dict.fromkeys(pairs))
-    jobs = [partial(_basis, kernels[path], known[path], first) for path, first in keys]
+    jobs = [partial(_basis, np.asarray(kernels[path]), known[path], first) for path, first in keys]
     sizes = [kernels[path].size for path, _ in keys]
     return dict(zip(keys, side_by_side(jobs, sizes, lambda _, basis: basis), strict=True))
 

@@ -4,9 +4,8 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
-import chex
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -97,7 +96,7 @@ class Spectra:
 
 
 def spectra(
-    params: chex.ArrayTree,
+    tree: Any,
     trace: Trace,
     paths: Iterable[str] | None = None,
     *,
@@ -108,7 +107,7 @@ def spectra(
     The layers are done side by side on the host; nothing is compiled.
 
     Args:
-        params: nested mapping of arrays, as for `decompose`.
+        tree: pytree of arrays, as for `decompose`: parameters, or all variables of a model.
         trace: `lowrank_jax.trace` of the forward pass.
         paths: the layers; without them all that the trace proves safe.
         orders: which convolution may come first, of "vertical" and "horizontal".
@@ -121,18 +120,17 @@ def spectra(
         >>> import jax
         >>> from flax import linen as nn
         >>> from lowrank_jax import trace
-        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((1, 8, 8, 4))
+        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), np.ones((1, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
-        >>> found = spectra(variables["params"], trace(model.apply, variables, images))
+        >>> found = spectra(variables, trace(model.apply, variables, images))
         >>> {first: values.shape for first, values in found.values["layers_0"].items()}
         {'vertical': (1, 12), 'horizontal': (1, 12)}
     """
-    leaves, orders = named_leaves(params), tuple(orders)
+    leaves, orders = named_leaves(tree), tuple(orders)
     jobs, sizes = {}, []
     for path in trace.safe_paths() if paths is None else paths:
         use = known_use(trace, path)
         kernel = check_kernel(path, find_leaf(path, leaves))
-        kernel = _check_bits(path, kernel)
         for shared in [orders] if _pointwise(use) else [(first,) for first in orders]:
             jobs[path, shared] = partial(singular_values, np.asarray(kernel), use, shared[0])
             sizes.append(kernel.size)
@@ -176,15 +174,6 @@ def _pointwise(use: KernelUse) -> bool:
     """Whether a kernel has one tap; its matrix is the same in both orders."""
     sizes = dict(zip(reversed(use.axes), reversed(use.kernel_shape), strict=False))
     return all(size == 1 for letter, size in sizes.items() if letter not in "IO")
-
-
-def _check_bits(path: str, kernel: chex.Array) -> chex.Array:
-    if jnp.finfo(kernel.dtype).bits < 16:
-        raise ValueError(
-            f"{path}: the kernel has type {kernel.dtype}; convert it to a floating-point type of "
-            "16 bits or more first."
-        )
-    return kernel
 
 
 def _check(path: str, first: str, array: np.ndarray) -> np.ndarray:

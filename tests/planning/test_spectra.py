@@ -1,7 +1,6 @@
 """Singular values of every layer: what they are, where they are kept, what they are not."""
 
 import functools
-import re
 
 import chex
 import jax
@@ -154,8 +153,7 @@ def test_a_kernel_with_nan_and_an_unknown_path_are_refused():
 def test_kernels_of_eight_bits_are_refused_by_their_path(dtype):
     params, program, _ = network()
     kernel = {"grouped": params["grouped"] | {"kernel": jnp.ones((3, 5, 4, 8), dtype)}}
-    message = f"grouped: the kernel has type {jnp.dtype(dtype)}; convert it to a floating-point"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=f"grouped: the kernel has type {jnp.dtype(dtype)}; "):
         spectra(params | kernel, program)
 
 
