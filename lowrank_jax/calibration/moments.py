@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.moments import Moments
+
 CHUNK = 64  # images in one accumulation in float32; sums over chunks are in float64
 
 
@@ -34,42 +36,6 @@ class Geometry:
             reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
             padding = jax.lax.padtype_to_pads(inputs.shape[1:-1], reach, strides, padding)
         return cls(size, tuple(strides), tuple(map(tuple, padding)), dilation, groups)
-
-
-@dataclasses.dataclass
-class Moments:
-    """Sums over patches x (groups, p) and outputs y (groups, n / groups); p is taps times channels,
-    taps first.
-
-    Attributes:
-        count: number of patches.
-        x: (groups, p), y: (groups, n / groups), xx: (groups, p, p), xy: (groups, p, n / groups),
-            all float64.
-    """
-
-    count: int
-    x: np.ndarray
-    y: np.ndarray
-    xx: np.ndarray
-    xy: np.ndarray
-
-    def __add__(self, other: "Moments") -> "Moments":
-        fields = [f.name for f in dataclasses.fields(self)]
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in fields))
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """Centred second moment of the patches, (groups, p, p)."""
-        mean = self.x / self.count
-        return self.xx / self.count - mean[:, :, None] * mean[:, None, :]
-
-    @property
-    def cross(self) -> np.ndarray:
-        """Covariance of patches and outputs, (groups, p, n / groups)."""
-        return (
-            self.xy / self.count
-            - (self.x / self.count)[:, :, None] * (self.y / self.count)[:, None, :]
-        )
 
 
 def moments(
@@ -121,6 +87,7 @@ def _sums(
         y.sum(0),
         product("rgp,rgq->gpq", x, x),
         product("rgp,rgn->gpn", x, y),
+        (y * y).sum(0),
     )
 
 

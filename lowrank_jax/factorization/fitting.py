@@ -1,124 +1,260 @@
-"""The kernels of one layer fitted to what it sees: from moments in the stored layout to factors and
-back."""
+"""The factors of one layer fitted to what it sees, as far as its data bear it.
 
+The closed form of `whitening` is exact for the moments that it is given. With few images these say
+little of other images, and the fit would be worse than no fit, worst where there are about as many
+samples as dimensions. So a ridge pulls it towards the dense kernel, C + lambda I and R + lambda W:
+with lambda to infinity the answer is the plain truncated SVD. Factors that are fitted without one
+fold of the images are measured on it, which chooses lambda, or the plain factors.
+"""
+
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
+from jaxtyping import Float
 
-from lowrank_jax.calibration.moments import Moments
+from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.layout import from_pair, split_axes
+from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.separable import Separable
-from lowrank_jax.factorization.whitening import fit, solve, whitened
+from lowrank_jax.factorization.whitening import Pair, Target
 
-SHRINKAGE = 1e-4
+Array = np.ndarray
+SHRINKAGES = tuple(10.0**power for power in range(-4, 3))  # lambda by the mean variance of patches
+FEW = 5  # samples for each dimension; below, a fit gains much from more images
+PLAIN = math.inf  # the shrinkage of the plain factors
+UNIMPORTANT = 1e-6  # of the most important output; outputs below count as this
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Fit:
+    """The two kernels of a layer, and how far the data bore them.
+
+    Errors are mean squared errors of the outputs on images that were not fitted to, each output by
+    its importance, relative to the variance of the outputs.
+
+    Attributes:
+        first, second: kernels as `Separable.factor` lays them out, float64.
+        shrinkage: lambda by the mean variance of the patches; infinite for plain factors.
+        held_out: error of such factors, fitted without the images that they are measured on.
+        plain: error of the plain factors.
+        samples: patches for each dimension of a patch.
+    """
+
+    first: Array
+    second: Array
+    shrinkage: float
+    held_out: float
+    plain: float
+    samples: float
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no fit won on held-out images, so that the factors are the plain ones."""
+        return math.isinf(self.shrinkage)
 
 
 def fit_layer(
-    kernel: np.ndarray,
-    found: Moments,
+    kernel: Array,
+    folds: Sequence[Moments],
     scheme: Separable,
-    scale: np.ndarray | None = None,
+    scale: Float[Array, "n"] | None = None,
     sweeps: int = 1,
-) -> tuple[jax.Array, jax.Array]:
-    """The two kernels of a layer, fitted to the moments of its inputs and of the outputs that it is
-    to give.
+) -> Fit:
+    """The factors of a kernel that give the wanted outputs best, as far as held-out data tell.
 
     Args:
-        kernel: the dense kernel in Flax's layout, float64.
-        found: moments of the layer's patches.
-        scheme: of the layer, in the same layout.
+        kernel: the dense kernel, in the layout of the scheme.
+        folds: moments of disjoint sets of images, such as the even and the odd ones. With one fold
+            nothing can be held out, and the factors are the plain ones.
+        scheme: of the layer.
         scale: importance of each output channel; ones if None.
-        sweeps: alternating refinements.
-
-    Returns:
-        The first and the second kernel as `Separable.factor` lays them out.
+        sweeps: alternating refinements of the two factors.
     """
-    firsts, seconds = [], []
-    for own, covariance, cross, weights in layer_groups(kernel, found, scheme, scale):
-        covariance, cross = shrink(own, covariance, cross)
-        v, h = fit(
-            least_squares(covariance, cross), covariance, cross, scheme.rank, weights, sweeps
-        )
-        firsts.append(v)
-        seconds.append(h)
-    return _kernels(firsts, seconds, scheme, kernel.shape)
+    layer = _Layer(np.asarray(kernel, np.float64), scheme, scale)
+    plain = layer.plain()
+    trial = _Trial(layer, folds)
+    limit = trial.error([plain] * len(folds))
+    shrinkage, held_out = _choose(trial, sweeps) if len(folds) > 1 else (PLAIN, limit)
+    if held_out < limit:
+        targets = layer.targets(functools.reduce(Moments.__add__, folds))
+        kernels = layer.kernels(layer.fit(targets, shrinkage, sweeps))
+    else:
+        shrinkage, held_out, kernels = PLAIN, limit, layer.kernels(plain)
+    return Fit(
+        first=kernels[0],
+        second=kernels[1],
+        shrinkage=shrinkage,
+        held_out=held_out,
+        plain=limit,
+        samples=trial.samples,
+    )
 
 
 def whitened_spectrum(
-    kernel: np.ndarray, found: Moments, scheme: Separable, scale=None
-) -> np.ndarray:
-    """Singular values (groups, max_rank) of the whitened matrix of each group: the errors of the
-    outputs.
+    kernel: Array,
+    moments: Moments,
+    scheme: Separable,
+    scale: Float[Array, "n"] | None = None,
+) -> Float[Array, "g k"]:
+    """Singular values of the whitened matrix of each group: the errors of the outputs.
 
     Args:
-        kernel, found, scheme, scale: as in `fit_layer`; the rank is not used.
+        kernel, scheme, scale: as in `fit_layer`; the rank is not used.
+        moments: of all images.
     """
+    layer = _Layer(np.asarray(kernel, np.float64), scheme, scale)
     rows = []
-    for own, covariance, cross, weights in layer_groups(kernel, found, scheme, scale):
-        rows.append(whitened(own, shrink(own, covariance, cross)[0], weights)[1])
+    for own, target in zip(layer.own, layer.targets(moments), strict=True):
+        ridge = SHRINKAGES[0] * _mean_variance(target)
+        matrix, _ = whitening.whitened(own, *whitening.kronecker(target.blocks, ridge))
+        rows.append(scipy.linalg.svdvals(matrix, overwrite_a=True, check_finite=False))
     return np.stack(rows)
 
 
-def layer_groups(
-    kernel: np.ndarray, found: Moments, scheme: Separable, scale: np.ndarray | None
-) -> Iterator[tuple]:
-    """Kernel (a, b, c, n), covariance (a, b, c, a, b, c), cross (a, b, c, n) and weights (n,) of
-    each group."""
-    sizes = dict(zip(scheme.axes, kernel.shape, strict=True))
-    stored = [letter for letter in scheme.axes if letter != "O"]
-    one, two = split_axes(scheme.axes, scheme.first)
-    shape = (*(math.prod(sizes[x] for x in part) for part in (one, two)), sizes["I"])
-    size, width = math.prod(shape), sizes["O"] // scheme.groups
+def _choose(trial: "_Trial", sweeps: int) -> tuple[float, float]:
+    """The shrinkage of the least held-out error, and that error.
 
-    def arrange(flat: np.ndarray) -> np.ndarray:
-        """Brings a patch axis from the stored order (spatial, channels) to (a, b, c)."""
-        spread = flat.reshape(*(sizes[x] for x in stored), *flat.shape[1:])
-        moved = spread.transpose(
-            *(stored.index(x) for x in one + two + "I"), *range(len(stored), spread.ndim)
-        )
-        return moved.reshape(size, *flat.shape[1:])
+    The error falls and then rises along the path, so that the search stops where it rises. It
+    begins where a ridge would be best if the samples were independent.
+    """
 
-    covariances, crosses = found.covariance, found.cross
-    for g in range(scheme.groups):
-        part = slice(g * width, (g + 1) * width)
-        own = arrange(kernel.reshape(-1, sizes["O"])[:, part]).reshape(*shape, -1)
-        covariance = arrange(arrange(covariances[g]).T).reshape(*shape, *shape)
-        weights = None if scale is None else scale[part]
-        yield own, covariance, arrange(crosses[g]).reshape(*shape, -1), weights
+    @functools.cache
+    def error(index: int) -> float:
+        return trial.error(trial.fits(SHRINKAGES[index], sweeps))
+
+    last = len(SHRINKAGES) - 1
+    guess = -math.log10(max(trial.samples, 1e-9) * SHRINKAGES[0])
+    best = int(np.clip(round(guess), 0, last))
+    step = 1 if best < last and error(best + 1) <= error(best) else -1
+    while 0 <= best + step <= last and error(best + step) < error(best):
+        best += step
+    return SHRINKAGES[best], error(best)
 
 
-def shrink(
-    kernel: np.ndarray, covariance: np.ndarray, cross: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The moments with a little of the identity added, and of the dense kernel as its answer."""
-    size = int(np.prod(kernel.shape[:-1]))
-    flat = covariance.reshape(size, size).copy()
-    ridge = SHRINKAGE * np.trace(flat) / size
-    flat[np.diag_indices(size)] += ridge
-    wanted = cross.reshape(size, -1) + ridge * kernel.reshape(size, -1)
-    return flat.reshape(covariance.shape), wanted.reshape(kernel.shape)
+class _Trial:
+    """Fits to all folds but one, measured on that one.
+
+    Attributes:
+        samples: patches for each dimension of a patch.
+    """
+
+    def __init__(self, layer: "_Layer", folds: Sequence[Moments]) -> None:
+        self.layer, self.counts = layer, [fold.count for fold in folds]
+        self.samples = sum(self.counts) / layer.own[0][..., 0].size
+        self.targets = [layer.targets(fold) for fold in folds]
+        rests = [_without(folds, index) for index in range(len(folds))]
+        # The rest of two folds is the other one.
+        two = len(folds) == 2
+        self.rests = self.targets[::-1] if two else [layer.targets(rest) for rest in rests]
+        self.gaps = [layer.gaps(fold, rest) for fold, rest in zip(folds, rests, strict=True)]
+
+    def fits(self, shrinkage: float, sweeps: int) -> list[list[Pair]]:
+        """For each fold the factors of all groups that are fitted to the other folds."""
+        return [self.layer.fit(rest, shrinkage, sweeps) for rest in self.rests]
+
+    def error(self, pairs: list[list[Pair]]) -> float:
+        """Error of the factors for each fold on that fold, relative to its outputs' variance."""
+        error = variance = 0.0
+        for count, targets, gaps, own in zip(
+            self.counts, self.targets, self.gaps, pairs, strict=True
+        ):
+            for target, (dx, dy), (first, second) in zip(targets, gaps, own, strict=True):
+                # The means of the other folds are what the bias is set by.
+                gap = dy - np.einsum("xrn,xr->n", whitening.merged(first, second), dx)
+                error += count * (target.error(first, second) + float(gap @ gap))
+                variance += count * (target.variance + float(dy @ dy))
+        return max(error, 0.0) / variance if variance > 0 else 0.0
 
 
-def least_squares(covariance: np.ndarray, cross: np.ndarray) -> np.ndarray:
-    """The kernel of full rank that gives the wanted outputs best."""
-    size = int(np.prod(cross.shape[:-1]))
-    return solve(covariance.reshape(size, size), cross.reshape(size, -1)).reshape(cross.shape)
+def _without(folds: Sequence[Moments], index: int) -> Moments:
+    """The moments of the other folds; where there are none, of this one."""
+    kept = [fold for other, fold in enumerate(folds) if other != index]
+    return functools.reduce(Moments.__add__, kept or folds)
 
 
-def _kernels(
-    firsts: list, seconds: list, scheme: Separable, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    sizes = dict(zip(scheme.axes, shape, strict=True))
-    one, two = split_axes(scheme.axes, scheme.first)
-    first = np.concatenate([v[:, None] for v in firsts], -1)  # (a, 1, c, groups * K)
-    second = np.concatenate([h.transpose(1, 0, 2)[None] for h in seconds], -1)  # (1, b, K, n)
+class _Layer:
+    """One layer, with its kernel and its moments in the order of `whitening`, by groups.
 
-    def place(pair: np.ndarray, own: str) -> jax.Array:
-        return from_pair(
-            jnp.asarray(pair), scheme.axes, scheme.first, {letter: sizes[letter] for letter in own}
-        )
+    Outputs are multiplied by their importance, so that each counts by it in every step.
 
-    return place(first, one), place(second, two)
+    Attributes:
+        own: kernel (b, r, n) of each group.
+    """
+
+    def __init__(self, kernel: Array, scheme: Separable, scale: Float[Array, "n"] | None) -> None:
+        self.scheme, self.sizes = scheme, dict(zip(scheme.axes, kernel.shape, strict=True))
+        self.one, self.two = split_axes(scheme.axes, scheme.first)
+        self.order = self.two + self.one + "I"
+        self.taps = math.prod(self.sizes[letter] for letter in self.two)
+        self.weights = _importance(scale, self.sizes["O"]).reshape(scheme.groups, -1)
+        moved = kernel.transpose([scheme.axes.index(letter) for letter in self.order + "O"])
+        split = moved.reshape(self.taps, -1, *self.weights.shape)
+        self.unweighted = split.transpose(2, 0, 1, 3)
+        self.own = self.unweighted * self.weights[:, None, None]
+
+    def plain(self) -> list[Pair]:
+        """The factors of the truncated SVD of each group's kernel."""
+        pairs = [whitening.plain(own, self.scheme.rank) for own in self.unweighted]
+        return [(v, h * w) for (v, h), w in zip(pairs, self.weights, strict=True)]
+
+    def fit(self, targets: list[Target], shrinkage: float, sweeps: int) -> list[Pair]:
+        """The factors of each group with a ridge towards its kernel."""
+        pairs = []
+        for own, target in zip(self.own, targets, strict=True):
+            ridged = target.ridged(own, shrinkage * _mean_variance(target))
+            best = whitening.least_squares(ridged)
+            pairs.append(whitening.fit(best, ridged, self.scheme.rank, sweeps))
+        return pairs
+
+    def targets(self, moments: Moments) -> list[Target]:
+        """What each group is to be fitted to."""
+        found = []
+        covariances, crosses, variances = moments.covariance, moments.cross, moments.variance
+        for group, weights in enumerate(self.weights):
+            covariance = self._arranged(self._arranged(covariances[group]).T)
+            cross = self._arranged(crosses[group]) * weights
+            variance = float(np.sum(variances[group] * weights**2))
+            found.append(Target(covariance, cross, variance, self.taps))
+        return found
+
+    def gaps(self, fold: Moments, rest: Moments) -> list[tuple[Array, Array]]:
+        """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
+        dx, dy = fold.mean_x - rest.mean_x, (fold.mean_y - rest.mean_y) * self.weights
+        rows = [self._arranged(part[:, None]).reshape(self.taps, -1) for part in dx]
+        return list(zip(rows, dy, strict=True))
+
+    def _arranged(self, flat: Float[Array, "p m"]) -> Float[Array, "p m"]:
+        """Brings patches from the stored order to taps of the second, of the first, channels."""
+        stored = [letter for letter in self.scheme.axes if letter != "O"]
+        spread = flat.reshape(*(self.sizes[letter] for letter in stored), -1)
+        moved = spread.transpose(*(stored.index(letter) for letter in self.order), len(stored))
+        return moved.reshape(flat.shape)
+
+    def kernels(self, pairs: list) -> tuple[Array, Array]:
+        """The two kernels of the factors of all groups."""
+        pairs = [whitening.balance(v, h / w) for (v, h), w in zip(pairs, self.weights, strict=True)]
+        channels = self.sizes["I"]
+        first = np.concatenate([v.reshape(-1, 1, channels, v.shape[-1]) for v, _ in pairs], -1)
+        second = np.concatenate([h[None] for _, h in pairs], -1)
+        return self._placed(first, self.one), self._placed(second, self.two)
+
+    def _placed(self, factor: Float[Array, "a b c n"], own: str) -> Array:
+        sizes = {letter: self.sizes[letter] for letter in own}
+        return from_pair(factor, self.scheme.axes, self.scheme.first, sizes)
+
+
+def _mean_variance(target: Target) -> float:
+    """Of the entries of the patches; one where the patches do not vary."""
+    mean = float(np.trace(target.covariance)) / len(target.covariance)
+    return mean if mean > whitening.TINY else 1.0
+
+
+def _importance(scale: Float[Array, "n"] | None, width: int) -> Float[Array, "n"]:
+    if scale is None or not np.max(scale) > 0:
+        return np.ones(width)
+    scale = np.asarray(scale, np.float64)
+    return np.maximum(scale, UNIMPORTANT * scale.max())

@@ -1,222 +1,286 @@
-"""Data-aware factors: the smallest error of the outputs instead of the smallest error of the
-kernel.
+"""Factors with the least error of the outputs, for given moments of the patches.
 
-A kernel W (a, b, c, n) has taps a of the first and b of the second convolution. With C the
-covariance of the patches it sees, (a, b, c) squared, and R their covariance with the wanted
-outputs, factors V (a, c, K) and H (K, b, n) are to minimise tr(W~^T C W~) - 2 tr(R^T W~), W~[y, x]
-= V[y] H[x]. If C is a Kronecker product of A (a, c) squared and B (b) squared, the optimum is the
-truncated SVD of A^1/2 M (B^1/2 x I) with M the kernel's matrix; otherwise that is the start, and
-least squares for H, then V, go on from there. NumPy in float64.
+A kernel W (b, r, n) has b taps of the second convolution; its r rows are the taps of the first one
+times the channels. With C (b * r, b * r) the covariance of the patches that it sees, and R (b * r,
+n) their covariance with the wanted outputs, factors V (r, K) and H (b, K, n) are to minimise
+tr(W~^T C W~) - 2 tr(R^T W~) with W~[x] = V H[x]. If C is a Kronecker product of B (b, b) and A (r,
+r), the optimum is the truncated SVD of the kernel's matrix times roots of A and B. Otherwise that
+is the start, and least squares for H, then V, then H go on from there. NumPy in float64.
 """
 
+import dataclasses
+
 import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+from lowrank_jax.factorization.truncated import truncated
 
 Array = np.ndarray
-FLOOR = 1e-6  # of the largest eigenvalue: directions that the data hardly have are not amplified beyond this
+Pair = tuple[Float[Array, "r K"], Float[Array, "b K n"]]
+
+TINY = np.finfo(np.float64).tiny
+JITTER = 1e-10  # of the mean eigenvalue: rounding leaves covariances this far from definite
+NOTHING = 1e-12  # of the largest eigenvalue: directions in which the data say nothing
+STEPS, CLOSE = 30, 1e-3  # of conjugate gradients: at most so many, to so small a residual
 
 
-def kronecker(covariance: Array) -> tuple[Array, Array]:
-    """The mean covariance of the vertical strips and the correlation of the horizontal offsets.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """What factors are fitted to.
+
+    Attributes:
+        covariance: C, of the patches.
+        cross: R, of the patches with the wanted outputs; ``C @ W`` asks for those of a kernel W.
+        variance: of the wanted outputs, summed over them; it counts in the error alone.
+        taps: b, of the second convolution.
+    """
+
+    covariance: Float[Array, "p p"]
+    cross: Float[Array, "p n"]
+    variance: float
+    taps: int
+
+    @property
+    def blocks(self) -> Float[Array, "b r b r"]:
+        """The covariance between the rows of every two taps."""
+        rows = len(self.covariance) // self.taps
+        return self.covariance.reshape(self.taps, rows, self.taps, rows)
+
+    @property
+    def wanted(self) -> Float[Array, "b r n"]:
+        """The covariance with the wanted outputs of every tap."""
+        return self.cross.reshape(self.taps, -1, self.cross.shape[-1])
+
+    def ridged(self, kernel: Float[Array, "b r n"], ridge: float) -> "Target":
+        """With a multiple of the identity in the covariance, whose answer is a given kernel."""
+        covariance = self.covariance.copy()
+        covariance[np.diag_indices(len(covariance))] += ridge
+        cross = self.cross + ridge * kernel.reshape(self.cross.shape)
+        return dataclasses.replace(self, covariance=covariance, cross=cross)
+
+    def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
+        """Mean squared error of the outputs of two factors, summed over the outputs."""
+        flat = _stacked(second)
+        normal, right = _reduced(self, first)
+        return self.variance + float(np.sum(flat * (normal @ flat)) - 2 * np.sum(flat * right))
+
+
+def fit(kernel: Float[Array, "b r n"], target: Target, rank: int, sweeps: int = 1) -> Pair:
+    """Factors of a rank that give the wanted outputs best.
 
     Args:
-        covariance: (a, b, c, a, b, c).
-
-    Returns:
-        A, (a * c, a * c), and B, (b, b) of trace b, whose product stands in for the covariance.
-    """
-    a, b, c = covariance.shape[:3]
-    strips = np.einsum("yxcYxC->ycYC", covariance).reshape(a * c, a * c) / b
-    offsets = np.einsum("yxcyXc->xX", covariance)
-    return strips, offsets * (b / max(np.trace(offsets), np.finfo(float).tiny))
-
-
-def roots(matrix: Array) -> tuple[Array, Array]:
-    """The symmetric square root of a covariance and its inverse, small eigenvalues raised to a
-    floor."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    top = values[-1] if values[-1] > 0 else 1.0
-    root = np.sqrt(np.maximum(values, FLOOR * top))
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def whitened(
-    kernel: Array, covariance: Array | None, weights: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """One SVD from which the factors of every rank are slices.
-
-    Args:
-        kernel: (a, b, c, n).
-        covariance: (a, b, c, a, b, c); None for the plain SVD.
-        weights: importance of each output channel, (n,); ones if None.
-
-    Returns:
-        Left (a * c, r), singular values (r,) and right (r, b * n): the kernel's matrix at rank K is
-        left[:, :K] * values[:K] @ right[:K].
-    """
-    a, b, c, n = kernel.shape
-    matrix = kernel.transpose(0, 2, 1, 3).reshape(a * c, b * n)
-    columns = np.tile(
-        np.ones(n) if weights is None else np.maximum(weights, FLOOR * weights.max()), b
-    )
-    if covariance is None:
-        u, s, v = np.linalg.svd(matrix * columns, full_matrices=False)
-        return u, s, v / columns
-    strips, offsets = kronecker(covariance)
-    (root_a, inverse_a), (root_b, inverse_b) = roots(strips), roots(offsets)
-    u, s, v = np.linalg.svd(root_a @ _offsets(matrix, root_b, b) * columns, full_matrices=False)
-    return inverse_a @ u, s, _offsets(v / columns, inverse_b, b)
-
-
-def _offsets(matrix: Array, factor: Array, b: int) -> Array:
-    """matrix @ (factor x I), for columns (b, n)."""
-    return np.einsum("rxn,xX->rXn", matrix.reshape(len(matrix), b, -1), factor).reshape(
-        matrix.shape
-    )
-
-
-def refit_second(first: Array, covariance: Array, cross: Array) -> Array:
-    """The best horizontal factor for a vertical one: least squares against the whole covariance.
-
-    Args:
-        first: V (a, c, K).
-        covariance: (a, b, c, a, b, c).
-        cross: R (a, b, c, n).
-
-    Returns:
-        H (K, b, n).
-    """
-    b = covariance.shape[1]
-    rank, n = first.shape[-1], cross.shape[-1]
-    half = np.einsum("yck,yxcYXC->kxYXC", first, covariance, optimize=True)
-    normal = np.einsum("kxYXC,YCl->kxlX", half, first, optimize=True)
-    normal = normal.reshape(rank * b, rank * b)
-    right = np.einsum("yck,yxcn->kxn", first, cross, optimize=True).reshape(rank * b, n)
-    return solve(normal, right).reshape(rank, b, n)
-
-
-def solve(normal: Array, right: Array) -> Array:
-    """Solves normal equations; directions of tiny eigenvalues, in which the data say nothing, get
-    zero."""
-    values, vectors = np.linalg.eigh((normal + normal.T) / 2)
-    keep = values > 1e-12 * max(values[-1], np.finfo(float).tiny)
-    return vectors[:, keep] @ ((vectors[:, keep].T @ right) / values[keep, None])
-
-
-def refit_first(
-    first: Array, second: Array, covariance: Array, cross: Array, steps: int = 30
-) -> Array:
-    """The best vertical factor for a horizontal one, by conjugate gradients from the one given.
-
-    Preconditioned by the Kronecker stand-in of the covariance, for which one step would be exact.
-    """
-    a, b, c = covariance.shape[:3]
-    flat = covariance.reshape(a * b * c, a * b * c)
-
-    def normal(v: Array) -> Array:
-        dense = merged(v, second).reshape(a * b * c, -1)
-        return np.einsum(
-            "yxcn,kxn->yck", (flat @ dense).reshape(a, b, c, -1), second, optimize=True
-        )
-
-    strips, offsets = kronecker(covariance)
-    inverse_a = roots(strips)[1]
-    inverse_s = roots(np.einsum("kxn,xX,lXn->kl", second, offsets, second, optimize=True))[1]
-
-    def precondition(r: Array) -> Array:
-        return (inverse_a @ (inverse_a @ r.reshape(a * c, -1)) @ inverse_s @ inverse_s).reshape(
-            r.shape
-        )
-
-    v = first
-    r = np.einsum("yxcn,kxn->yck", cross, second, optimize=True) - normal(v)
-    z = precondition(r)
-    p, rz = z, float(np.sum(r * z))
-    start = rz
-    for _ in range(steps):
-        if rz <= 1e-12 * start or rz <= 0:
-            break
-        q = normal(p)
-        step = rz / float(np.sum(p * q))
-        v, r = v + step * p, r - step * q
-        z = precondition(r)
-        p, rz = z + (float(np.sum(r * z)) / rz) * p, float(np.sum(r * z))
-    return v
-
-
-def fit(
-    kernel: Array,
-    covariance: Array,
-    cross: Array,
-    rank: int,
-    weights: Array | None = None,
-    sweeps: int = 1,
-) -> tuple[Array, Array]:
-    """The two factors of a rank for given moments.
-
-    Args:
-        kernel: (a, b, c, n) whose whitened SVD is the start; the least-squares optimum of full rank
-            is best.
-        covariance: (a, b, c, a, b, c).
-        cross: (a, b, c, n); ``covariance @ kernel`` asks for the outputs of the kernel itself.
+        kernel: whose whitened SVD is the start; the one of full rank that gives the wanted outputs
+            best is the best start.
+        target: with a definite covariance.
         rank: K.
-        weights: as in `whitened`.
-        sweeps: alternating refinements after the first refit of the horizontal factor.
+        sweeps: alternating refinements, after the first of the second factor.
 
     Returns:
-        V (a, c, K) and H (K, b, n), balanced to equal norm; never worse, with weights, than the
-        plain SVD's slices.
+        V, of orthonormal columns, and H.
     """
-    a, b, c, n = kernel.shape
-    important = np.ones(n) if weights is None else weights
-
-    def error(first: Array, second: Array) -> float:
-        return output_error(merged(first, second) * important, covariance, cross * important)
-
-    plain, values, right = whitened(kernel, None, weights)
-    limit = error(
-        (plain[:, :rank] * values[:rank]).reshape(a, c, -1), right[:rank].reshape(-1, b, n)
-    )
-    for left in (whitened(kernel, covariance, weights)[0], plain):
-        factors = _refined(left[:, :rank].reshape(a, c, rank), covariance, cross, sweeps)
-        if error(*factors) <= limit:
-            break
-    return balance(*factors)
-
-
-def _refined(first: Array, covariance: Array, cross: Array, sweeps: int) -> tuple[Array, Array]:
-    """Least squares for the second factor of a start, then for both in turn; each makes the error
-    smaller."""
-    first = orthonormal(first)
-    second = refit_second(first, covariance, cross)
+    strips, offsets = kronecker(target.blocks)
+    first = _orthonormal(whitened_left(kernel, strips, offsets, rank))
+    second = refit_second(first, target)
     for _ in range(sweeps):
-        first = orthonormal(refit_first(first, second, covariance, cross))
-        second = refit_second(first, covariance, cross)
+        first = _orthonormal(refit_first(first, second, target, strips, offsets))
+        second = refit_second(first, target)
     return first, second
 
 
-def orthonormal(first: Array) -> Array:
-    """A vertical factor (a, c, K) with the same span, whose K columns are orthonormal."""
-    return np.linalg.qr(first.reshape(-1, first.shape[-1]))[0].reshape(first.shape)
+def plain(kernel: Float[Array, "b r n"], rank: int) -> Pair:
+    """The factors of the truncated SVD of the kernel's matrix."""
+    taps, _, width = kernel.shape
+    left, right = truncated(matrix_of(kernel), rank)
+    return left, right.reshape(rank, taps, width).transpose(1, 0, 2)
 
 
-def balance(first: Array, second: Array) -> tuple[Array, Array]:
+def least_squares(target: Target) -> Float[Array, "b r n"]:
+    """The kernel of full rank that gives the wanted outputs best."""
+    return solve(target.covariance, target.cross).reshape(target.wanted.shape)
+
+
+def kronecker(
+    blocks: Float[Array, "b r b r"], ridge: float = 0.0
+) -> tuple[Float[Array, "r r"], Float[Array, "b b"]]:
+    """Two covariances whose Kronecker product stands in for that of the patches.
+
+    Args:
+        blocks: the covariance of the patches.
+        ridge: is added to its diagonal first.
+
+    Returns:
+        A, the mean covariance of the strips that the first convolution sees, and B, the correlation
+        of the taps of the second, with a trace of b.
+    """
+    taps, rows = blocks.shape[:2]
+    strips = np.einsum("xrxs->rs", blocks) / taps + ridge * np.eye(rows)
+    offsets = np.einsum("xrXr->xX", blocks) + ridge * rows * np.eye(taps)
+    return strips, offsets * (taps / max(np.trace(offsets), TINY))
+
+
+def whitened(
+    kernel: Float[Array, "b r n"], strips: Float[Array, "r r"], offsets: Float[Array, "b b"]
+) -> tuple[Float[Array, "r bn"], Float[Array, "r r"]]:
+    """The matrix whose truncated SVD is the optimum for a Kronecker covariance.
+
+    Returns:
+        L^T M (L_B x I), and L, with L L^T = A and L_B L_B^T = B.
+    """
+    root, across = cholesky(strips), cholesky(offsets)
+    turned = np.tensordot(across, root.T @ kernel, axes=(0, 0))
+    return matrix_of(turned), root
+
+
+def whitened_left(
+    kernel: Float[Array, "b r n"],
+    strips: Float[Array, "r r"],
+    offsets: Float[Array, "b b"],
+    rank: int,
+) -> Float[Array, "r K"]:
+    """A first factor of the span that is best for a Kronecker covariance."""
+    matrix, root = whitened(kernel, strips, offsets)
+    left = truncated(matrix, rank)[0]
+    return scipy.linalg.solve_triangular(root, left, lower=True, trans="T", check_finite=False)
+
+
+def matrix_of(kernel: Float[Array, "b r n"]) -> Float[Array, "r bn"]:
+    """The kernel's matrix: a row for each row, a column for each tap and output."""
+    return kernel.transpose(1, 0, 2).reshape(kernel.shape[1], -1)
+
+
+def refit_second(first: Float[Array, "r K"], target: Target) -> Float[Array, "b K n"]:
+    """The best second factor for a first one, by least squares."""
+    normal, right = _reduced(target, first)
+    return solve(normal, right).reshape(target.taps, first.shape[1], -1)
+
+
+def _reduced(
+    target: Target, first: Float[Array, "r K"]
+) -> tuple[Float[Array, "bK bK"], Float[Array, "bK n"]]:
+    """Covariance of what a first factor gives to the second, and that with the wanted outputs."""
+    taps, rank = target.taps, first.shape[1]
+    half = (target.covariance.reshape(-1, len(first)) @ first).reshape(taps, len(first), -1)
+    normal = (first.T @ half).reshape(taps * rank, taps * rank)
+    return normal, (first.T @ target.wanted).reshape(taps * rank, -1)
+
+
+def refit_first(
+    first: Float[Array, "r K"],
+    second: Float[Array, "b K n"],
+    target: Target,
+    strips: Float[Array, "r r"],
+    offsets: Float[Array, "b b"],
+    steps: int = STEPS,
+) -> Float[Array, "r K"]:
+    """The best first factor for a second one, by conjugate gradients from the one given.
+
+    They are preconditioned by the Kronecker stand-in of the covariance, for which one step would be
+    exact.
+    """
+    (taps, rank, _), rows = second.shape, len(first)
+    flat = _stacked(second)
+    products = (flat @ flat.T).reshape(taps, rank, taps * rank)  # of the second factor's rows
+    strip_rows = target.covariance.reshape(taps, rows, -1)
+    mixed = np.einsum("xkXl,xX->kl", products.reshape(taps, rank, taps, rank), offsets)
+    inverse_a, inverse_s = Inverse(strips), Inverse(mixed)
+
+    def normal(v: Array) -> Array:
+        spread = (v @ products).reshape(taps * rows, taps, rank)
+        return sum(strip_rows[x] @ spread[:, x] for x in range(taps))
+
+    def precondition(residual: Array) -> Array:
+        return inverse_s(inverse_a(residual).T).T
+
+    right = np.einsum("xrn,xkn->rk", target.wanted, second, optimize=True)
+    return _conjugate_gradients(normal, precondition, right, first, steps)
+
+
+def _conjugate_gradients(normal, precondition, right: Array, v: Array, steps: int) -> Array:
+    """Goes from v towards the solution of normal(v) = right."""
+    residual = right - normal(v)
+    z = precondition(residual)
+    direction, slope = z, float(np.sum(residual * z))
+    limit = CLOSE**2 * slope
+    for _ in range(steps):
+        image = normal(direction)
+        curvature = float(np.sum(direction * image))
+        if slope <= limit or curvature <= 0:
+            break
+        v = v + (slope / curvature) * direction
+        residual = residual - (slope / curvature) * image
+        z = precondition(residual)
+        before, slope = slope, float(np.sum(residual * z))
+        direction = z + (slope / before) * direction
+    return v
+
+
+def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """L, lower triangular, with L L^T a covariance; what rounding made indefinite is raised."""
+    size = len(matrix)
+    jitter = JITTER * np.trace(matrix) / size
+    lifted = matrix + (jitter if jitter > 0 else 1.0) * np.eye(size)
+    try:
+        return scipy.linalg.cholesky(lifted, lower=True, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        floor = max(JITTER * values[-1], TINY)
+        return np.linalg.qr((vectors * np.sqrt(np.maximum(values, floor))).T)[1].T
+
+
+class Inverse:
+    """Divides by a covariance."""
+
+    def __init__(self, matrix: Float[Array, "n n"]) -> None:
+        self.root = cholesky(matrix)
+
+    def __call__(self, right: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        return scipy.linalg.cho_solve((self.root, True), right, check_finite=False)
+
+
+def solve(normal: Float[Array, "n n"], right: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Solves normal equations.
+
+    By a Cholesky factor; where the matrix is singular, or close to it, by its eigenvectors, and
+    directions in which the data say nothing get zero.
+    """
+    try:
+        root = scipy.linalg.cholesky(normal, lower=True, check_finite=False)
+        pivots = np.diag(root)
+        if pivots.min() ** 2 > NOTHING * pivots.max() ** 2:
+            return scipy.linalg.cho_solve((root, True), right, check_finite=False)
+    except np.linalg.LinAlgError:
+        pass
+    return _solve_by_eigenvectors(normal, right)
+
+
+def _solve_by_eigenvectors(
+    normal: Float[Array, "n n"], right: Float[Array, "n m"]
+) -> Float[Array, "n m"]:
+    values, vectors = np.linalg.eigh((normal + normal.T) / 2)
+    keep = values > NOTHING * max(values[-1], TINY)
+    return vectors[:, keep] @ ((vectors[:, keep].T @ right) / values[keep, None])
+
+
+def balance(first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> Pair:
     """The same product as U S^1/2 and S^1/2 Q^T of its SVD, so that fine-tuning starts balanced."""
-    (a, c, rank), (_, b, n) = first.shape, second.shape
-    q, upper = np.linalg.qr(first.reshape(a * c, rank))
-    u, s, v = np.linalg.svd(upper @ second.reshape(rank, b * n), full_matrices=False)
+    taps, rank, width = second.shape
+    q, upper = np.linalg.qr(first)
+    u, s, v = np.linalg.svd(upper @ matrix_of(second), full_matrices=False)
     root = np.sqrt(s)
-    left, right = (q @ u) * root, root[:, None] * v
-    return left.reshape(a, c, rank), right.reshape(rank, b, n)
+    right = (root[:, None] * v).reshape(rank, taps, width)
+    return (q @ u) * root, right.transpose(1, 0, 2)
 
 
-def merged(first: Array, second: Array) -> Array:
-    """The kernel (a, b, c, n) of two factors."""
-    return np.einsum("yck,kxn->yxcn", first, second, optimize=True)
+def merged(first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> Float[Array, "b r n"]:
+    """The kernel of two factors."""
+    return first @ second
 
 
-def output_error(kernel: Array, covariance: Array, cross: Array) -> float:
-    """tr(W^T C W) - 2 tr(R^T W): the mean squared error of the outputs, less what no kernel
-    changes."""
-    flat, wanted = kernel.reshape(-1, kernel.shape[-1]), cross.reshape(-1, cross.shape[-1])
-    size = len(flat)
-    return float(np.sum(flat * (covariance.reshape(size, size) @ flat)) - 2 * np.sum(wanted * flat))
+def _orthonormal(first: Float[Array, "r K"]) -> Float[Array, "r K"]:
+    """A first factor of the same span with orthonormal columns."""
+    return np.linalg.qr(first)[0]
+
+
+def _stacked(second: Float[Array, "b K n"]) -> Float[Array, "bK n"]:
+    return second.reshape(-1, second.shape[-1])

@@ -1,0 +1,222 @@
+"""Fitted factors are never worse than plain ones on images that they were not fitted to."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lowrank_jax.factorization.fitting import FEW, SHRINKAGES, fit_layer, whitened_spectrum
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.separable import Separable, max_rank, merge
+
+few = settings(max_examples=20, deadline=None)
+seeds = st.integers(0, 2**31)
+LAYOUTS = {
+    "HWIO": (3, 3, 4, 6),
+    "OIHW": (6, 4, 3, 3),
+    "WIO": (3, 4, 6),
+    "DHWIO": (2, 3, 2, 2, 4),
+    "IWHO": (4, 3, 3, 6),
+}
+
+
+class Layer:
+    """Images of correlated patches of inputs that have drifted, and the outputs of a kernel."""
+
+    def __init__(self, seed, shape=(3, 3, 2, 6), axes="HWIO", groups=1, drift=0.3):
+        self.rng, self.axes, self.groups, self.drift = (
+            np.random.default_rng(seed),
+            axes,
+            groups,
+            drift,
+        )
+        self.kernel = self.rng.standard_normal(shape)
+        self.size = self.kernel.size // shape[axes.index("O")]
+        mix = self.rng.standard_normal((groups, self.size, self.size)) / math.sqrt(self.size)
+        self.mix = mix * self.rng.uniform(0.05, 2, self.size)
+        self.lost = self.rng.standard_normal((groups, self.size, self.size)) / math.sqrt(self.size)
+
+    def flat(self, kernel):
+        """(g, p, m)"""
+        moved = np.moveaxis(kernel, self.axes.index("O"), -1)
+        return moved.reshape(self.size, self.groups, -1).transpose(1, 0, 2)
+
+    def images(self, count, positions=16):
+        shared = self.rng.standard_normal((count, 1, self.groups, self.size))
+        own = self.rng.standard_normal((count, positions, self.groups, self.size))
+        patches = np.einsum("nigq,gpq->nigp", shared + own, self.mix, optimize=True)
+        outputs = np.einsum("nigp,gpm->nigm", patches, self.flat(self.kernel))
+        noise = self.rng.standard_normal(patches.shape) * patches.std()
+        turned = np.einsum("nigq,gpq->nigp", patches, self.lost, optimize=True)
+        drifted = patches + self.drift * (0.3 * noise + turned)
+        return drifted.reshape(-1, *patches.shape[2:]), outputs.reshape(-1, *outputs.shape[2:])
+
+    def moments(self, count, **options):
+        x, y = self.images(count, **options)
+        xx, xy = (
+            np.einsum("igp,igq->gpq", x, x, optimize=True),
+            np.einsum("igp,igm->gpm", x, y, optimize=True),
+        )
+        return Moments(len(x), x.sum(0), y.sum(0), xx, xy, (y**2).sum(0))
+
+    def error(self, first, second):
+        """Of the outputs of fresh images, relative to their variance."""
+        fresh = self.moments(200)
+        flat = self.flat(np.asarray(merge(first, second, self.axes), np.float64))
+        gained = np.einsum("gpm,gpq,gqm->gm", flat, fresh.covariance, flat, optimize=True)
+        error = (
+            fresh.variance + gained - 2 * np.einsum("gpm,gpm->gm", flat, fresh.cross, optimize=True)
+        )
+        return error.sum() / fresh.variance.sum()
+
+
+def factors(layer, scheme):
+    return scheme.factor(jnp.asarray(layer.kernel, jnp.float32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sampled_from([1, 2, 3, 4, 6, 8, 16, 64]), st.integers(1, 6), st.floats(0, 0.5))
+@example(seed=0, count=4, rank=3, drift=0.3)  # about as many samples as dimensions
+def test_with_any_number_of_images_the_fit_is_not_worse_than_plain(seed, count, rank, drift):
+    layer, scheme = Layer(seed, drift=drift), Separable(rank)
+    images = [count - count // 2, count // 2]
+    fit = fit_layer(layer.kernel, [layer.moments(n) for n in images if n], scheme)
+    plain = layer.error(*factors(layer, scheme))
+    assert layer.error(fit.first, fit.second) <= 1.15 * plain + 1e-3
+    assert fit.held_out <= fit.plain
+
+
+@few
+@given(seeds, st.integers(2, 6))
+def test_with_many_images_the_fit_wins_and_the_held_out_error_tells_it(seed, rank):
+    layer = Layer(seed)
+    fit = fit_layer(layer.kernel, [layer.moments(100), layer.moments(100)], Separable(rank))
+    fresh = layer.error(fit.first, fit.second)
+    assert not fit.is_plain and fit.samples > FEW
+    assert fresh < layer.error(*factors(layer, Separable(rank)))
+    np.testing.assert_allclose(fit.held_out, fresh, rtol=0.2)
+
+
+def test_a_fit_to_few_images_shrinks_more():
+    layer = Layer(0)
+    few, many = (
+        fit_layer(layer.kernel, [layer.moments(n), layer.moments(n)], Separable(3)).shrinkage
+        for n in (1, 256)
+    )
+    assert few > many
+
+
+def test_one_fold_leaves_the_plain_factors():
+    layer = Layer(1)
+    fit = fit_layer(layer.kernel, [layer.moments(1)], Separable(3))
+    assert fit.is_plain and fit.held_out == fit.plain and fit.samples == 16 / 18
+    expected = merge(*factors(layer, Separable(3)))
+    np.testing.assert_allclose(merge(fit.first, fit.second), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", LAYOUTS)
+@pytest.mark.parametrize("first", ["vertical", "horizontal"])
+def test_in_every_layout_and_order_full_rank_is_the_kernel(axes, first):
+    shape = LAYOUTS[axes]
+    for groups in (1, 2):
+        layer = Layer(0, shape, axes, groups, drift=0)
+        scheme = Separable(max_rank(shape, groups, axes, first), groups, axes, first)
+        fit = fit_layer(layer.kernel, [layer.moments(8), layer.moments(8)], scheme)
+        assert (fit.first.shape, fit.second.shape) == scheme.shapes(shape)
+        assert fit.first.dtype == fit.second.dtype == np.float64
+        np.testing.assert_allclose(merge(fit.first, fit.second, axes), layer.kernel, atol=1e-3)
+
+
+def test_three_folds_are_each_held_out():
+    layer = Layer(2)
+    folds = [layer.moments(20) for _ in range(3)]
+    fit = fit_layer(layer.kernel, folds, Separable(3))
+    np.testing.assert_allclose(fit.held_out, layer.error(fit.first, fit.second), rtol=0.3)
+
+
+def test_important_outputs_are_kept_better():
+    layer = Layer(3, drift=0)
+    folds, scale = [layer.moments(50), layer.moments(50)], np.array([10.0, 1, 1, 1, 1, 1])
+    gaps = []
+    for given_scale in (scale, None):
+        fit = fit_layer(layer.kernel, folds, Separable(3), given_scale)
+        gaps.append(np.square(merge(fit.first, fit.second) - layer.kernel)[..., 0].sum())
+    assert gaps[0] < gaps[1]
+
+
+def test_outputs_of_no_importance_leave_finite_factors():
+    layer = Layer(4)
+    folds = [layer.moments(8), layer.moments(8)]
+    for scale in (np.zeros(6), np.array([0.0, 1, 0, 0, 0, 0])):
+        fit = fit_layer(layer.kernel, folds, Separable(3), scale)
+        assert np.isfinite(fit.first).all() and np.isfinite(fit.second).all()
+
+
+def silent(moments):
+    return Moments(moments.count, *(0 * part for part in parts(moments)))
+
+
+def parts(moments):
+    return moments.x, moments.y, moments.xx, moments.xy, moments.yy
+
+
+def without_channel(moments, channel=1, channels=2):
+    """One input channel is always zero."""
+    mask = np.ones(moments.x.shape[-1])
+    mask[channel::channels] = 0
+    x, y, xx, xy, yy = parts(moments)
+    return Moments(moments.count, x * mask, y, xx * mask[:, None] * mask, xy * mask[:, None], yy)
+
+
+def in_float32(moments):
+    return Moments(
+        moments.count, *(part.astype(np.float32).astype(np.float64) for part in parts(moments))
+    )
+
+
+@pytest.mark.parametrize("change", [silent, without_channel, in_float32])
+@pytest.mark.parametrize("images", [1, 40])
+def test_degenerate_patches_leave_factors_that_are_not_worse_than_plain(change, images):
+    layer = Layer(5)
+    folds = [change(layer.moments(images)) for _ in range(2)]
+    fit = fit_layer(layer.kernel, folds, Separable(3))
+    assert np.isfinite(fit.first).all() and np.isfinite(fit.second).all()
+    assert 0 <= fit.held_out <= fit.plain
+
+
+def test_one_patch_a_fold_leaves_finite_factors():
+    layer = Layer(6)
+    folds = [layer.moments(1, positions=1) for _ in range(2)]
+    fit = fit_layer(layer.kernel, folds, Separable(3))
+    assert np.isfinite(fit.first).all() and fit.held_out <= fit.plain
+
+
+def test_a_kernel_of_zeros_leaves_finite_factors():
+    layer = Layer(7)
+    layer.kernel[:] = 0
+    fit = fit_layer(layer.kernel, [layer.moments(4), layer.moments(4)], Separable(3))
+    np.testing.assert_allclose(merge(fit.first, fit.second), 0, atol=1e-12)
+
+
+@few
+@given(seeds, st.sampled_from(["vertical", "horizontal"]), st.sampled_from([1, 2]))
+def test_the_whitened_spectrum_is_the_error_of_the_outputs_of_kronecker_patches(
+    seed, first, groups
+):
+    layer = Layer(seed, (3, 1, 4, 6), groups=groups, drift=0)  # one column of taps: Kronecker
+    moments = layer.moments(100)
+    for rank in (1, 2):
+        scheme = Separable(rank, groups, first=first)
+        values = whitened_spectrum(layer.kernel, moments, scheme)
+        fit = fit_layer(layer.kernel, [moments, moments], scheme)
+        left_out = np.sum(values[:, rank:] ** 2) / moments.total_variance.sum()
+        if first == "vertical":
+            np.testing.assert_allclose(fit.held_out, left_out, rtol=0.05, atol=1e-3)
+        assert values.shape == (groups, max_rank(layer.kernel.shape, groups, first=first))
+
+
+def test_the_path_of_shrinkages_ascends():
+    assert list(SHRINKAGES) == sorted(SHRINKAGES)
