@@ -4,6 +4,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.factorization.separable import Separable, max_rank, merge, spectrum
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -11,7 +12,7 @@ from lowrank_jax.modules.linen import SeparableConv
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.program.apply import lowrank
+from lowrank_jax.program.transform import lowrank
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.tracing import trace
 from lowrank_jax.tree.decomposing import decompose, reconstruct
@@ -26,12 +27,14 @@ __version__ = version("lowrank-jax")
 
 __all__ = [
     "Budget",
+    "Calibration",
     "KernelUse",
     "Plan",
     "Separable",
     "SeparableConv",
     "Timer",
     "Trace",
+    "calibrate",
     "compress",
     "data",
     "decompose",

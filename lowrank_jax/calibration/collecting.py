@@ -1,207 +1,224 @@
-"""One pass of a Linen model over unlabelled data: what every convolution sees, statistics of batch
-normalisation."""
+"""`calibrate`: one pass over unlabelled data, in one compiled program for each shape of a batch."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
 
-from lowrank_jax.calibration.moments import Moments
-from lowrank_jax.calibration.observe import (
-    Averages,
-    Gather,
-    Layer,
-    Norm,
-    Observer,
-    Scales,
-    split_input,
-)
-from lowrank_jax.program.factored import run_factored
+from lowrank_jax.calibration.importance import channel_importance
+from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.calibration.patches import POSITIONS, patch_sums
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.interpreter import Found, Notes, Rule, bind, interpret
+from lowrank_jax.program.kernel import Kernel, dense
+from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.program.reading import Reading
+
+FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
+Slice = tuple[int, ...]  # index of a kernel in its stack; () where there is no stack
+LayerMoments = dict[Slice, tuple[Moments, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Which kernel of which parameter some sums are of.
+
+    Attributes:
+        path: of the parameter.
+        gone: axes and indices of the stack that the program has taken apart; see `Source`.
+        stack: axes of the stack that run at once.
+    """
+
+    path: str
+    gone: tuple[tuple[int, int | None], ...]
+    stack: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measure(Rule):
+    """Adds up the moments of the convolutions that read some kernels."""
+
+    paths: Collection[str] | None
+    positions: int = POSITIONS
+
+    def apply(self, eqn: Any, values: list) -> Found | None:
+        if eqn.primitive.name != "conv_general_dilated":
+            return None
+        reading = Reading.of(eqn, [v.source if isinstance(v, Kernel) else None for v in values])
+        if reading.reason or reading.source is None or isinstance(values[0], Kernel):
+            return None
+        source = reading.source
+        if self.paths is not None and source.path not in self.paths:
+            return None
+        outputs = bind(eqn, [values[0], dense(values[1])])
+        key = Key(source.path, source.gone, reading.layout.stack)
+        return outputs, {key: patch_sums(reading, values[0], outputs[0], self.positions)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a network does with unlabelled data: all that plans and fits need to know.
+
+    Attributes:
+        network: the function and its variables.
+        inputs: the batches.
+        trace: of one image.
+        moments: layer path to the moments of each kernel of its stack, in `FOLDS` sets of images.
+        importance: layer path to how much each output channel counts.
+        images: how many there were.
+    """
+
+    network: Network
+    inputs: Inputs
+    trace: Trace
+    moments: Mapping[str, LayerMoments]
+    importance: Mapping[str, np.ndarray]
+    images: int
 
 
 def calibrate(
     apply: Callable,
     variables: Any,
-    batches: Iterable[Any],
-    paths: Sequence[str] | None = None,
+    inputs: Any,
     *args: Any,
+    paths: Collection[str] | None = None,
     **kwargs: Any,
-) -> dict[str, Moments]:
-    """Gathers the second moments of the inputs and outputs of every `nn.Conv` of a Linen model.
+) -> Calibration:
+    """Gathers the second moments of what every convolution reads and gives.
 
-    Streams: one batch is held at a time, and the moments of each layer. A layer that runs inside a
-        lifted
-    transformation, such as ``nn.scan``, or has dilated inputs is left out.
+    The moments are additional outputs of the network's own program, inside loops and calls too. One
+    batch is held at a time.
 
     Args:
-        apply: ``model.apply``, or a function that calls it.
-        variables: trained variables.
-        batches: arrays of inputs, (batch, ...).
-        paths: the layers wanted; all if None.
-        *args, **kwargs: other arguments of ``apply``, in evaluation.
+        apply: ``model.apply``, or any function of (variables, *inputs, *args, **kwargs).
+        variables: trained variables of the dense model.
+        inputs: one batch, or an iterable of batches; see `Inputs`.
+        *args: arguments of the model after its inputs.
+        paths: the layers wanted; without them all that can be decomposed.
+        **kwargs: other arguments of the model, for evaluation, such as ``train=False``.
 
     Returns:
-        Layer path to its moments, summed over all its uses.
+        A `Calibration`, which `plan` and `compress` take in place of their first three arguments.
 
     Raises:
-        ValueError: there is no data, or the activations are not finite.
+        ValueError: there is no data, the model does not run on it, its arguments are those of
+            training, or the activations are not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu]), jnp.ones((4, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
-        >>> calibrate(model.apply, variables, [images])["layers_0"].covariance.shape
-        (1, 36, 36)
+        >>> found = calibrate(model.apply, variables, images)
+        >>> [fold.covariance.shape for fold in found.moments["layers_0"][()]]
+        [(1, 36, 36), (1, 36, 36)]
     """
-    gather, empty = Gather(paths), True
-    with watch(gather):
-        for batch in batches:
-            apply(variables, jnp.asarray(batch), *args, **kwargs)
-            empty = False
-    if empty:
-        raise ValueError("No calibration data: give at least one batch of inputs.")
-    return gather.found
+    network = Network(apply, variables, args, kwargs)
+    batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
+    first = batches.first()
+    check_evaluation(kwargs, (*first, *args))
+    one = jax.tree.map(lambda x: x[:1], first)
+    trace = network.trace(one)
+    wanted = set(trace.safe_paths() if paths is None else paths)
+    moments, count = _moments(network, batches, wanted)
+    return Calibration(network, batches, trace, moments, channel_importance(network, one), count)
 
 
-def output_scales(
-    apply: Callable, variables: Any, images: Any, *args: Any, **kwargs: Any
-) -> dict[str, np.ndarray]:
-    """How much each output channel of a convolution counts: the factor of the batch normalisation
-    after it.
+def _moments(
+    network: Network, batches: Iterable[tuple], wanted: Collection[str]
+) -> tuple[dict[str, LayerMoments], int]:
+    folds = [_Total() for _ in range(FOLDS)]
+    programs: dict[Any, Callable] = {}
+    count = 0
+    for index, batch in enumerate(tqdm(batches, "calibrating", leave=False, disable=None)):
+        shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        if shape not in programs:
+            programs[shape] = _program(network, batch, wanted)
+        folds[index % FOLDS].add(programs[shape](*network.leaves(batch)))
+        count += images(batch)
+    return _by_layer(folds, network), count
 
-    Returns:
-        Path of every convolution whose output goes straight into an `nn.BatchNorm`, to |scale| /
-        deviation.
-    """
-    scales = Scales()
-    with watch(scales):
-        apply(variables, images, *args, **kwargs)
-    return scales.found
+
+def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callable:
+    traced = network.program(batch)
+    sources, rule = traced.sources, Measure(wanted)
+
+    def run(*inputs: jax.Array) -> Notes:
+        pairs = zip(sources, inputs, strict=True)
+        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
+        return list(interpret(traced.program.closed, values, rule)[1].items())
+
+    keys: list[Key] = []
+
+    def sums(*inputs: jax.Array) -> list:
+        notes = run(*inputs)
+        keys[:] = [key for key, _ in notes]
+        return [value for _, value in notes]
+
+    compiled = jax.jit(sums, compiler_options=default_options())
+    return lambda *inputs: list(zip(compiled(*inputs), keys, strict=True))
 
 
-def reestimate(
-    apply: Callable, variables: Any, batches: Iterable[Any], *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Sets the statistics of every `nn.BatchNorm` to those of the data, by forward passes alone.
+class _Total:
+    """Sums over batches, in float64 on the host."""
 
-    Means and variances are cumulative over the batches, each layer seeing what the layers before it
-    give when they normalise by the batch at hand.
+    def __init__(self) -> None:
+        self.sums: dict[Key, dict[str, np.ndarray]] = {}
 
-    Args:
-        apply: ``model.apply`` or `lowrank` of it.
-        variables: variables whose "batch_stats" are to be renewed.
-        batches: arrays of inputs of equal size, (batch, ...).
-        *args, **kwargs: arguments that make ``apply`` run in training mode, such as ``train=True``.
+    def add(self, found: list[tuple[dict[str, jax.Array], Key]]) -> None:
+        for sums, key in found:
+            new = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+            old = self.sums.get(key)
+            self.sums[key] = new if old is None else {n: old[n] + new[n] for n in new}
 
-    Returns:
-        The variables with new statistics, as a plain dict.
+    def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, Slice], Moments]:
+        """The moments of each kernel of each stack."""
+        found: dict[tuple[str, Slice], Moments] = {}
+        for key, sums in self.sums.items():
+            for index, own in _taken_apart(key, sums, shapes[key.path]):
+                old = found.get((key.path, index))
+                found[key.path, index] = own if old is None else old + own
+        return found
 
-    Raises:
-        ValueError: there is no data, the activations are not finite, or the model has no batch
-            normalisation, or one within a lifted transformation.
-    """
-    variables = flax.core.unfreeze(variables)
-    if not variables.get("batch_stats"):
-        raise ValueError(
-            "The variables hold no 'batch_stats': the model has no batch normalisation to re-estimate."
-        )
-    averages, count = Averages(), 0
-    with watch(averages):
-        for batch in batches:
-            apply(variables, jnp.asarray(batch), *args, mutable=["batch_stats"], **kwargs)
-            count += 1
-    return {
-        **variables,
-        "batch_stats": with_statistics(variables["batch_stats"], averages.statistics(count)),
+
+def _taken_apart(key: Key, sums: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Iterable:
+    """The kernels of a stack with their moments."""
+    loops = [axis for axis, index in key.gone if index is None]
+    sizes = tuple(shape[axis] for axis in (*loops, *key.stack))
+    fixed = {axis: index for axis, index in key.gone if index is not None}
+    flat = {
+        name: value.reshape((*sizes, *value.shape[len(loops) + 1 :]))
+        for name, value in sums.items()
     }
+    for place in np.ndindex(sizes):
+        own = dict(zip((*loops, *key.stack), place, strict=True)) | fixed
+        index = tuple(int(own[axis]) for axis in sorted(own))
+        one = {name: value[place] for name, value in flat.items()}
+        yield index, Moments(count=int(one.pop("count")), **one)
 
 
-def with_statistics(batch_stats: Any, new: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The collection with other values at some paths, in the types that it has."""
-    flat = flatten_dict(batch_stats)
-    for path, values in new.items():
-        flat |= {
-            key: jnp.asarray(values[key[-1]], flat[key].dtype)
-            for key in (tree_key(path, x) for x in values)
-        }
-    return unflatten_dict(flat)
+def _by_layer(folds: list[_Total], network: Network) -> dict[str, LayerMoments]:
+    shapes = network.shapes()
+    parts = [fold.slices(shapes) for fold in folds if fold.sums]
+    if not parts:
+        return {}
+    found: dict[str, LayerMoments] = {}
+    for path, index in parts[0]:
+        own = tuple(part[path, index] for part in parts)
+        _check_finite(path, own)
+        found.setdefault(path, {})[index] = own
+    return found
 
 
-def tree_key(path: str, *names: str) -> tuple[str, ...]:
-    """The key of a flattened tree below the layer at a path, which is "" for the model itself."""
-    return (*path.split("/"), *names) if path else names
-
-
-class LinenLayer(Layer):
-    """An `nn.Conv` or `nn.ConvTranspose` whose call was intercepted."""
-
-    def __init__(self, module: Any, path: str) -> None:
-        params = module.variables["params"]
-        self.module, self.path, self.kernel_path = module, path, path
-        self.kernel, self.bias = params.get("kernel"), params.get("bias")
-        self.measurable = (
-            type(module) is nn.Conv and not module.conv_general_dilated and not _dilated(module)
-        )
-
-    def run(self, x: jax.Array, convolve: Callable) -> jax.Array:
-        copy = self.module.clone(parent=None, name=None, conv_general_dilated=convolve)
-        return copy.apply({"params": self.module.variables["params"]}, x)
-
-    def factored(
-        self, first: str, kernels: tuple, bias: jax.Array | None, x: jax.Array
-    ) -> jax.Array:
-        second = {"kernel": kernels[1]} | ({} if bias is None else {"bias": bias})
-        return run_factored(self.module, first, [{"kernel": kernels[0]}, second], self.path, x)
-
-
-def _dilated(layer: nn.Conv) -> bool:
-    return bool(np.max(1 if layer.input_dilation is None else layer.input_dilation) > 1)
-
-
-def _norm(module: nn.BatchNorm, path: str) -> Norm:
-    mean: Any = module.get_variable("batch_stats", "mean")
-    var: Any = module.get_variable("batch_stats", "var")
-    scale = module.get_variable("params", "scale") if module.use_scale else None
-    return Norm(path, mean, var, scale, module.epsilon, module.axis)
-
-
-def watch(observer: Observer) -> AbstractContextManager:
-    """A context in which an observer runs the convolutions and batch normalisations of all Linen
-    models."""
-    inside = False
-
-    def step(call: Callable, args, kwargs, context) -> Any:
-        nonlocal inside
-        module, known = context.module, (nn.Conv, nn.ConvTranspose, nn.BatchNorm)
-        # The observer runs copies of the layer, which are none of the model's.
-        if (
-            inside
-            or type(module) not in known
-            or context.method_name != "__call__"
-            or module.scope is None
-        ):
-            return call(*args, **kwargs)
-        x, rest, options = split_input(args, kwargs)
-        inside = True
-        try:
-            return _observed(observer, module, x, lambda x: call(x, *rest, **options))
-        finally:
-            inside = False
-
-    return nn.intercept_methods(step)
-
-
-def _observed(observer: Observer, module: Any, x: jax.Array, run: Callable) -> jax.Array:
-    path = "/".join(module.path)
-    if type(module) is nn.BatchNorm:
-        return observer.normalise(_norm(module, path), x, run)
-    if not module.has_variable("params", "kernel"):
-        return run(x)  # its parameters hold factors
-    return observer.convolve(LinenLayer(module, path), x, run)
+def _check_finite(path: str, folds: Iterable[Moments]) -> None:
+    for fold in folds:
+        if not all(np.isfinite(x).all() for x in (fold.xx, fold.xy, fold.yy)):
+            raise ValueError(
+                f"{path}: the activations hold NaN or infinite values; check the weights and the "
+                "calibration images."
+            )

@@ -1,64 +1,54 @@
-"""Compression of a Linen model with a little unlabelled data, without training."""
+"""`compress`: factors fitted, layer by layer, to what the compressed network really sees."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.calibration.collecting import output_scales, tree_key, watch, with_statistics
-from lowrank_jax.compression.walk import Walk, check_options
-from lowrank_jax.factorization.separable import FACTORS, Separable
-from lowrank_jax.planning.selection import check_images, traced_on
-from lowrank_jax.program.kernel_use import Trace
-from lowrank_jax.program.tracing import trace
-from lowrank_jax.tree.decomposing import (
-    Ranks,
-    choose,
-    decompose,
-    find_layer,
-    find_scheme,
-    layer_leaves,
-)
+from lowrank_jax.calibration.collecting import Calibration
+from lowrank_jax.calibration.importance import channel_importance
+from lowrank_jax.calibration.inputs import Inputs, check_evaluation
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.compression.reconstruction import Job, Reconstruction
+from lowrank_jax.tree.decomposing import choose, find_schemes
 
 
 def compress(
-    apply: Callable,
-    variables: Any,
-    images: Any,
-    ranks: Ranks,
-    *args: Any,
+    source: Calibration | Callable,
+    *given: Any,
     sweeps: int = 1,
-    batch_norm: str = "mean",
+    match_means: bool = True,
+    return_fits: bool = False,
     **kwargs: Any,
-) -> dict[str, Any]:
-    """Decomposes the layers of a table so that the network's outputs, not its kernels, change
-    least.
+) -> Any:
+    """Decomposes the layers of a table so that the network's outputs change least.
 
-    The dense network and the one being compressed run side by side, once. At each decomposed layer
-    the factors are fitted, in closed form, to give the dense network's outputs from the inputs that
-    the compressed network has there, so that later layers make up for the errors of earlier ones.
-    The means of what enters a batch normalisation, and biases of decomposed layers, are set to
-    those of the dense network. Nothing is trained. Transposed convolutions, dilated inputs and
-    layers in lifted transformations have the factors of `decompose`.
+    The dense network and the one being compressed run side by side. At each decomposed layer the
+    factors are fitted, in closed form, to give the dense network's outputs from the inputs that the
+    compressed network has there, so that later layers make up for the errors of earlier ones. The
+    fit of a layer is held against images that it was not fitted to. The first parameter that is
+    added to a layer's output channel by channel, or subtracted, such as a bias or the mean of a
+    batch normalisation, is set so that the means are those of the dense network. Nothing is
+    trained. Layers within ``while`` and ``cond`` have the factors of `decompose`.
+
+    ``compress(calibration, table)`` takes what `calibrate` gave. ``compress(apply, variables,
+    inputs, table, *args, **kwargs)`` takes what `calibrate` takes, and a table.
 
     Args:
-        apply: ``model.apply`` of a Linen model, or a function that calls it.
-        variables: trained variables of the dense model.
-        images: calibration inputs, (batch, ...); all layers' activations of twice as many are held
-            at a time.
-        ranks: layer path to rank or `Separable`, as in `decompose`.
-        *args, **kwargs: other arguments of ``apply``, in evaluation.
+        source: a `Calibration`, or the function of (variables, *inputs, *args, **kwargs).
+        *given: the table, or variables, inputs, table and other arguments of the model. The table
+            is a `Plan`, or layer path to rank or `Separable`, as in `decompose`.
         sweeps: alternating refinements of the two factors.
-        batch_norm: "mean" to match the means, "full" to re-estimate means and variances, "keep" for
-            neither.
+        match_means: whether means are matched.
+        return_fits: whether to return the fits beside the tree.
+        **kwargs: arguments of the model, in evaluation.
 
     Returns:
-        Variables for `lowrank(apply)`, a plain nested dict.
+        The tree for `lowrank`; with ``return_fits`` also layer path to the `Fit` of each kernel of
+        its stack, which holds the errors on images that the kernel was not fitted to.
 
     Raises:
-        ValueError: the table or an option cannot be used, the images are empty or of a shape that
+        ValueError: the table or an option cannot be used, the inputs are empty or of a shape that
             the model does not take, or the activations are not finite.
 
     Example:
@@ -66,40 +56,41 @@ def compress(
         >>> from flax import linen as nn
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu]), jnp.ones((4, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
-        >>> compress(model.apply, variables, images, {"layers_0": 3})["params"]["layers_0"]["vertical"]["kernel"].shape
+        >>> small = compress(model.apply, variables, images, {"layers_0": 3})
+        >>> small["params"]["layers_0"]["kernel"]["vertical"].shape
         (3, 1, 4, 3)
     """
-    check_options(sweeps, batch_norm)
-    variables, images = flax.core.unfreeze(variables), check_images(images)
-    uses = traced_on(images, lambda images: trace(apply, variables, images, *args, **kwargs))
-    schemes = _schemes(variables["params"], choose(ranks, uses), uses)
-    scales = output_scales(apply, variables, images[:1], *args, **kwargs)
-    walk = Walk(images, schemes, scales, sweeps, batch_norm)
-    with watch(walk):
-        apply(variables, walk.inputs, *args, **kwargs)
-    return _result(variables, walk)
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
+        raise ValueError(f"sweeps={sweeps!r} is not allowed; give an int of 0 or more.")
+    known = isinstance(source, Calibration)
+    job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)
+    run = Reconstruction(job, sweeps, match_means)
+    tree = run.fit()
+    return (tree, run.fits) if return_fits else tree
 
 
-def _schemes(params: Any, ranks: Ranks, uses: Trace) -> dict[str, Separable]:
-    layers = layer_leaves(flatten_dict(params))
-    kernels = {path: layers[find_layer(path, layers)]["kernel"] for path in ranks}
-    return {
-        path: find_scheme(path, value, kernels[path], "HWIO", uses) for path, value in ranks.items()
-    }
+def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
+    if len(given) < 3:
+        raise ValueError(
+            "compress needs (calibration, table) or (apply, variables, inputs, table); got "
+            f"{1 + len(given)} arguments."
+        )
+    variables, inputs, table, *args = given
+    network, batches = Network(apply, variables, tuple(args), kwargs), Inputs(inputs)
+    first = batches.first()
+    check_evaluation(kwargs, (*first, *args))
+    one = jax.tree.map(lambda x: x[:1], first)
+    trace = network.trace(one)
+    schemes = find_schemes(variables, choose(table, trace), "HWIO", trace)
+    return Job(network, batches, schemes, channel_importance(network, one))
 
 
-def _result(variables: dict[str, Any], walk: Walk) -> dict[str, Any]:
-    flat: dict[tuple, jax.Array] = flatten_dict(
-        decompose(variables["params"], walk.schemes), keep_empty_nodes=True
-    )
-    for path, kernels in walk.kernels.items():
-        names = FACTORS[walk.schemes[path].first]
-        flat |= {
-            tree_key(path, name, "kernel"): kernel
-            for name, kernel in zip(names, kernels, strict=True)
-        }
-    for path, bias in walk.biases.items():
-        flat[tree_key(path, FACTORS[walk.schemes[path].first][1], "bias")] = bias
-    new = {**variables, "params": unflatten_dict(flat)}
-    stats = variables.get("batch_stats")
-    return {**new, "batch_stats": with_statistics(stats, walk.statistics)} if stats else new
+def _of_calibration(found: Calibration, given: tuple, kwargs: Mapping[str, Any]) -> Job:
+    if len(given) != 1 or kwargs:
+        raise ValueError(
+            "compress of a calibration needs its table alone, compress(calibration, table); the "
+            "arguments of the model were given to calibrate."
+        )
+    table = choose(given[0], found.trace)
+    schemes = find_schemes(found.network.variables, table, "HWIO", found.trace)
+    return Job(found.network, found.inputs, schemes, found.importance)

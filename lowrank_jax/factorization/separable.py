@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.factors import FACTORS as FACTORS
 from lowrank_jax.factorization.layout import (
     Array,
     from_matrix,
@@ -21,15 +22,6 @@ from lowrank_jax.factorization.layout import (
 )
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.truncated import truncated
-
-# Names of the first and of the second factor in a parameter tree, by the axis that comes first. A
-# pair that is run the other way round has names of its own, because shapes alone do not always tell
-# the order.
-FACTORS = {
-    "vertical": ("vertical", "horizontal"),
-    "horizontal": ("horizontal_first", "vertical_second"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Separable:

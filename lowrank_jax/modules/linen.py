@@ -1,7 +1,6 @@
 """A Flax Linen convolution in two steps, vertical and horizontal."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -10,15 +9,12 @@ from flax import linen as nn
 from flax.linen.linear import PromoteDtypeFn
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from lowrank_jax.factorization.factors import factor_keys
 from lowrank_jax.factorization.layout import AXES
-from lowrank_jax.factorization.separable import FACTORS, Separable
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.program.transform import lowrank
 
-PER_AXIS = {
-    "strides": Integral,
-    "input_dilation": Integral,
-    "kernel_dilation": Integral,
-    "padding": (Integral, Sequence),
-}
+OWN = ("rank", "kernel_init", "first", "parent", "name")  # fields that nn.Conv has not, or not so
 
 
 class SeparableConv(nn.Module):
@@ -36,17 +32,15 @@ class SeparableConv(nn.Module):
         kernel_size: (h, w), or one or three entries.
         rank: channels between the two convolutions, per group; 1 to min(h * c, w * n / groups).
         strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, dtype,
-        param_dtype,
-            precision, bias_init, promote_dtype: as in `nn.Conv`.
+            param_dtype, precision, bias_init, promote_dtype: as in `nn.Conv`.
         kernel_init: initialiser of both factors.
-        first: "vertical", or "horizontal" where the horizontal convolution comes first and the
-            vertical one has the bias.
+        first: "vertical", or "horizontal" where the horizontal convolution comes first.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> layer = SeparableConv(16, (3, 3), rank=4, strides=2)
         >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-        >>> y.shape, variables["params"]["vertical"]["kernel"].shape
+        >>> y.shape, variables["params"]["kernel"]["vertical"].shape
         ((1, 4, 4, 16), (3, 1, 3, 4))
     """
 
@@ -73,87 +67,30 @@ class SeparableConv(nn.Module):
         size = check_size(self.kernel_size)
         scheme = Separable(self.rank, self.feature_group_count, AXES[len(size)], self.first)
         shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
-        rank = scheme.check(shape, self.name or "SeparableConv")
-        options = {name: getattr(self, name) for name in PER_AXIS}
-        first, second = split_options(size, self.first, options)
-        names = FACTORS[self.first]
-        between = self._conv(
-            self.feature_group_count * rank, **first, name=names[0], use_bias=False
-        )(inputs)
-        return self._conv(self.features, **second, name=names[1], use_bias=self.use_bias)(between)
+        scheme.check(shape, self.name or "SeparableConv")
+        parameters: dict[str, Any] = {"kernel": self.param("kernel", self._factors, scheme, shape)}
+        if self.use_bias:
+            parameters["bias"] = self.param(
+                "bias", self.bias_init, (self.features,), self.param_dtype
+            )
+        return lowrank(self._dense().apply)({"params": parameters}, inputs)
 
-    def _conv(self, features: int, **options) -> nn.Conv:
-        for name in (
-            "feature_group_count",
-            "dtype",
-            "param_dtype",
-            "precision",
-            "kernel_init",
-            "bias_init",
-        ):
-            options[name] = getattr(self, name)
-        return nn.Conv(features, promote_dtype=self.promote_dtype, **options)
+    def _factors(self, key: jax.Array, scheme: Separable, shape: tuple[int, ...]) -> dict:
+        keys = factor_keys(self.first, scheme.axes, len(shape))
+        pairs = zip(keys, jax.random.split(key), scheme.shapes(shape), strict=True)
+        return {name: self.kernel_init(own, part, self.param_dtype) for name, own, part in pairs}
+
+    def _dense(self) -> nn.Conv:
+        """The dense layer of these arguments, whose program runs with the factors."""
+        names = [name for name in self.__dataclass_fields__ if name not in OWN]
+        return nn.Conv(**{name: getattr(self, name) for name in names}, parent=None)
 
 
 def check_size(kernel_size: Any) -> tuple[int, ...]:
     """The kernel size as a tuple, or an error if it is no sequence of ints."""
     sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else ()
-    if len(sizes) in AXES and all(isinstance(size, Integral) for size in sizes):
+    if len(sizes) in AXES and all(isinstance(size, int) for size in sizes):
         return sizes
     raise ValueError(
         f"kernel_size={kernel_size!r} is not allowed; give one to three ints, such as (3, 3)."
-    )
-
-
-def split_options(
-    size: tuple[int, ...], first: str, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits the options of a convolution over the spatial axes of its first and of its second
-    factor.
-
-    Args:
-        size: kernel size.
-        first: "vertical" or "horizontal".
-        options: some of strides, padding, input_dilation, kernel_dilation, in the forms that
-            `nn.Conv` takes.
-
-    Returns:
-        The same options and ``kernel_size`` for each factor; an axis that a factor leaves alone has
-        size 1, stride 1, dilation 1 and no padding.
-    """
-    axes = range(len(size))
-    vertical = [axis == 0 for axis in axes]
-    masks = (vertical, [not v for v in vertical])
-    masks = masks if first == "vertical" else masks[::-1]
-    return tuple(_carry(mask, {"kernel_size": size} | options) for mask in masks)  # type: ignore[return-value]
-
-
-def _carry(mask: list[bool], options: dict[str, Any]) -> dict[str, Any]:
-    def spread(name: str, value: Any) -> Any:
-        if name == "padding" and (isinstance(value, str) or callable(value)):
-            return value
-        entries = per_axis(name, value, len(mask))
-        if name == "padding":
-            pads = [
-                (entry, entry) if isinstance(entry, Integral) else tuple(entry) for entry in entries
-            ]
-            return tuple(pad if own else (0, 0) for pad, own in zip(pads, mask, strict=True))
-        return tuple(entry if own else 1 for entry, own in zip(entries, mask, strict=True))
-
-    return {name: spread(name, value) for name, value in options.items()}
-
-
-def per_axis(name: str, value: Any, count: int) -> tuple:
-    """One entry for each spatial axis; None stands for 1, as in `nn.Conv`."""
-    kind: Any = PER_AXIS.get(name, Integral)
-    if isinstance(value, Integral) or (value is None and name != "padding"):
-        return (1 if value is None else value,) * count
-    if (
-        isinstance(value, Sequence)
-        and len(value) == count
-        and all(isinstance(v, kind) for v in value)
-    ):
-        return tuple(value)
-    raise ValueError(
-        f"{name}={value!r} is not allowed; give one number, or one entry for each of {count} spatial axes."
     )

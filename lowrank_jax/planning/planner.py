@@ -1,84 +1,175 @@
-"""From a Linen model, a little unlabelled data and a budget to a plan."""
+"""`plan`: from a network, a little unlabelled data and a budget to the rank of every layer."""
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import flax
+import numpy as np
 
-from lowrank_jax.calibration.collecting import calibrate, output_scales
-from lowrank_jax.planning.candidates import candidates
+from lowrank_jax.calibration.collecting import Calibration, calibrate
+from lowrank_jax.calibration.inputs import shapes_of
+from lowrank_jax.factorization.factors import FACTORS
+from lowrank_jax.factorization.fitting import whitened_spectrum
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.parallel import side_by_side
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.planning.budget import Budget
+from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.measured import timed
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.planning.selection import batched, check_images, one_budget, several, traced_on
-from lowrank_jax.planning.selection import whitened_spectra as whitened_spectra
 from lowrank_jax.planning.selectors import total_energy
+from lowrank_jax.planning.spectra import Spectra, spectra
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.program.tracing import trace
-from lowrank_jax.tuning.timer import Timer, layer_seconds
+from lowrank_jax.program.kernel_use import KernelUse
+
+if TYPE_CHECKING:
+    from lowrank_jax.tuning.timer import Timer
+
+_KNOWN: "weakref.WeakKeyDictionary[Calibration, Spectra]" = weakref.WeakKeyDictionary()
 
 
 def plan(
-    apply: Callable,
-    variables: Any,
-    images: Any,
+    source: Calibration | Callable,
+    variables: Any = None,
+    inputs: Any = None,
     *args: Any,
     macs: int | float | None = None,
     parameters: int | float | None = None,
     bytes: int | float | None = None,
     latency: float | None = None,
     batch: int = 1,
-    timer: Timer | None = None,
+    timer: "Timer | None" = None,
     multiple: int = 1,
-    select: Callable = total_energy,
+    select: Callable[[Candidates, Budget], Plan] = total_energy,
     **kwargs: Any,
 ) -> Plan:
-    """Chooses the rank of every layer of a Linen model within a budget, by what its outputs lose on
-    data.
+    """Chooses the rank of every layer within a budget, by what its outputs lose on data.
+
+    ``plan(calibration, macs=0.5)`` takes what `calibrate` gave; the singular values are found once
+    for all its plans. ``plan(apply, variables, inputs, *args, macs=0.5, **kwargs)`` calibrates
+    first.
 
     Args:
-        apply: ``model.apply``, or a function that calls it.
-        variables: trained variables, "params" and others.
-        images: unlabelled inputs (batch, ...); costs are those of one of them.
-        *args, **kwargs: other arguments of ``apply``, in evaluation.
-        macs, parameters, bytes, latency: the budget, exactly one of them; a float up to 1 is a share
-            of the dense network's, an int is absolute. With latency, the layers are measured on
-            this device, dense and at a few ranks, and none gets a rank at which it is slower.
+        source: a `Calibration`, or the function of (variables, *inputs, *args, **kwargs).
+        variables, inputs, *args, **kwargs: as in `calibrate`, where the source is a function.
+        macs, parameters, bytes, latency: the budget, exactly one of them, of one image; a float up
+            to 1 is a share of the dense network's, an int is absolute. For latency the layers are
+            measured on this device, dense and at a few ranks. None gets a rank at which it is
+            slower.
         batch: how many images are to run at once, for latency.
         timer: that measures; keep one to measure once.
         multiple: ranks are restricted to multiples of it.
-        select: a selector of `lowrank_jax.planning` that takes candidates and a budget.
+        select: a selector of `lowrank_jax.planning.selectors`, of candidates and a budget.
 
     Returns:
-        The plan; it prints as a table, and ``plan.ranks`` is the table for `decompose` and
-        `compress`.
+        The plan. It prints as a table, and `decompose` and `compress` take it.
 
     Raises:
         ValueError: not one budget, a budget below the least possible, no layer that can be
-            decomposed, or images that are empty, not finite or of a shape that the model does not
-            take.
+            decomposed, or what `calibrate` refuses.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
-        >>> model, images = nn.Sequential([nn.Conv(16, (3, 3))]), jax.random.normal(jax.random.key(1), (4, 8, 8, 8))
+        >>> model = nn.Sequential([nn.Conv(16, (3, 3))])
+        >>> images = jax.random.normal(jax.random.key(1), (4, 8, 8, 8))
         >>> variables = model.init(jax.random.key(0), images)
         >>> chosen = plan(model.apply, variables, images, macs=0.5)
         >>> chosen.ranks["layers_0"].rank, chosen.total("macs")
         (8, (73728, 36864))
     """
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
-    variables, images = flax.core.unfreeze(variables), check_images(images)
-    uses = traced_on(images, lambda images: trace(apply, variables, images, *args, **kwargs))
-    seen = calibrate(apply, variables, batched(images), uses.safe_paths(), *args, **kwargs)
-    scales = output_scales(apply, variables, images[:1], *args, **kwargs)
-    found = whitened_spectra(variables["params"], uses, seen, scales)
-    table = candidates(uses, found, multiple)
-    if budget.measure == "latency":
-        together = trace(apply, variables, several(images, batch), *args, **kwargs)
-        table = timed(
-            table,
-            layer_seconds(
-                together, timer or Timer(default_options()), list(table.layers), multiple
-            ),
+    if not isinstance(source, Calibration):
+        source = calibrate(source, variables, inputs, *args, **kwargs)
+    elif variables is not None or kwargs:
+        raise ValueError(
+            "plan of a calibration takes a budget alone, plan(calibration, macs=0.5); the arguments "
+            "of the model were given to calibrate."
         )
+    table = candidates(source.trace, calibrated_spectra(source), multiple)
+    if budget.measure == "latency":
+        table = timed(table, _latencies(source, batch, timer, list(table.layers), multiple))
     return select(table, budget)
+
+
+def one_budget(**given: int | float | None) -> Budget:
+    """The budget of the one measure that is not None.
+
+    Example:
+        >>> one_budget(macs=0.5, parameters=None)
+        Budget(measure='macs', amount=0.5)
+    """
+    budgets = [Budget(name, amount) for name, amount in given.items() if amount is not None]
+    if len(budgets) != 1:
+        raise ValueError(f"plan needs exactly one budget, {', '.join(given)}; got {len(budgets)}.")
+    return budgets[0]
+
+
+def _latencies(
+    found: Calibration, batch: int, timer: "Timer | None", paths: list[str], multiple: int
+) -> dict[str, dict[Separable | None, float]]:
+    from lowrank_jax.tuning.timer import Timer, layer_seconds  # loads with this budget alone
+
+    together = found.network.trace(shapes_of(found.inputs.first(), batch))
+    return layer_seconds(together, timer or Timer(default_options()), paths, multiple)
+
+
+def calibrated_spectra(found: Calibration) -> Spectra:
+    """Singular values of the layers in which a rank leaves out what their outputs lose.
+
+    A layer whose inputs were not seen, as one within ``cond``, has those of its kernel.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((4, 8, 8, 4))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> calibrated_spectra(calibrate(model.apply, variables, images)).values["layers_0"].keys()
+        dict_keys(['vertical', 'horizontal'])
+    """
+    if found not in _KNOWN:
+        _KNOWN[found] = _spectra(found)
+    return _KNOWN[found]
+
+
+def _spectra(found: Calibration) -> Spectra:
+    unseen = [path for path in found.trace.safe_paths() if path not in found.moments]
+    values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
+    jobs, sizes = {}, []
+    for path, first, kernel, moments in _matrices(found):
+        use, scale = found.trace.at(path)[0], found.importance.get(path)
+        jobs[len(jobs), path, first] = functools.partial(
+            whitened_spectrum, kernel, moments, use.scheme(1, first), scale
+        )
+        sizes.append(kernel.size)
+    results = side_by_side(list(jobs.values()), sizes, lambda _, found: found)
+    rows: dict[str, dict[str, list]] = {}
+    for (_, path, first), own in zip(jobs, results, strict=True):
+        rows.setdefault(path, {}).setdefault(first, []).append(own)
+    for path, orders in rows.items():
+        stacked = {first: np.concatenate(parts) for first, parts in orders.items()}
+        values[path] = {first: stacked.get(first, stacked["vertical"]) for first in FACTORS}
+    return Spectra(values)
+
+
+def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Moments]]:
+    """Path, order, kernel and moments of every kernel of every stack."""
+    leaves = found.network.named()
+    for path, slices in found.moments.items():
+        use = found.trace.at(path)[0]
+        for index, folds in slices.items():
+            kernel = np.asarray(leaves[path][index], np.float64)
+            for first in _orders(use):
+                yield path, first, kernel, _sum(folds)
+
+
+def _orders(use: KernelUse) -> Iterable[str]:
+    """A pointwise kernel has the same matrix in both orders."""
+    sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
+    taps = [size for letter, size in sizes.items() if letter not in "IO"]
+    return ("vertical",) if max(taps) == 1 else FACTORS
+
+
+def _sum(folds: tuple[Moments, ...]) -> Moments:
+    return functools.reduce(lambda one, two: one + two, folds)

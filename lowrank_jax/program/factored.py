@@ -1,161 +1,179 @@
-"""One Linen convolution, dense or with two factors in place of its kernel, run by any of the
-programs."""
+"""The equations that read a kernel, run with its factors."""
 
 import math
-from collections.abc import Callable
-from numbers import Integral
+import string
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from lowrank_jax.factorization.layout import AXES
-from lowrank_jax.factorization.separable import Separable, merge
-from lowrank_jax.modules.linen import per_axis, split_options
-from lowrank_jax.tuning.algorithms import (
-    MERGED,
-    PLAIN,
-    Choose,
-    Layer,
-    chosen,
-    dense_step,
-    fuse,
-    padded,
-    steps,
-)
-from lowrank_jax.tuning.slices import padding_as_numbers
-
-# Arguments with one entry for each spatial axis.
-SPLIT = {nn.Conv: ("strides", "padding", "input_dilation", "kernel_dilation"),
-         nn.ConvTranspose: ("strides", "padding", "kernel_dilation")}  # fmt: skip
+from lowrank_jax.program.kernel import Kernel
+from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.reading import Reading, factor_axes, stored_letters
 
 
-def run_dense(layer: Any, call: Callable, inputs: jax.Array, programs: Choose | None) -> jax.Array:
-    """Runs a convolution layer that has its kernel; ``call`` is its own way to do so."""
-    if programs is None or type(layer) is not nn.Conv or has_own_function(layer):
-        return call(inputs)
-    other = layer.clone(parent=None, name=None, conv_general_dilated=chosen(programs))
-    outputs: Any = other.apply({"params": layer.variables["params"]}, inputs)
-    return outputs
-
-
-def run_factored(
-    layer: Any,
-    first: str,
-    factors: list[Any],
-    path: str,
-    inputs: jax.Array,
-    programs: Choose | None = None,
-) -> jax.Array:
-    """Runs a convolution layer with two factors in place of its kernel.
+def run_factored(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:
+    """Runs two operations in place of one; None where the kernel has to be multiplied back.
 
     Args:
-        layer: `nn.Conv` or `nn.ConvTranspose` that gives all arguments.
-        first: which axis the first factor has, "vertical" or "horizontal".
-        factors: parameters ``{"kernel"}`` and ``{"kernel", "bias"}`` of the two convolutions.
-        path: of the layer, for errors.
-        inputs: array (*batch, *spatial, channels).
-        programs: as in `lowrank`.
+        reading: of the equation.
+        x: the other operand.
+        kernel: has factors.
     """
-    size = _size(layer)
-    scheme = _check_factors(layer, size, first, factors, path, inputs.shape[-1])
-    own = _described(layer, size, inputs) if programs else None
-    program = programs(own, scheme) if programs and own else PLAIN
-    one, two = (factor["kernel"] for factor in factors)
-    bias = {name: leaf for name, leaf in factors[1].items() if name != "kernel"}
-    if program in MERGED:
-        whole = layer.clone(
-            parent=None, name=None, conv_general_dilated=dense_step(MERGED[program])
-        )
-        return whole.apply({"params": {"kernel": merge(one, two, scheme.axes), **bias}}, inputs)
-    if own and program == "fused":
-        arrays = (inputs.reshape(-1, *inputs.shape[-3:]), one, two, bias.get("bias"))
-        flat, one, two, added = layer.promote_dtype(*arrays, dtype=layer.dtype)
-        outputs = fuse(flat, one, two, added, own.strides, own.padding, first)
-        return outputs.reshape(*inputs.shape[:-3], *outputs.shape[1:])
-    one, two = padded(one, two) if program == "padded" else (one, two)
-    options = split_options(
-        size, first, {name: getattr(layer, name) for name in SPLIT[type(layer)]}
-    )
-    for each, how in zip(options, steps(program), strict=True):
-        each |= (
-            {"conv_general_dilated": how} if type(layer) is nn.Conv else {}
-        )  # which also says that it is chosen
-    between = layer.clone(
-        parent=None, name=None, features=one.shape[-1], use_bias=False, **options[0]
-    )
-    outputs = layer.clone(parent=None, name=None, **options[1])
-    return outputs.apply(
-        {"params": {"kernel": two, **bias}}, between.apply({"params": {"kernel": one}}, inputs)
-    )
-
-
-def _size(layer: Any) -> tuple[int, ...]:
-    return (layer.kernel_size,) if isinstance(layer.kernel_size, int) else tuple(layer.kernel_size)
-
-
-def has_own_function(layer: Any) -> bool:
-    """Whether a layer convolves by a function that it was given."""
-    return bool(
-        getattr(layer, "conv_general_dilated", None)
-        or getattr(layer, "conv_general_dilated_cls", None)
-    )
-
-
-def _described(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> Layer | None:
-    """The layer as numbers; None where it is of another kind or pads in a way of its own."""
-    own = isinstance(layer.padding, str) and layer.padding not in ("SAME", "VALID")
-    if type(layer) is not nn.Conv or own or inputs.ndim < 1 + len(size):
+    order = reading.order(kernel.axes, kernel.groups)
+    if order is None or kernel.factors is None:
         return None
-    own_cuts = cuts(layer, size, inputs)
-    shape = (math.prod(inputs.shape[: -1 - len(size)]), *inputs.shape[-1 - len(size) :])
-    dtype = jnp.dtype(layer.dtype or jnp.result_type(inputs, layer.param_dtype)).name
-    return Layer(shape, layer.features, size, *own_cuts, layer.feature_group_count, dtype)
+    if reading.is_convolution:
+        return _two_convolutions(reading, x, kernel, order)
+    return _two_products(reading, x, kernel)
 
 
-def cuts(layer: Any, size: tuple[int, ...], inputs: jax.Array) -> tuple[tuple, tuple, tuple, tuple]:
-    """Strides, padding as numbers, dilation of the kernel and of the inputs, one entry for each
-    spatial axis."""
-    names = ("strides", "kernel_dilation", "input_dilation")
-    strides, dilation, spread = (per_axis(name, getattr(layer, name), len(size)) for name in names)
-    if isinstance(layer.padding, str):
-        extent = inputs.shape[-1 - len(size) : -1]
-        return (
-            strides,
-            padding_as_numbers(layer.padding, extent, size, strides, dilation, spread),
-            dilation,
-            spread,
+def _two_convolutions(
+    reading: Reading, x: jax.Array, kernel: Kernel, order: tuple[int, int]
+) -> jax.Array:
+    params = reading.eqn.params
+    taps = factor_axes(kernel.axes, kernel.first)
+    assert kernel.factors is not None
+    for step, index in enumerate(order):
+        last = step == 1
+        factor = arranged(reading, kernel.factors[index])
+        own = _own_axes(reading, kernel, taps[index])
+        x = jax.lax.conv_general_dilated(
+            x,
+            factor,
+            window_strides=_only(own, params["window_strides"], 1),
+            padding=_only(own, params["padding"], (0, 0)),
+            lhs_dilation=_only(own, params["lhs_dilation"], 1),
+            rhs_dilation=_only(own, params["rhs_dilation"], 1),
+            dimension_numbers=params["dimension_numbers"] if last else _kept_order(params),
+            feature_group_count=_groups(reading, last),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"] if last else None,
+            **({"out_sharding": params["out_sharding"]} if last and _placed(params) else {}),
         )
-    pads = per_axis("padding", layer.padding, len(size))
-    return (
-        strides,
-        tuple((p, p) if isinstance(p, Integral) else tuple(p) for p in pads),
-        dilation,
-        spread,
-    )
+    return x
 
 
-def _check_factors(
-    layer: Any, size: tuple[int, ...], first: str, factors, path: str, channels: int
-) -> Separable:
-    groups = getattr(layer, "feature_group_count", 1)
-    shape = (*size, channels // groups, layer.features)
-    kernels = [factor["kernel"].shape for factor in factors]
-    rank = kernels[1][-2] if len(kernels[1]) > 1 else 0
-    scheme = Separable(rank, groups, AXES[len(size)], first)
-    scheme.check(shape, path)
-    expected = list(scheme.shapes(shape))
-    if kernels != expected:
-        raise ValueError(
-            f"{path}: factors of shapes {kernels[0]} and {kernels[1]} do not fit; this layer's kernel is {shape} "
-            f"in {groups} group(s), whose factors at rank {rank} are {expected[0]} and {expected[1]}. "
-            "Decompose the parameters of this very model, with Separable(rank, groups) for a layer with groups."
-        )
-    wanted = [{"kernel"}, {"kernel", "bias"} if layer.use_bias else {"kernel"}]
-    if [set(factor) for factor in factors] != wanted:
-        raise ValueError(
-            f"{path}: the factors hold {sorted(factors[0])} and {sorted(factors[1])}; a layer with "
-            f"use_bias={layer.use_bias} needs {sorted(wanted[0])} and {sorted(wanted[1])}."
-        )
-    return scheme
+def _placed(params: dict[str, Any]) -> bool:
+    return params.get("out_sharding") is not None
+
+
+def _kept_order(params: dict[str, Any]) -> Any:
+    """The first convolution gives its outputs in the order of the inputs."""
+    numbers = params["dimension_numbers"]
+    return jax.lax.ConvDimensionNumbers(numbers.lhs_spec, numbers.rhs_spec, numbers.lhs_spec)
+
+
+def _groups(reading: Reading, last: bool) -> int:
+    """Kernels of a stack that read the same channels have an input each from the first one on."""
+    count: int = reading.eqn.params["feature_group_count"]
+    return reading.stack if last and reading.shared else count
+
+
+def _only(own: Sequence[bool], values: Sequence, other: Any) -> tuple:
+    return tuple(value if mine else other for mine, value in zip(own, values, strict=True))
+
+
+def _own_axes(reading: Reading, kernel: Kernel, taps: str) -> list[bool]:
+    """Which of the operation's spatial axes a factor with these taps has."""
+    stored = stored_letters(kernel.source, kernel.axes)
+    places = dict(reading.layout.places)
+    spatial = [reading.letters[axis] for axis in _spatial(reading)]
+    return [stored[places[letter]] in taps for letter in spatial]
+
+
+def _spatial(reading: Reading) -> Sequence[int]:
+    return reading.eqn.params["dimension_numbers"].rhs_spec[2:]
+
+
+def arranged(reading: Reading, array: jax.Array) -> jax.Array:
+    """A stored kernel, or a factor of it, with the axes that an equation reads."""
+    source, layout = reading.source, reading.layout
+    assert source is not None
+    kept, places = source.kept(), dict(layout.places)
+    for axis in source.flips:
+        if array.shape[kept.index(axis)] == source.shape[axis]:
+            array = jnp.flip(array, kept.index(axis))
+    letters = [reading.letters[axis] for axis in range(len(reading.letters))]
+    order = [kept.index(axis) for axis in (*layout.stack, *(places[x] for x in letters))]
+    array = array.transpose(order)
+    count = len(layout.stack)
+    if not count:
+        return array
+    stack, own = array.shape[:count], list(array.shape[count:])
+    out = letters.index("O")
+    array = jnp.moveaxis(array.reshape(math.prod(stack), *own), 0, out)
+    own[out] *= math.prod(stack)
+    return array.reshape(own)
+
+
+def _two_products(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:
+    """A product with one factor, which contracts what it has, and then with the other."""
+    source, eqn = reading.source, reading.eqn
+    assert source is not None and source.dims is not None and kernel.factors is not None
+    names = iter(string.ascii_letters)
+    contracting, batch = eqn.params["dimension_numbers"]
+    mine, others = contracting[reading.operand], contracting[1 - reading.operand]
+    mine_batch, others_batch = batch[reading.operand], batch[1 - reading.operand]
+    x_names = [next(names) for _ in range(x.ndim)]
+    k_names = [next(names) for _ in source.dims]
+    for a, b in (*zip(mine, others, strict=True), *zip(mine_batch, others_batch, strict=True)):
+        k_names[a] = x_names[b]
+    between = next(names)
+    terms = _terms(source, kernel, k_names, between)
+    if terms is None:
+        return None
+    out = _output(reading, x_names, k_names, mine, others, mine_batch, others_batch)
+    one, two = kernel.factors
+    arrays = [_without_ones(one, terms[0]), _without_ones(two, terms[1])]
+    first = "".join(name for name in dict.fromkeys([*x_names, *_names(terms[0])])
+                    if name in {*out, between, *_names(terms[1])})  # fmt: skip
+    options = {"precision": eqn.params["precision"]}
+    y = jnp.einsum(f"{''.join(x_names)},{_names(terms[0])}->{first}", x, arrays[0], **options)
+    y = y.astype(x.dtype)
+    wide = eqn.params["preferred_element_type"]
+    options |= {"preferred_element_type": wide}
+    return jnp.einsum(f"{first},{_names(terms[1])}->{out}", y, arrays[1], **options)
+
+
+def _names(term: Sequence[str]) -> str:
+    return "".join(name for name in term if name)
+
+
+def _terms(
+    source: Source, kernel: Kernel, k_names: list[str], between: str
+) -> tuple[list[str], list[str]] | None:
+    """For each factor the name of each stored axis, "" for one of size 1; None if they have none."""
+    assert kernel.factors is not None and source.dims is not None
+    stored, kept = stored_letters(source, kernel.axes), source.kept()
+    named = {dim[0]: name for dim, name in zip(source.dims, k_names, strict=True) if dim}
+    taps = factor_axes(kernel.axes, kernel.first)
+    found: tuple[list[str], list[str]] = [], []
+    for index, (factor, term) in enumerate(zip(kernel.factors, found, strict=True)):
+        own = {*taps[index], ".", "IO"[index]}
+        for place, axis in enumerate(kept):
+            letter = stored[axis]
+            linked = letter == "OI"[index]
+            term.append(between if linked else named.get(axis, "") if letter in own else "")
+            if not term[-1] and factor.shape[place] != 1:
+                return None
+    one, two = kernel.factors
+    channels = [kept.index(axis) for axis, letter in stored.items() if letter in ("O", "I")]
+    sizes = {stored[kept[place]]: place for place in channels}
+    return found if one.shape[sizes["O"]] == two.shape[sizes["I"]] else None
+
+
+def _without_ones(factor: jax.Array, term: Sequence[str]) -> jax.Array:
+    return factor.squeeze(tuple(place for place, name in enumerate(term) if not name))
+
+
+def _output(reading, x_names, k_names, mine, others, mine_batch, others_batch) -> str:
+    """The names of the result's axes: those of the batch, of the left operand, of the right."""
+    del mine_batch
+    gone, k_gone = {*others, *others_batch}, {k_names[axis] for axis in mine}
+    shared = [x_names[axis] for axis in others_batch]
+    x_free = [name for axis, name in enumerate(x_names) if axis not in gone]
+    k_free = [name for name in k_names if name not in k_gone and name not in shared]
+    left, right = (k_free, x_free) if reading.operand == 0 else (x_free, k_free)
+    return "".join([*shared, *left, *right])

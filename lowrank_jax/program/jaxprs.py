@@ -1,10 +1,70 @@
 """The program of a forward pass, and the programs inside its equations."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function that was traced: its jaxpr, and how its outputs are put together.
+
+    Attributes:
+        closed: the jaxpr with its constants.
+        inputs: the number of the leaf that each input of the jaxpr is.
+        outputs: leaves of the result; `Hole` where one is an output of the jaxpr.
+        tree: structure of the result.
+    """
+
+    closed: Any
+    inputs: tuple[int, ...]
+    outputs: list
+    tree: Any
+
+    @classmethod
+    def of(cls, fn: Callable, tree: Any, leaves: Sequence[Any]) -> "Program":
+        """Traces ``fn(*args, **kwargs)``; leaves that are no arrays stay as they are.
+
+        Args:
+            fn: the function.
+            tree: structure of (args, kwargs).
+            leaves: of that structure; arrays or shapes where the function computes.
+        """
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
+        found: dict[str, Any] = {}
+
+        def forward(arrays: dict[int, Any]) -> list:
+            args, kwargs = jax.tree.unflatten(
+                tree, [arrays.get(i, x) for i, x in enumerate(leaves)]
+            )
+            results, found["tree"] = jax.tree.flatten(fn(*args, **kwargs))
+            found["outputs"] = [Hole() if is_array(leaf) else leaf for leaf in results]
+            return [leaf for leaf in results if is_array(leaf)]
+
+        closed = jax.make_jaxpr(forward)(arrays)
+        return cls(closed, tuple(arrays), found["outputs"], found["tree"])
+
+    @property
+    def jaxpr(self) -> Any:
+        return opened(self.closed)
+
+    def rebuild(self, results: Sequence[Any]) -> Any:
+        """The function's result from the outputs of its jaxpr."""
+        given = iter(results)
+        leaves = [next(given) if isinstance(leaf, Hole) else leaf for leaf in self.outputs]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+class Hole:
+    """Stands for an output of a jaxpr among the leaves of a result."""
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is computed with; its values need not be known."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def traced(
@@ -17,19 +77,9 @@ def traced(
         first; and the number of each leaf that is an input of the jaxpr, in the order of the
         inputs, to the leaf.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path((variables, args, kwargs))
-    arrays = {
-        i: leaf
-        for i, (_, leaf) in enumerate(leaves)
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    }
-
-    def forward(arrays):
-        merged = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)]
-        variables, args, kwargs = jax.tree.unflatten(tree, merged)
-        return apply(variables, *args, **kwargs)
-
-    return jax.make_jaxpr(forward)(arrays).jaxpr, leaves, arrays
+    leaves, tree = jax.tree_util.tree_flatten_with_path(((variables, *args), kwargs))
+    program = Program.of(apply, tree, [leaf for _, leaf in leaves])
+    return program.jaxpr, leaves, {i: leaves[i][1] for i in program.inputs}
 
 
 def programs(params: dict[str, Any]) -> list[Any]:
@@ -43,6 +93,11 @@ def programs(params: dict[str, Any]) -> list[Any]:
 def opened(program: Any) -> Any:
     """A jaxpr without its constants, whichever of the two a JAX generation stores."""
     return getattr(program, "jaxpr", program)
+
+
+def constants(program: Any) -> list:
+    """The constants of a jaxpr; a JAX generation stores them in one of two places."""
+    return list(getattr(program, "consts", ()))
 
 
 def coarsest_eps(program: Any) -> float:

@@ -1,36 +1,32 @@
-"""A read-only walk over the jaxpr of a forward pass: what becomes of every kernel."""
+"""`trace`: what becomes of every kernel, read from the program of a forward pass."""
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend.core import Literal
 
-from lowrank_jax.factorization.layout import AXES
-from lowrank_jax.program.jaxprs import opened, programs, traced
+from lowrank_jax.program.jaxprs import traced
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.program.provenance import Source, layout, moved, name, sliced
-
-UNALTERED = ("convert_element_type", "copy", "optimization_barrier", "sharding_constraint")
-LOOPS = {"scan": "exact", "while": "per iteration", "cond": "at most"}
+from lowrank_jax.program.names import names_of
+from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.survey import Found, Survey
 
 
 def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     """Lists every convolution and matrix product of a forward pass; nothing is computed.
 
-    Follows ``jit``, ``custom_jvp``, ``custom_vjp``, ``remat``, ``scan`` (counted once an
-    iteration), ``while`` (one iteration) and ``cond`` (every branch). A kernel that is converted to
-    another type, transposed, or one of a stack that is scanned or vmapped still counts as
-    unaltered; any other operation on it is named.
+    Follows ``jit``, ``custom_jvp``, ``custom_vjp``, ``remat``, ``shard_map``, ``scan`` (counted
+    once an iteration), ``while`` (one iteration) and ``cond`` (every branch). A kernel that is
+    converted to another type, transposed, reversed, or one of a stack that is scanned, sliced or
+    vmapped still counts as unaltered. Any other operation on a kernel is named.
 
     Args:
         apply: function (variables, *args, **kwargs), such as ``model.apply``.
-        variables: pytree of arrays or `jax.ShapeDtypeStruct`, in any framework's shape.
-        *args, **kwargs: the other arguments; macs are for this batch size. What is no
-            array, such as ``train=False``, stays as it is.
+        variables: pytree of arrays or `jax.ShapeDtypeStruct`, of any framework's shape.
+        *args, **kwargs: the other arguments; macs are for this batch size. What is no array, such
+            as ``train=False``, stays as it is.
 
     Returns:
         One entry for each kernel and each geometry that it is used with, in program order.
@@ -44,176 +40,71 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         36864
     """
     jaxpr, leaves, arrays = traced(apply, variables, args, kwargs)
-    sources = [_source(leaves[i][0], leaf.shape) for i, leaf in arrays.items()]
-    walk = _Walk()
-    walk.follow(jaxpr, sources, 1, "exact")
-    return Trace(tuple(walk.rows()))
+    own = [path[2:] for path, _ in leaves if path[0].idx == 0 and path[1].idx == 0]
+    names = dict(enumerate(names_of(own)))
+    sources = [
+        Source.of(names[i], leaf.shape) if i in names else None for i, leaf in arrays.items()
+    ]
+    survey = Survey.of(jaxpr, sources)
+    return Trace(tuple(_rows(survey)))
 
 
-def _source(path: Sequence[Any], shape: tuple[int, ...]) -> Source | None:
-    index, *rest = path  # 0 for the variables, 1 and 2 for the other arguments
-    return (
-        Source(name(rest), shape, tuple((axis,) for axis in range(len(shape))))
-        if index.idx == 0
-        else None
-    )
-
-
-class _Walk:
-    """Collects the uses of kernels, and the other operations that touch them."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple, KernelUse] = {}
-        self.touched: dict[str, list[str]] = defaultdict(list)
-
-    def rows(self) -> list[KernelUse]:
-        uses = self.found.values()
-        return [
-            dataclasses.replace(use, reason=use.reason or self._other_use(use.path)) for use in uses
-        ]
-
-    def _other_use(self, path: str) -> str:
-        names = list(dict.fromkeys(self.touched[path]))
-        return f"its kernel is also used by {', '.join(names)}" if names else ""
-
-    def follow(
-        self, jaxpr, sources: Sequence[Source | None], repeats: int, count: str
-    ) -> list[Source | None]:
-        """Walks one program, whose inputs stem from the sources, and returns those of its
-        outputs."""
-        known = {var: source for var, source in zip(jaxpr.invars, sources, strict=True) if source}
-        for eqn in jaxpr.eqns:
-            inputs = [None if isinstance(var, Literal) else known.get(var) for var in eqn.invars]
-            outputs = self._step(eqn, inputs, repeats, count)
-            known |= {
-                var: source for var, source in zip(eqn.outvars, outputs, strict=True) if source
-            }
-        return [None if isinstance(var, Literal) else known.get(var) for var in jaxpr.outvars]
-
-    def _step(
-        self, eqn, inputs: list[Source | None], repeats: int, count: str
-    ) -> list[Source | None]:
-        operation = eqn.primitive.name
-        if operation in ("conv_general_dilated", "dot_general"):
-            self._record(
-                _conv if operation == "conv_general_dilated" else _product,
-                eqn,
-                inputs,
-                repeats,
-                count,
-            )
-            return [None] * len(eqn.outvars)
-        if operation in LOOPS:
-            return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
-        for inner in programs(eqn.params):
-            if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
-                return self.follow(inner, inputs, repeats, count)
-        if operation in UNALTERED and len(inputs) == len(eqn.outvars):
-            return inputs
-        if inputs and inputs[0] and inputs[0].dims and (now := moved(eqn, inputs[0])):
-            return [now]
-        return self._change(eqn, inputs)
-
-    def _record(self, kind: Callable, eqn, inputs, repeats: int, count: str) -> None:
-        use, operand = kind(eqn, inputs, repeats, count)
-        for index, source in enumerate(inputs):
-            if source and index != operand:
-                self.touched[source.path].append(eqn.primitive.name)
+def _rows(survey: Survey) -> list[KernelUse]:
+    uses: dict[tuple, KernelUse] = {}
+    for found in survey.found:
+        use = _use(found)
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
-        key = (same, None if use.path else len(self.found))  # computed kernels stay apart
-        if old := self.found.get(key):
-            sums = {
-                field: getattr(old, field) + getattr(use, field)
-                for field in ("uses", "macs", "bytes")
-            }
-            use = dataclasses.replace(use, **sums)
-        self.found[key] = use
-
-    def _loop(self, eqn, inputs, repeats: int, count: str) -> list[Source | None]:
-        params, results = eqn.params, []
-        if eqn.primitive.name == "scan":
-            fixed, carried = _parts(eqn, opened(params["jaxpr"]))
-            inside = [x and (sliced(x) if i >= carried else x.after("the carry of a scan") if i >= fixed else x)
-                      for i, x in enumerate(inputs)]  # fmt: skip
-            results += self.follow(
-                opened(params["jaxpr"]), inside, repeats * params["length"], count
-            )
-        elif eqn.primitive.name == "while":
-            test, body = params["cond_nconsts"], params["body_nconsts"]
-            carry = [x and x.after("the carry of a while") for x in inputs[test + body :]]
-            self.follow(opened(params["cond_jaxpr"]), inputs[:test] + carry, repeats, count)
-            results += self.follow(
-                opened(params["body_jaxpr"]), inputs[test : test + body] + carry, repeats, count
-            )
-        else:
-            for branch in params["branches"]:
-                results += self.follow(opened(branch), inputs[1:], repeats, count)
-        for source in filter(None, results):
-            self.touched[source.path].append(eqn.primitive.name)
-        return [None] * len(eqn.outvars)
-
-    def _change(self, eqn, inputs) -> list[Source | None]:
-        """Any other operation: what has as many entries as the parameter may be its altered
-        kernel."""
-        operation, outputs = eqn.primitive.name, []
-        sources = [source for source in inputs if source]
-        for source in sources:
-            if source.dims is not None:
-                self.touched[source.path].append(operation)
-        for var in eqn.outvars:
-            sized = [
-                s
-                for s in sources
-                if math.prod(s.shape) == math.prod(getattr(var.aval, "shape", ()))
-            ]
-            outputs.append(sized[0].after(operation) if sized and len(sized[0].shape) > 1 else None)
-        return outputs
+        key = (same, None if use.path else len(uses))  # computed kernels stay apart
+        uses[key] = _sum(uses[key], use) if key in uses else use
+    return [
+        dataclasses.replace(use, reason=use.reason or other_use(survey.touched[use.path]))
+        for use in uses.values()
+    ]
 
 
-def _parts(eqn, body) -> tuple[int, int]:
-    """Where the carry of a scan starts and ends among its inputs.
-
-    Only what is sliced or stacked has another number of axes inside than outside; JAX generations
-    name the counts differently.
-    """
-    end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))
-    carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.outvars, eqn.outvars, strict=True))
-    return end - carry, end
+def _sum(one: KernelUse, two: KernelUse) -> KernelUse:
+    fields = ("uses", "macs", "bytes")
+    sums = {field: getattr(one, field) + getattr(two, field) for field in fields}
+    return dataclasses.replace(one, **sums)
 
 
-def _conv(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
-    params, spec = eqn.params, eqn.params["dimension_numbers"]
-    x, kernel, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
-    source, letters = inputs[1], AXES.get(kernel.ndim - 2, "")[:-2]
-    axes, stack, reason = layout(source, dict(zip(spec.rhs_spec, "OI" + letters, strict=False)))
-    groups = params["feature_group_count"]
-    shared = (
-        groups == 1
-    )  # the kernels of a stack have the same input: their outputs stand side by side
-    if (groups % stack and not shared) or params["batch_group_count"] != 1 or not letters:
-        reason = reason or "it is a convolution of a kind that cannot be separated"
-    inputs_of_one = _channels_last(x.shape, spec.lhs_spec, 1 if shared else stack)
-    adds = math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[spec.rhs_spec[0]]
-    use = KernelUse(
+def other_use(operations: Sequence[str]) -> str:
+    """Why a kernel that other operations touch cannot be decomposed; "" if there are none."""
+    names = list(dict.fromkeys(operations))
+    return f"its kernel is also used by {', '.join(names)}" if names else ""
+
+
+def _use(found: Found) -> KernelUse:
+    return _convolution(found) if found.reading.is_convolution else _product(found)
+
+
+def _convolution(found: Found) -> KernelUse:
+    reading, repeats = found.reading, found.repeats
+    params, spec = reading.eqn.params, reading.eqn.params["dimension_numbers"]
+    x, kernel, out = (v.aval for v in (*reading.eqn.invars, *reading.eqn.outvars))
+    source, layout, reason = reading.source, reading.layout, reading.reason
+    stored = source.shape if source and not reason else kernel.shape
+    macs = math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[spec.rhs_spec[0]]
+    together = 1 if reading.shared else reading.stack
+    return KernelUse(
         path=source.path if source else "",
         kind="conv_transpose" if max(params["lhs_dilation"], default=1) > 1 else "conv",
-        kernel_shape=tuple(source.shape if source and not reason else kernel.shape),
-        axes=axes,
+        kernel_shape=tuple(stored),
+        axes=layout.axes,
         strides=tuple(params["window_strides"]),
         dilation=tuple(params["rhs_dilation"]),
         input_dilation=tuple(params["lhs_dilation"]),
         padding=tuple(map(tuple, params["padding"])),
-        groups=1 if shared else groups // stack,
-        inputs=inputs_of_one,
-        outputs=_channels_last(out.shape, spec.out_spec, stack),
-        uses=repeats * stack,
-        macs=repeats * adds,
+        groups=reading.groups if not reason else params["feature_group_count"],
+        inputs=_channels_last(x.shape, spec.lhs_spec, together),
+        outputs=_channels_last(out.shape, spec.out_spec, reading.stack),
+        uses=repeats * reading.stack,
+        macs=repeats * macs,
         bytes=repeats * _bytes(x, kernel, out),
-        count=count,
+        count=found.count,
         reason=reason,
         dtype=np.dtype(x.dtype).name,
     )
-    return use, 1
 
 
 def _channels_last(shape: Sequence[int], spec: Sequence[int], stack: int) -> tuple[int, ...]:
@@ -221,12 +112,13 @@ def _channels_last(shape: Sequence[int], spec: Sequence[int], stack: int) -> tup
     return (shape[batch], *(shape[axis] for axis in spatial), shape[channels] // stack)
 
 
-def _product(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
+def _product(found: Found) -> KernelUse:
+    reading, repeats = found.reading, found.repeats
+    eqn, operand, source = reading.eqn, reading.operand, reading.source
     (contracting, _), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    operand = next((i for i in (1, 0) if inputs[i]), 1)
-    kernel, other, source = eqn.invars[operand].aval, eqn.invars[1 - operand].aval, inputs[operand]
-    adds = math.prod(out.shape) * math.prod(kernel.shape[axis] for axis in contracting[operand])
-    use = KernelUse(
+    kernel, other = eqn.invars[operand].aval, eqn.invars[1 - operand].aval
+    macs = math.prod(out.shape) * math.prod(kernel.shape[axis] for axis in contracting[operand])
+    return KernelUse(
         path=source.path if source else "",
         kind="product",
         kernel_shape=tuple(kernel.shape),
@@ -239,13 +131,12 @@ def _product(eqn, inputs, repeats: int, count: str) -> tuple[KernelUse, int]:
         inputs=tuple(other.shape),
         outputs=tuple(out.shape),
         uses=repeats,
-        macs=repeats * adds,
+        macs=repeats * macs,
         bytes=repeats * _bytes(eqn.invars[0].aval, eqn.invars[1].aval, out),
-        count=count,
-        reason="it is a matrix product, not a convolution",
+        count=found.count,
+        reason=reading.reason,
         dtype=np.dtype(other.dtype).name,
     )
-    return use, operand
 
 
 def _bytes(*avals: Any) -> int:

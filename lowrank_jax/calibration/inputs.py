@@ -1,0 +1,166 @@
+"""Inputs of a network: one batch, or an iterable of batches."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BATCH = 256
+_TRAINING = {"train": True, "training": True, "is_training": True, "deterministic": False}
+
+
+class Inputs:
+    """Batches of inputs, each a tuple of the arguments that the network takes after its variables.
+
+    One batch is an array, a dict or another pytree of arrays, or a tuple of those, which are spread
+    over the network's arguments. All arrays have the images along their first axis. Anything else
+    that can be iterated over, such as a list, a generator, a loader of Grain or of TensorFlow
+    Datasets, or a function that gives an iterator, is an iterable of batches.
+
+    Args:
+        inputs: as above.
+        size: images of a batch, into which one batch is cut.
+
+    Raises:
+        ValueError: there are no inputs, or their arrays differ in the number of images.
+
+    Example:
+        >>> [batch[0].shape for batch in Inputs(np.ones((5, 8, 8, 3), np.float32), size=2)]
+        [(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)]
+    """
+
+    def __init__(self, inputs: Any, size: int = BATCH) -> None:
+        self._given, self._size = inputs, size
+        self._started: Iterator | None = None
+        if isinstance(inputs, Iterator):
+            self._started = inputs
+        if self.one_batch:
+            images(_as_arguments(inputs))
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether one batch was given, which is cut here."""
+        return not (callable(self._given) or _is_iterable_of_batches(self._given))
+
+    @property
+    def again(self) -> bool:
+        """Whether the batches can be had more than once."""
+        return self._started is None
+
+    @property
+    def count(self) -> int | None:
+        """How many images there are; None where only a pass over the batches tells."""
+        return images(_as_arguments(self._given)) if self.one_batch else None
+
+    def __iter__(self) -> Iterator[tuple]:
+        if self.one_batch:
+            yield from self._cut()
+            return
+        given = self._given() if callable(self._given) else self._given
+        for batch in given:
+            arguments = _as_arguments(batch)
+            images(arguments)
+            yield arguments
+
+    def _cut(self) -> Iterator[tuple]:
+        """Pieces of nearly equal size, two at least where there are two images."""
+        arguments, count = _as_arguments(self._given), self.count
+        assert count is not None
+        pieces = max(math.ceil(count / self._size), min(2, count))
+        size = math.ceil(count / pieces)
+        for start in range(0, count, size):
+            yield jax.tree.map(lambda x, start=start: x[start : start + size], arguments)
+
+    def first(self) -> tuple:
+        """The first batch; an iterator starts with it again."""
+        iterator = iter(self)
+        batch = next(iterator, None)
+        if batch is None:
+            raise ValueError("No calibration data: give at least one batch of inputs.")
+        if self._started is not None:
+            self._given = self._started = itertools.chain([batch], iterator)
+        return batch
+
+    def held(self) -> "Inputs":
+        """The same batches, which can be had again."""
+        return self if self.again else Inputs(list(self), self._size)
+
+    def __len__(self) -> int:
+        """How many batches there are, for one batch or for a sequence."""
+        if self.one_batch:
+            return sum(1 for _ in self._cut())
+        return len(self._given)
+
+
+def _is_iterable_of_batches(given: Any) -> bool:
+    if isinstance(given, (Mapping, tuple, str, bytes)) or hasattr(given, "shape"):
+        return False
+    return isinstance(given, Iterable) or hasattr(given, "__getitem__")
+
+
+def _as_arguments(batch: Any) -> tuple:
+    arguments = batch if isinstance(batch, tuple) else (batch,)
+    return jax.tree.map(_as_array, arguments)
+
+
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) or hasattr(leaf, "aval"):
+        return leaf
+    array = np.asarray(leaf)
+    if array.dtype.kind not in "fiubV" or array.dtype == object:
+        raise ValueError(
+            f"The inputs hold a {type(leaf).__name__} of type {array.dtype}; give arrays of real "
+            "numbers, or batches of those."
+        )
+    return array
+
+
+def images(arguments: tuple) -> int:
+    """How many images a batch has.
+
+    Raises:
+        ValueError: there are none, or the arrays differ.
+    """
+    leaves = jax.tree.leaves(arguments)
+    sizes = {x.shape[0] if x.ndim else None for x in leaves}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        shapes = [tuple(x.shape) for x in leaves]
+        raise ValueError(
+            f"No calibration data: inputs of shapes {shapes} are not allowed; give one or more arrays "
+            "with the same number of images, at least one, along the first axis."
+        )
+    [count] = sizes
+    return int(count)
+
+
+def shapes_of(arguments: tuple, count: int) -> tuple:
+    """The shapes of a batch of so many images."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"batch={count!r} is not allowed; give an int of 1 or more images at once."
+        )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), jnp.asarray(x[:0]).dtype), arguments
+    )
+
+
+def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
+    """Raises for arguments that make a network train; warns of images that seem to be raw."""
+    for name, value in _TRAINING.items():
+        if name in kwargs and kwargs[name] is value:
+            raise ValueError(
+                f"{name}={value} is not allowed: a network is calibrated and compressed as it runs in "
+                f"evaluation; give {name}={not value}."
+            )
+    raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype == np.uint8]
+    if raw:
+        warnings.warn(
+            f"The inputs are uint8 images of shape {tuple(raw[0].shape)}: give what the network takes, "
+            "which is usually scaled and normalised.",
+            stacklevel=4,
+        )

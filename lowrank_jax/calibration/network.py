@@ -1,0 +1,126 @@
+"""A network as the verbs that run it see it: a function, its variables, the arguments of its call."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.factorization.factors import is_factors
+from lowrank_jax.program.jaxprs import Program, is_array
+from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.program.names import leaf_names, names_of
+from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.tracing import trace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """``apply(variables, *inputs, *args, **kwargs)``.
+
+    Attributes:
+        apply: the function.
+        variables: its first argument.
+        args, kwargs: the arguments of the model itself, after its inputs.
+    """
+
+    apply: Callable
+    variables: Any
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.apply):
+            raise ValueError(
+                f"apply={self.apply!r:.80} is not allowed; give a function of (variables, inputs), "
+                "such as model.apply."
+            )
+        leaves = jax.tree_util.tree_leaves_with_path(self.variables, is_leaf=is_factors)
+        for path, leaf in leaves:
+            if is_factors(leaf):
+                raise ValueError(
+                    f"{names_of([path])[0]} is decomposed already; give the variables of the dense "
+                    "network, as reconstruct(variables) makes them."
+                )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of each leaf of the variables to its shape."""
+        return {name: np.shape(leaf) for name, leaf in self.named().items()}
+
+    def named(self) -> dict[str, Any]:
+        """Name of each leaf of the variables to the leaf."""
+        leaves = jax.tree.leaves(self.variables)
+        return dict(zip(leaf_names(self.variables), leaves, strict=True))
+
+    def trace(self, inputs: tuple) -> Trace:
+        """What becomes of every kernel; see `lowrank_jax.trace`."""
+        with _tells(inputs):
+            return trace(self.apply, self.variables, *inputs, *self.args, **self.kwargs)
+
+    def program(self, inputs: tuple) -> "NetworkProgram":
+        """The traced program, at these inputs' shapes."""
+        given = ((self.variables, *inputs, *self.args), dict(self.kwargs))
+        paths, tree = jax.tree_util.tree_flatten_with_path(given)
+        with _tells(inputs):
+            program = Program.of(self.apply, tree, [leaf for _, leaf in paths])
+        own = [path[2:] for path, _ in paths if path[0].idx == 0 and path[1].idx == 0]
+        names = names_of(own)
+        count = len(jax.tree.leaves(inputs))
+        return NetworkProgram(program, tuple(names), len(names), count)
+
+    def leaves(self, inputs: tuple, variables: Any = None) -> list:
+        """The arrays that a `NetworkProgram` takes, of other variables where they are given."""
+        own = self.variables if variables is None else variables
+        leaves = jax.tree.leaves(((own, *inputs, *self.args), dict(self.kwargs)))
+        return [leaf for leaf in leaves if is_array(leaf)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NetworkProgram:
+    """A traced network: which of the program's inputs are variables, and which are images.
+
+    Attributes:
+        program: the traced function.
+        names: of the leaves of the variables.
+        variables: how many leaves these are; they come first.
+        images: how many leaves follow that hold images.
+    """
+
+    program: Program
+    names: tuple[str, ...]
+    variables: int
+    images: int
+
+    @property
+    def sources(self) -> list[Source | None]:
+        """For each input of the jaxpr the parameter that it is."""
+        jaxpr = self.program.jaxpr
+        pairs = zip(self.program.inputs, jaxpr.invars, strict=True)
+        return [
+            Source.of(self.names[index], var.aval.shape) if index < self.variables else None
+            for index, var in pairs
+        ]
+
+    def kinds(self) -> list[str]:
+        """For each input of the jaxpr "variable", "image" or "other"."""
+        ends = (self.variables, self.variables + self.images)
+        return [
+            "variable" if index < ends[0] else "image" if index < ends[1] else "other"
+            for index in self.program.inputs
+        ]
+
+
+@contextlib.contextmanager
+def _tells(inputs: tuple) -> Iterator[None]:
+    """An error of the model says what the model was given."""
+    try:
+        yield
+    except Exception as error:
+        shapes = [f"{tuple(x.shape)} {x.dtype}" for x in jax.tree.leaves(inputs)]
+        raise ValueError(
+            f"The model does not run on inputs {', '.join(shapes)}: {type(error).__name__}: {error}\n"
+            "Give inputs of the shape that the model is for, the variables of this very model, and "
+            "the arguments of its call for evaluation, such as train=False."
+        ) from error

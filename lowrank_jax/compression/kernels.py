@@ -1,0 +1,73 @@
+"""The factors of the layers that are being fitted, slice by slice of each stack."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.program.kernel import Kernel
+from lowrank_jax.program.provenance import Source
+
+Slice = tuple[int, ...]
+
+
+class Factors:
+    """Factors of the layers of a table, which a fit fills in.
+
+    Args:
+        network: the dense network.
+        schemes: layer path to its scheme.
+
+    Attributes:
+        stored: path to the dense kernel, or stack of kernels.
+    """
+
+    def __init__(self, network: Network, schemes: Mapping[str, Separable]) -> None:
+        self.schemes = schemes
+        leaves = network.named()
+        self.stored = {path: np.asarray(leaves[path]) for path in schemes}
+        self._pairs = {path: self._empty(path) for path in schemes}
+
+    def _empty(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        kernel, scheme = self.stored[path], self.schemes[path]
+        stack = kernel.shape[: kernel.ndim - len(scheme.axes)]
+        one, two = scheme.shapes(kernel.shape)
+        return np.zeros((*stack, *one), kernel.dtype), np.zeros((*stack, *two), kernel.dtype)
+
+    def slices(self, path: str) -> Iterator[Slice]:
+        """The index of every kernel of a stack; () where there is none."""
+        kernel = self.stored[path]
+        return np.ndindex(*kernel.shape[: kernel.ndim - len(self.schemes[path].axes)])
+
+    def fill(self, path: str, index: Slice, first: np.ndarray, second: np.ndarray) -> None:
+        """Sets the factors of one kernel."""
+        for pair, new in zip(self._pairs[path], (first, second), strict=True):
+            pair[index] = np.asarray(new).astype(pair.dtype)
+
+    def fill_plain(self, missing: Iterable[tuple[str, Slice]]) -> None:
+        """Sets the closed-form factors of some kernels."""
+        for path, index in missing:
+            kernel = jnp.asarray(self.stored[path][index])
+            first, second = self.schemes[path].factor(kernel)
+            self.fill(path, index, np.asarray(first), np.asarray(second))
+
+    def whole(self, path: str) -> Kernel:
+        """The factors of a layer as a value of a program."""
+        scheme = self.schemes[path]
+        source = Source.of(path, self.stored[path].shape)
+        return Kernel.factored(source, scheme.axes, scheme.first, self.arrays(path))
+
+    def part(self, source: Source) -> Kernel:
+        """The factors of the kernels of a stack that a program has at some place."""
+        scheme, own = self.schemes[source.path], self.arrays(source.path)
+        fixed = dict(source.gone)
+        taken = tuple(fixed.get(axis, slice(None)) for axis in range(len(source.shape)))
+        one, two = (x[taken] for x in own)
+        return Kernel.factored(source, scheme.axes, scheme.first, (one, two))
+
+    def arrays(self, path: str) -> tuple[jnp.ndarray, jnp.ndarray]:
+        """The two arrays of a layer."""
+        one, two = self._pairs[path]
+        return jnp.asarray(one), jnp.asarray(two)

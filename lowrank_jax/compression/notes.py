@@ -1,0 +1,109 @@
+"""What is noted of each batch at a stop, and what becomes of the notes of all batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.calibration.collecting import FOLDS
+from lowrank_jax.calibration.patches import patch_sums
+from lowrank_jax.compression.outline import Outline, Shift
+from lowrank_jax.compression.segments import Note, Values
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.program.factored import run_factored
+from lowrank_jax.program.kernel import Kernel
+from lowrank_jax.program.reading import Reading
+
+
+def fit_note(place: int) -> Callable[[Outline], Note]:
+    """What a fit needs of a batch: moments, and sums for the means."""
+
+    def at(outline: Outline) -> Note:
+        reading = outline.readings[place]
+        x_number, y_number = outline.reads(reading.eqn)[0], outline.gives(reading.eqn)[0]
+
+        def note(dense: Values, small: Values) -> dict[str, Any]:
+            x, y = small.get(x_number, dense[x_number]), dense[y_number]
+            return {"sums": patch_sums(reading, x, y), **_mean_sums(reading, x, y)}
+
+        return note
+
+    return at
+
+
+def _mean_sums(reading: Reading, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    """Sums of the inputs over the batch, and of the outputs over all but the channels."""
+    spec = reading.eqn.params["dimension_numbers"]
+    batch, channels = spec.lhs_spec[0], spec.out_spec[1]
+    return {
+        "inputs": wide(x).sum(batch, keepdims=True),
+        "images": jnp.float32(x.shape[batch]),
+        "outputs": wide(y).sum(_others(y, channels)),
+        "positions": jnp.float32(y.size // y.shape[channels]),
+    }
+
+
+def mean_note(shift: Shift) -> Callable[[Outline], Note]:
+    """Sums of a value over all but the channels in both networks, and their count."""
+
+    def note(dense: Values, small: Values) -> tuple:
+        one, two = wide(dense[shift.data]), wide(small[shift.data])
+        others = _others(one, shift.axis)
+        return one.sum(others), two.sum(others), jnp.float32(one.size // one.shape[shift.axis])
+
+    return lambda outline: note
+
+
+def _others(x: Any, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(x.ndim) if other != axis)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """In float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> np.ndarray:
+    """What the means of a layer's outputs lack beside those of the dense layer.
+
+    A convolution is linear: the mean of its outputs is the output of the mean of its inputs.
+    """
+    totals = {name: _total(found, name) for name in ("inputs", "images", "outputs", "positions")}
+    x = jnp.asarray(totals["inputs"] / totals["images"], jnp.float32)
+    outputs = run_factored(reading, x, jax.tree.map(lambda a: a.astype(jnp.float32), kernel))
+    assert outputs is not None
+    axis = reading.eqn.params["dimension_numbers"].out_spec[1]
+    mean = np.asarray(outputs, np.float64).mean(_others(outputs, axis))
+    return totals["outputs"] / totals["positions"] - mean
+
+
+def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
+    return np.sum([np.asarray(note[name], np.float64) for note in found], axis=0)
+
+
+def folds_of(found: Sequence[Mapping], path: str) -> list[list[Moments]]:
+    """For each set of images the moments of each kernel that ran at once."""
+    totals: list[dict[str, np.ndarray]] = []
+    for number, note in enumerate(found):
+        own = {name: np.asarray(x, np.float64) for name, x in note["sums"].items()}
+        if number < FOLDS:
+            totals.append(own)
+            continue
+        old = totals[number % FOLDS]
+        totals[number % FOLDS] = {name: old[name] + own[name] for name in own}
+    if not all(np.isfinite(x).all() for total in totals for x in total.values()):
+        raise ValueError(
+            f"{path}: the activations hold NaN or infinite values; check the weights and the "
+            "calibration images."
+        )
+    return [_moments(total) for total in totals]
+
+
+def _moments(total: Mapping[str, np.ndarray]) -> list[Moments]:
+    rest = [name for name in total if name != "count"]
+    return [
+        Moments(count=int(count), **{name: total[name][index] for name in rest})
+        for index, count in enumerate(total["count"])
+    ]

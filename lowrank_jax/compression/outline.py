@@ -1,0 +1,169 @@
+"""What `compress` must know of a network's program before it runs: where to fit, where to match."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Literal
+
+from lowrank_jax.calibration.network import NetworkProgram
+from lowrank_jax.program.channels import SHIFTS, Channels
+from lowrank_jax.program.flat import flatten
+from lowrank_jax.program.jaxprs import constants, opened
+from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.reading import Reading
+from lowrank_jax.program.survey import Survey
+
+Slice = tuple[int, ...]
+
+
+class Outline:
+    """The flat program of a network, its variables numbered in the order in which they appear.
+
+    Programs for batches of different sizes have the same numbers.
+
+    Attributes:
+        flat, jaxpr: the program.
+        eqns: its equations.
+        readings: index of an equation to the reading of a kernel.
+        sources: number of an input to the parameter that it is.
+        images: numbers of the inputs that are images.
+        fixed: numbers of the variables that do not depend on the images.
+    """
+
+    def __init__(self, traced: NetworkProgram) -> None:
+        self.flat = flatten(traced.program.closed, traced.sources)
+        self.jaxpr = opened(self.flat)
+        self.eqns = list(self.jaxpr.eqns)
+        results = [var for eqn in self.eqns for var in eqn.outvars]
+        variables = [*self.jaxpr.constvars, *self.jaxpr.invars, *results]
+        self._numbers = {var: number for number, var in enumerate(variables)}
+        places = {id(eqn): index for index, eqn in enumerate(self.eqns)}
+        self.survey = Survey.of(self.jaxpr, traced.sources)
+        found = [(places.get(id(f.reading.eqn)), f.reading) for f in self.survey.found]
+        self.readings = {place: reading for place, reading in found if place is not None}
+        inputs = list(zip(self.jaxpr.invars, traced.sources, traced.kinds(), strict=True))
+        self.sources: dict[int, Source] = {self.number(v): s for v, s, _ in inputs if s is not None}
+        self.images = [self.number(v) for v, _, kind in inputs if kind == "image"]
+        others = [v for v, _, kind in inputs if kind != "image"]
+        self.channels = Channels(self.jaxpr, others)
+        self.fixed = {self.number(var) for var in self.channels.fixed}
+
+    def number(self, var: Any) -> int:
+        return self._numbers[var]
+
+    def reads(self, eqn: Any) -> list[int]:
+        """Numbers of the variables that an equation reads."""
+        return [self.number(var) for var in eqn.invars if not isinstance(var, Literal)]
+
+    def gives(self, eqn: Any) -> list[int]:
+        return [self.number(var) for var in eqn.outvars]
+
+    def constants(self) -> dict[int, Any]:
+        values = zip(self.jaxpr.constvars, constants(self.flat), strict=True)
+        return {self.number(var): value for var, value in values}
+
+    def same_program(self, other: "Outline") -> bool:
+        """Whether two programs differ in shapes alone."""
+        steps = [
+            [(eqn.primitive.name, *one.reads(eqn), *one.gives(eqn)) for eqn in one.eqns]
+            for one in (self, other)
+        ]
+        return steps[0] == steps[1]
+
+    def differing(self, changed: Collection[int]) -> set[int]:
+        """The variables that change with some inputs."""
+        found = set(changed)
+        for eqn in self.eqns:
+            if not found.isdisjoint(self.reads(eqn)):
+                found.update(self.gives(eqn))
+        return found
+
+
+def slices(reading: Reading) -> Iterator[Slice]:
+    """The kernels of a stack that a reading runs at once, in its order."""
+    source, stack = reading.source, reading.layout.stack
+    assert source is not None
+    fixed = dict(source.gone)
+    sizes = [source.shape[axis] for axis in stack]
+    for place in np.ndindex(*sizes):
+        own: dict[int, Any] = {**fixed, **dict(zip(stack, place, strict=True))}
+        yield tuple(int(own[axis]) for axis in sorted(own))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """A parameter that is added to a value channel by channel, or subtracted from it.
+
+    Attributes:
+        place: index of the equation.
+        data: number of the value.
+        leaf: number of the parameter.
+        sign: 1 where the parameter is added, -1 where it is subtracted.
+        axis: of the channels in the value.
+    """
+
+    place: int
+    data: int
+    leaf: int
+    sign: int
+    axis: int
+
+
+def find_shift(outline: Outline, place: int) -> Shift | None:
+    """The shift of an equation; None if its parameter is none, or is used elsewhere, too."""
+    eqn = outline.eqns[place]
+    step = outline.channels.step(eqn)
+    if step is None or step.name not in SHIFTS or step.axis < 0:
+        return None
+    leaf = outline.channels.leaf(step.by)
+    if leaf is None or outline.number(leaf) not in outline.sources:
+        return None
+    channels = eqn.outvars[0].aval.shape[step.axis]
+    own = leaf.aval.size == channels and outline.channels.readers(leaf) == 1
+    data = outline.number(eqn.invars[step.index])
+    sign = 1 if step.name == "add" else -1
+    return Shift(place, data, outline.number(leaf), sign, step.axis) if own else None
+
+
+def shift_after(outline: Outline, place: int, axis: int) -> Shift | None:
+    """The shift that the output of an equation meets first, if nothing else reads it before."""
+    steps = outline.channels.after(outline.eqns[place].outvars[0], axis)
+    if not steps:
+        return None
+    return find_shift(outline, outline.eqns.index(steps[0].eqn))
+
+
+@dataclasses.dataclass
+class Matched:
+    """The variables whose means are those of the dense network.
+
+    Attributes:
+        outline: of the program.
+        differing: the variables that differ at all.
+        numbers: those that a correction gave.
+    """
+
+    outline: Outline
+    differing: set[int]
+    numbers: set[int] = dataclasses.field(default_factory=set)
+
+    def note(self, place: int) -> None:
+        """Follows one equation."""
+        eqn = self.outline.eqns[place]
+        step = self.outline.channels.step(eqn)
+        data = [n for n in self.outline.reads(eqn) if n in self.differing]
+        linear = eqn.primitive.name in ("add", "sub", "convert_element_type", "copy")
+        if data and (step is not None or linear) and set(data) <= self.numbers:
+            self.numbers.update(self.outline.gives(eqn))
+
+
+def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
+    """The equations at which a kernel of a table is read, and its path."""
+    found = {}
+    for place, reading in sorted(outline.readings.items()):
+        known = reading.source is not None and not reading.reason
+        if known and reading.is_convolution and reading.source.path in schemes:
+            found[place] = reading.source.path
+    return found

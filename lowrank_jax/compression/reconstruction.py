@@ -1,0 +1,176 @@
+"""The algorithm of `compress`: from stop to stop through the program, a fit or a mean at each."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from lowrank_jax.calibration.inputs import Inputs
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.compression.kernels import Factors, Slice
+from lowrank_jax.compression.notes import fit_note, folds_of, lacking_mean, mean_note
+from lowrank_jax.compression.outline import (
+    Matched,
+    Outline,
+    Shift,
+    find_shift,
+    fit_places,
+    shift_after,
+    slices,
+)
+from lowrank_jax.compression.segments import Segments, Values
+from lowrank_jax.factorization.fitting import Fit, fit_layer
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.program.reading import Reading
+from lowrank_jax.program.transform import prepare
+from lowrank_jax.tree.decomposing import replaced
+from lowrank_jax.tree.paths import map_named
+
+Fits = dict[str, dict[Slice, Fit]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """What is to be compressed: the network, its inputs, the scheme of each layer.
+
+    Attributes:
+        importance: layer path to how much each of its output channels counts.
+    """
+
+    network: Network
+    inputs: Inputs
+    schemes: Mapping[str, Separable]
+    importance: Mapping[str, np.ndarray]
+
+
+class Reconstruction:
+    """One run of the algorithm.
+
+    Attributes:
+        fits: of the layers so far.
+    """
+
+    def __init__(self, job: Job, sweeps: int, match_means: bool) -> None:
+        self.job, self.sweeps, self.match_means = job, sweeps, match_means
+        batches = list(job.inputs.held())
+        outlines = _outlines(job.network, batches)
+        self.outline = outlines[0]
+        self.fits: Fits = {}
+        self.factors = Factors(job.network, job.schemes)
+        images = [jax.tree.leaves(batch) for batch in batches]
+        self.segments = Segments(outlines, images, self._given(batches[0]))
+        self.shifts: Values = {}
+
+    def _given(self, batch: tuple) -> Values:
+        outline, inputs = self.outline, self.outline.jaxpr.invars
+        values = zip(inputs, self.job.network.leaves(batch), strict=True)
+        given = {outline.number(var): jnp.asarray(value) for var, value in values}
+        return {n: x for n, x in given.items() if n not in outline.images} | outline.constants()
+
+    def fit(self) -> Any:
+        """Fits all layers and returns the tree."""
+        outline = self.outline
+        places = fit_places(outline, self.job.schemes)
+        self.factors.fill_plain(_unread(outline, places, self.factors))
+        changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
+        matched = Matched(outline, outline.differing(changed))
+        progress = tqdm(total=len(places), desc="fitting", leave=False, disable=None)
+        for place in range(max(places, default=-1) + 1):
+            if place in places:
+                self._fit(place, places[place], matched)
+                progress.update()
+            elif self.match_means:
+                self._match(place, matched)
+            matched.note(place)
+        progress.close()
+        return self._tree()
+
+    def _small(self) -> Values:
+        """The inputs of the compressed network that differ."""
+        outline, schemes = self.outline, self.job.schemes
+        kernels = {
+            number: prepare(self.factors.whole(source.path), outline.survey)
+            for number, source in outline.sources.items()
+            if source.path in schemes
+        }
+        return {**kernels, **self.shifts}
+
+    def _fit(self, place: int, path: str, matched: Matched) -> None:
+        """Fits the kernels that an equation reads, unless they are, and matches the means."""
+        reading = self.outline.readings[place]
+        wanted = set(slices(reading)) - set(self.fits.get(path, {}))
+        axis = reading.eqn.params["dimension_numbers"].out_spec[1]
+        shift = shift_after(self.outline, place, axis) if self.match_means else None
+        if not wanted and shift is None:
+            return
+        found = self.segments.advance(place, self._small(), fit_note(place))
+        if wanted:
+            self._fit_slices(path, reading, found)
+        if shift is not None and reading.source is not None:
+            kernel = self.factors.part(reading.source)
+            self._set_shift(shift, lacking_mean(reading, kernel, found), matched)
+
+    def _fit_slices(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
+        scheme, importance = self.job.schemes[path], self.job.importance.get(path)
+        folds = folds_of(found, path)
+        for number, index in enumerate(slices(reading)):
+            own = [fold[number] for fold in folds]
+            kernel = np.asarray(self.factors.stored[path][index], np.float64)
+            fit = fit_layer(kernel, own, scheme, importance, self.sweeps)
+            self.fits.setdefault(path, {})[index] = fit
+            self.factors.fill(path, index, np.asarray(fit.first), np.asarray(fit.second))
+
+    def _match(self, place: int, matched: Matched) -> None:
+        """Corrects the mean of a normalisation whose input has drifted."""
+        shift = find_shift(self.outline, place)
+        drifts = shift is not None and shift.sign < 0 and shift.data in matched.differing
+        if shift is None or not drifts or shift.data in matched.numbers:
+            return
+        found = self.segments.advance(place, self._small(), mean_note(shift))
+        dense, small, count = (
+            sum(np.asarray(x, np.float64) for x in xs) for xs in zip(*found, strict=True)
+        )
+        self._set_shift(shift, (dense - small) / count, matched)
+
+    def _set_shift(self, shift: Shift, lack: np.ndarray, matched: Matched) -> None:
+        """Gives a parameter what the means lack."""
+        old = self.segments.given[shift.leaf]
+        new = np.asarray(old, np.float64) + shift.sign * lack.reshape(np.shape(old))
+        self.shifts[shift.leaf] = jnp.asarray(new, old.dtype)
+        outline = self.outline
+        matched.numbers.update(outline.gives(outline.eqns[shift.place]))
+
+    def _tree(self) -> Any:
+        outline, schemes = self.outline, self.job.schemes
+        new = {outline.sources[number].path: value for number, value in self.shifts.items()}
+        tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
+        return replaced(tree, {p: (schemes[p], self.factors.arrays(p)) for p in schemes})
+
+
+def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:
+    """The program at the shapes of each batch; batches of one shape share one."""
+    known: dict[str, Outline] = {}
+    found = []
+    for batch in batches:
+        key = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        if key not in known:
+            known[key] = Outline(network.program(batch))
+        found.append(known[key])
+    if not all(found[0].same_program(own) for own in known.values()):
+        raise ValueError(
+            "The program of the model differs with the size of its batch; give batches of one size."
+        )
+    return found
+
+
+def _unread(outline: Outline, places: Mapping[int, str], factors: Factors) -> set:
+    """The kernels of stacks that loops or branches alone read, where nothing can be fitted."""
+    fitted = {
+        (path, index) for place, path in places.items() for index in slices(outline.readings[place])
+    }
+    every = {(path, index) for path in factors.schemes for index in factors.slices(path)}
+    return every - fitted

@@ -1,0 +1,147 @@
+"""A network run in segments, dense and compressed side by side, one batch at a time.
+
+Between two segments lies a stop. What is alive there is held on the host, for all batches; the
+device holds one batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from lowrank_jax.compression.outline import Outline
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.interpreter import bind, step
+from lowrank_jax.program.transform import LowRank
+
+Values = dict[int, Any]
+Note = Callable[[Values, Values], Any]  # of the values of both networks
+
+
+@dataclasses.dataclass
+class Live:
+    """What a batch has given so far, by the numbers of the variables.
+
+    Attributes:
+        dense: values of the dense network.
+        small: values of the compressed network where they differ.
+    """
+
+    dense: Values
+    small: Values
+
+
+class Segments:
+    """Runs both networks from stop to stop.
+
+    Args:
+        outlines: of the program at the shapes of each batch.
+        batches: the leaves of the images of each batch.
+        given: number of an input to its value in the dense network.
+    """
+
+    def __init__(
+        self, outlines: Sequence[Outline], batches: Sequence[Sequence], given: Values
+    ) -> None:
+        self.outlines, self.given = outlines, given
+        self.first = outlines[0]
+        self.lives = [
+            Live(dict(zip(outline.images, batch, strict=True)), {})
+            for outline, batch in zip(outlines, batches, strict=True)
+        ]
+        self.last = _last_reads(self.first)
+        self.place = 0
+
+    def advance(self, place: int, small: Values, note: Callable[[Outline], Note]) -> list:
+        """Runs all batches up to an equation, and notes something of each there.
+
+        Args:
+            place: index of the equation, which the compressed network does not run yet. The dense
+                network does.
+            small: number of an input to its value in the compressed network, where it differs.
+            note: makes a function of both networks' values from the program at a batch's shapes.
+        """
+        programs: dict[int, Callable] = {}
+        found = []
+        for live, outline in zip(self.lives, self.outlines, strict=True):
+            if id(outline) not in programs:
+                run = _segment(outline, self.place, place, self.last, note(outline))
+                programs[id(outline)] = jax.jit(run, compiler_options=default_options())
+            results = programs[id(outline)](self.given, small, live.dense, live.small)
+            live.dense, live.small, own = jax.tree.map(np.asarray, results)
+            found.append(own)
+        self.place = place
+        return found
+
+
+def _last_reads(outline: Outline) -> dict[int, int]:
+    """The last equation that reads each variable."""
+    last = {}
+    for place, eqn in enumerate(outline.eqns):
+        last.update(dict.fromkeys(outline.reads(eqn), place))
+    return last
+
+
+def _segment(
+    outline: Outline, start: int, stop: int, last: Mapping[int, int], note: Note
+) -> Callable:
+    """A function of (given, small inputs, dense live values, small live values)."""
+    own = range(start, stop + 1)
+    needed = _fixed_equations(outline, own)
+
+    def run(given: Values, small: Values, dense: Values, other: Values) -> tuple:
+        one, two = {**given, **dense}, {**small, **other}
+        for place in needed:
+            _both(outline, place, one, two)
+        for place in range(start, stop):
+            if place not in needed:
+                _both(outline, place, one, two)
+        _dense(outline, stop, one)
+        kept = {n for n in (*one, *two) if n not in outline.fixed and last.get(n, -1) >= stop}
+        kept |= set(outline.gives(outline.eqns[stop]))
+        live = ({n: x[n] for n in sorted(kept) if n in x} for x in (one, two))
+        return (*live, note(one, two))
+
+    return run
+
+
+def _fixed_equations(outline: Outline, places: Sequence[int]) -> list[int]:
+    """The equations that do not depend on the images, and that some equations need."""
+    wanted = {n for place in places for n in outline.reads(outline.eqns[place])}
+    found = []
+    for place in range(len(outline.eqns) - 1, -1, -1):
+        eqn = outline.eqns[place]
+        results = set(outline.gives(eqn))
+        if results <= outline.fixed and results & wanted:
+            found.append(place)
+            wanted.update(outline.reads(eqn))
+    return found[::-1]
+
+
+def _read(outline: Outline, eqn: Any, values: Values, others: Values | None = None) -> list:
+    def value(var: Any) -> Any:
+        if isinstance(var, Literal):
+            return var.val
+        number = outline.number(var)
+        return values[number] if number in values or others is None else others[number]
+
+    return [value(var) for var in eqn.invars]
+
+
+def _both(outline: Outline, place: int, dense: Values, small: Values) -> None:
+    """Runs an equation for the dense network, and for the other where it differs."""
+    eqn = outline.eqns[place]
+    _dense(outline, place, dense)
+    if any(number in small for number in outline.reads(eqn)):
+        found, _ = step(eqn, _read(outline, eqn, small, dense), LowRank())
+        small.update(zip(outline.gives(eqn), found, strict=True))
+
+
+def _dense(outline: Outline, place: int, dense: Values) -> None:
+    eqn = outline.eqns[place]
+    if not set(outline.gives(eqn)) <= set(dense):
+        found = bind(eqn, _read(outline, eqn, dense))
+        dense.update(zip(outline.gives(eqn), found, strict=True))

@@ -1,0 +1,126 @@
+"""How the factors of a kernel stand in a tree: a dict of two arrays in the kernel's place.
+
+The keys say which convolution comes first, and the layout where it is not Flax's: ``{"vertical",
+"horizontal"}`` are of a kernel (h, w, in, out), ``{"vertical_OIHW", "horizontal_OIHW"}`` of one
+(out, in, h, w). So a tree needs nothing beside it to be run or to be multiplied back, and stays a
+tree of plain arrays for every optimiser and every file format.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.factorization.layout import AXES, fit_axes
+
+# Names of the first and of the second factor, by the convolution that comes first. Shapes alone do
+# not always tell the order.
+FACTORS = {
+    "vertical": ("vertical", "horizontal"),
+    "horizontal": ("horizontal_first", "vertical_second"),
+}
+_FIRST = {names: first for first, names in FACTORS.items()}
+_KEY = re.compile(r"(vertical|horizontal|horizontal_first|vertical_second)(?:_([A-Z]+))?")
+
+
+def factor_keys(first: str, axes: str, ndim: int) -> tuple[str, str]:
+    """The keys of the two factors of a kernel with ``ndim`` stored axes.
+
+    Example:
+        >>> factor_keys("vertical", "OIHW", 4)
+        ('vertical_OIHW', 'horizontal_OIHW')
+    """
+    one, two = FACTORS[first]
+    usual = axes == fit_axes(AXES[2], ndim)
+    return (one, two) if usual else (f"{one}_{axes}", f"{two}_{axes}")
+
+
+def is_factor_key(key: str) -> bool:
+    """Whether a key is that of a factor."""
+    return _KEY.fullmatch(key) is not None
+
+
+def is_factors(node: Any) -> bool:
+    """Whether a node of a tree stands for a kernel.
+
+    Example:
+        >>> is_factors({"vertical": np.ones((3, 1, 4, 2)), "horizontal": np.ones((1, 3, 2, 8))})
+        True
+        >>> is_factors({"vertical": np.ones(3), "horizontal": np.ones(3)})
+        False
+    """
+    if not isinstance(node, Mapping) or len(node) != 2 or _order(node) is None:
+        return False
+    ranks = {len(np.shape(leaf)) if hasattr(leaf, "shape") else 0 for leaf in node.values()}
+    return len(ranks) == 1 and min(ranks) >= 3
+
+
+def _order(node: Mapping) -> tuple[str, str, str, str] | None:
+    """The first key, the second, which convolution comes first, and the layout if it is named."""
+    if not all(isinstance(key, str) for key in node):
+        return None
+    found = {match[1]: (key, match[2] or "") for key in node if (match := _KEY.fullmatch(key))}
+    for names, first in _FIRST.items():
+        if set(found) == set(names):
+            (one, axes), (two, same) = (found[name] for name in names)
+            return (one, two, first, axes) if axes == same else None
+    return None
+
+
+def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
+    """The two arrays of a node, its layout, and which convolution comes first.
+
+    Raises:
+        ValueError: the arrays are not the factors of one kernel.
+    """
+    order = _order(node)
+    assert order is not None, "is_factors says so"
+    one, two, first, axes = order
+    pair = node[one], node[two]
+    axes = axes or fit_axes(AXES[2], len(pair[0].shape))
+    _check(path, pair, axes)
+    return pair, axes, first
+
+
+def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
+    shapes = [tuple(factor.shape) for factor in pair]
+    if not _fit(shapes[0], shapes[1], axes):
+        raise ValueError(
+            f"{path}: factors of shapes {shapes[0]} and {shapes[1]} do not fit together in the layout "
+            f"{axes}: one of them has the taps of each spatial axis and the other size 1, and the "
+            "outputs of the first are the inputs of the second, times the groups. Decompose the "
+            "parameters of this very model."
+        )
+    types = [np.dtype(factor.dtype) for factor in pair]
+    if not all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in types):
+        raise ValueError(
+            f"{path}: factors of types {types[0]} and {types[1]} are not allowed; give floating-point "
+            "arrays, as decompose makes them."
+        )
+
+
+def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
+    if len(one) != len(two) or len(one) < len(axes) or 0 in (*one, *two):
+        return False
+    stack = len(one) - len(axes)
+    sizes, others = (dict(zip(axes, shape[stack:], strict=True)) for shape in (one, two))
+    groups, rest = divmod(sizes["O"], others["I"])
+    taps = all(1 in (sizes[letter], others[letter]) for letter in axes if letter not in "IO")
+    fits = groups >= 1 and rest == 0 and others["O"] % max(groups, 1) == 0
+    return taps and fits and tuple(one[:stack]) == tuple(two[:stack])
+
+
+def dense_shape(one: Sequence[int], two: Sequence[int], axes: str) -> tuple[int, ...]:
+    """The shape of the kernel that two factors stand for.
+
+    Example:
+        >>> dense_shape((5, 1, 3, 10), (1, 5, 10, 192), "HWIO")
+        (5, 5, 3, 192)
+    """
+    stack = len(one) - len(axes)
+    pairs = zip(axes, one[stack:], two[stack:], strict=True)
+    channels = {"I": lambda a, b: a, "O": lambda a, b: b}
+    sizes = [channels.get(letter, max)(a, b) for letter, a, b in pairs]
+    return (*one[:stack], *sizes)

@@ -1,0 +1,116 @@
+"""What a program does to the channels of a layer's output: shifts and scales by parameters."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import Literal
+
+SHIFTS, SCALES = ("add", "sub"), ("mul", "div")
+_KEPT = ("convert_element_type", "copy", "stop_gradient", "name", "sharding_constraint")
+_SPREAD = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", *_KEPT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An operation channel by channel on a value that depends on the inputs.
+
+    Attributes:
+        eqn: the equation.
+        index: of the value among the operands.
+        by: the other operand, which does not depend on the inputs.
+        axis: of the channels.
+    """
+
+    eqn: Any
+    index: int
+    by: Any
+    axis: int
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name
+
+
+class Channels:
+    """Reads a flat program.
+
+    Attributes:
+        made: variable to the equation that gives it.
+        fixed: the variables that do not depend on the inputs.
+    """
+
+    def __init__(self, jaxpr: Any, fixed: Sequence[Any]) -> None:
+        self.made: dict[Any, Any] = {}
+        self.fixed = {*fixed, *jaxpr.constvars}
+        self._readers: dict[Any, list] = defaultdict(list)
+        for eqn in jaxpr.eqns:
+            own = [var for var in eqn.invars if not isinstance(var, Literal)]
+            for var in own:
+                self._readers[var].append(eqn)
+            if all(var in self.fixed for var in own):
+                self.fixed.update(eqn.outvars)
+            self.made.update(dict.fromkeys(eqn.outvars, eqn))
+        for var in jaxpr.outvars:
+            if not isinstance(var, Literal):
+                self._readers[var].append(None)
+
+    def is_fixed(self, var: Any) -> bool:
+        return isinstance(var, Literal) or var in self.fixed
+
+    def step(self, eqn: Any) -> Step | None:
+        """What an equation does to the channels; None if it does something else."""
+        name = eqn.primitive.name
+        if name not in (*SHIFTS, *SCALES) or len(eqn.invars) != 2:
+            return None
+        data = [index for index, var in enumerate(eqn.invars) if not self.is_fixed(var)]
+        if len(data) != 1 or (data[0] == 1 and name in ("sub", "div")):
+            return None
+        by, out = eqn.invars[1 - data[0]], eqn.outvars[0].aval
+        axis = self._varies(by, out.ndim)
+        return None if axis is None else Step(eqn, data[0], by, axis)
+
+    def _varies(self, var: Any, ndim: int) -> int | None:
+        """The one axis along which a value differs; -1 for one number, None for more axes."""
+        if isinstance(var, Literal) or not var.aval.ndim:
+            return -1
+        eqn = self.made.get(var)
+        if eqn is not None and eqn.primitive.name == "broadcast_in_dim":
+            places, shape = eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape
+            axes = [place for place, size in zip(places, shape, strict=True) if size > 1]
+        else:
+            axes = [axis for axis, size in enumerate(var.aval.shape) if size > 1]
+        if var.aval.ndim != ndim or len(axes) > 1:
+            return None
+        return axes[0] if axes else -1
+
+    def after(self, var: Any, axis: int) -> list[Step]:
+        """The shifts and scales along one axis that follow a value which nothing else reads."""
+        steps: list[Step] = []
+        while len(self._readers[var]) == 1 and self._readers[var][0] is not None:
+            eqn = self._readers[var][0]
+            step = self.step(eqn)
+            if step is not None and step.axis in (axis, -1):
+                steps.append(step)
+            elif eqn.primitive.name not in _KEPT:
+                break
+            var = eqn.outvars[0]
+        return steps
+
+    def leaf(self, var: Any) -> Any:
+        """The input of the program of which a value is a copy, spread out; None if it is none."""
+        while not isinstance(var, Literal) and var in self.made:
+            eqn = self.made[var]
+            if eqn.primitive.name not in _SPREAD:
+                return None
+            var = eqn.invars[0]
+        return None if isinstance(var, Literal) else var
+
+    def readers(self, var: Any) -> int:
+        """How many equations read an input, directly or through copies of it."""
+        count = 0
+        for eqn in self._readers[var]:
+            spread = eqn is not None and eqn.primitive.name in _SPREAD
+            count += self.readers(eqn.outvars[0]) if spread else 1
+        return count

@@ -1,0 +1,82 @@
+"""A program without calls: one list of equations, with the loops over kernels written out."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lowrank_jax.program.control_flow import scan_parts
+from lowrank_jax.program.interpreter import CALLS, Found, Rule, bind, interpret
+from lowrank_jax.program.kernel import Kernel, dense
+from lowrank_jax.program.provenance import Source
+
+
+def flatten(program: Any, sources: Sequence[Source | None]) -> Any:
+    """The same program as one list of equations.
+
+    ``jit``, ``remat`` and functions with a derivative of their own are opened. A ``scan`` that a
+    kernel enters is written out, step by step, so that each kernel of a stack has an equation of
+    its own. Other loops and branches stay as they are.
+
+    Args:
+        program: a jaxpr with its constants.
+        sources: for each input the kernel that it is, or None.
+
+    Returns:
+        A jaxpr with its constants and the same inputs and outputs.
+    """
+
+    def run(*inputs: jax.Array) -> list:
+        pairs = zip(sources, inputs, strict=True)
+        values = [x if source is None else Kernel.dense(source, x) for source, x in pairs]
+        outputs, _ = interpret(program, values, _Open())
+        return [dense(value) for value in outputs]
+
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in program.in_avals
+    ]
+    return jax.make_jaxpr(run)(*shapes)
+
+
+class _Open(Rule):
+    opens = True
+
+    def apply(self, eqn: Any, values: list) -> Found | None:
+        name = eqn.primitive.name
+        if name == "jit":
+            return interpret(eqn.params["jaxpr"], values, self)
+        if name in ("remat2", "checkpoint"):
+            return interpret(eqn.params["jaxpr"], values, self)
+        if name == "scan" and any(isinstance(value, Kernel) for value in values):
+            return self._written_out(eqn, values)
+        if name in CALLS and name not in _CALLED:
+            return bind(eqn, [dense(value) for value in values]), {}
+        return None
+
+    def _written_out(self, eqn: Any, values: list) -> Found:
+        params, (start, end) = eqn.params, scan_parts(eqn)
+        fixed, carry, parts = values[:start], values[start:end], values[end:]
+        carry = [dense(value) for value in carry]
+        rows = []
+        order = range(params["length"])
+        for index in reversed(order) if params["reverse"] else order:
+            own = [_entry(part, index) for part in parts]
+            outputs, _ = interpret(params["jaxpr"], [*fixed, *carry, *own], self)
+            outputs = [dense(value) for value in outputs]
+            carry, row = outputs[: len(carry)], outputs[len(carry) :]
+            rows.append(row)
+        rows = rows[::-1] if params["reverse"] else rows
+        stacked = [jax.numpy.stack(column) for column in zip(*rows, strict=True)]
+        return [*carry, *stacked], {}
+
+
+_CALLED = ("custom_jvp_call", "custom_vjp_call", "closed_call", "core_call")
+
+
+def _entry(part: Any, index: int) -> Any:
+    take = functools.partial(jax.lax.index_in_dim, index=index, axis=0, keepdims=False)
+    if not isinstance(part, Kernel):
+        return take(part)
+    source = part.source.entry(0, index, keep=False)
+    return Kernel.dense(source, take(dense(part)))

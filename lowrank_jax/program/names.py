@@ -1,0 +1,62 @@
+"""Names of the leaves of a tree: a layer's path, as tables of ranks and plans write it."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lowrank_jax.factorization.factors import is_factor_key, is_factors
+
+KERNELS = ("kernel", "weight", "w")  # of Flax and Keras, of PyTorch and Equinox, of Haiku
+COLLECTION = "params"
+_ATTRIBUTES = (jax.tree_util.GetAttrKey, jax.tree_util.FlattenedIndexKey)
+
+
+def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] = is_factors) -> list[str]:
+    """The name of every leaf, in the order in which JAX flattens the tree.
+
+    A name is the leaf's path without the collection "params" and without a last part that says
+    "kernel", "weight" or "w". Where two leaves would have the same name, both have their whole
+    path. A box or a variable around an array leaves no trace.
+
+    Example:
+        >>> leaf_names({"params": {"stem": {"kernel": 1, "bias": 2}}, "state": {"mean": 3}})
+        ['stem/bias', 'stem', 'state/mean']
+    """
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return names_of([path for path, _ in paths])
+
+
+def names_of(paths: Sequence[Sequence[Any]]) -> list[str]:
+    """The names of leaves at some paths of one tree; see `leaf_names`."""
+    whole = [_parts(path) for path in paths]
+    short = [_short(parts) for parts in whole]
+    count = Counter(short)
+    return [
+        "/".join(parts) if count[name] > 1 else name
+        for parts, name in zip(whole, short, strict=True)
+    ]
+
+
+def _parts(path: Sequence[Any]) -> list[str]:
+    parts = [_text(key) for key in path]
+    boxed = (
+        len(path) > 1 and parts[-1] == "value" and not isinstance(path[-1], jax.tree_util.DictKey)
+    )
+    return parts[:-1] if boxed else parts
+
+
+def _text(key: Any) -> str:
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return str(getattr(key, name)).lstrip(".")
+    return str(key)
+
+
+def _short(parts: list[str]) -> str:
+    own = parts[1:] if len(parts) > 1 and parts[0] == COLLECTION else parts
+    if len(own) > 2 and own[-2] in KERNELS and is_factor_key(own[-1]):
+        return "/".join([*own[:-2], own[-1]])
+    own = own[:-1] if len(own) > 1 and own[-1] in KERNELS else own
+    return "/".join(own)

@@ -1,0 +1,117 @@
+"""How an equation reads a kernel: one convolution or product, its letters, its geometry."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank_jax.factorization.layout import AXES, split_axes
+from lowrank_jax.program.provenance import Layout, Source, layout
+
+READERS = ("conv_general_dilated", "dot_general")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A convolution or a product, one of whose operands may be a kernel.
+
+    Attributes:
+        eqn: the equation.
+        operand: index of the kernel among its operands.
+        source: of the kernel; None if the program computes it.
+        letters: axis of the kernel to its letter; those of a product are not known.
+        layout: how the stored axes are read.
+    """
+
+    eqn: Any
+    operand: int
+    source: Source | None
+    letters: dict[int, str]
+    layout: Layout
+
+    @classmethod
+    def of(cls, eqn: Any, sources: Sequence[Source | None]) -> "Reading":
+        """The reading of an equation that is one of `READERS`."""
+        if eqn.primitive.name == "conv_general_dilated":
+            spec, ndim = eqn.params["dimension_numbers"].rhs_spec, eqn.invars[1].aval.ndim
+            letters = dict(zip(spec, "OI" + AXES.get(ndim - 2, "")[:-2], strict=False))
+            return cls(eqn, 1, sources[1], letters, layout(sources[1], letters))
+        operand = next((i for i in (1, 0) if sources[i]), 1)
+        reason = Layout(reason="it is a matrix product, not a convolution")
+        return cls(eqn, operand, sources[operand], {}, reason)
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.eqn.primitive.name == "conv_general_dilated"
+
+    @property
+    def stack(self) -> int:
+        """How many kernels of a stack run at once."""
+        shape = self.source.shape if self.source else ()
+        return math.prod(shape[axis] for axis in self.layout.stack)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all groups, and all kernels of a stack, read the same channels."""
+        return self.eqn.params["feature_group_count"] == 1
+
+    @property
+    def groups(self) -> int:
+        """Feature groups of each kernel."""
+        return 1 if self.shared else self.eqn.params["feature_group_count"] // self.stack
+
+    @property
+    def reason(self) -> str:
+        """Why two convolutions cannot take the place of this one; "" if they can."""
+        if self.layout.reason or not self.is_convolution:
+            return self.layout.reason
+        count = self.eqn.params["feature_group_count"]
+        whole = self.shared or count % self.stack == 0
+        plain = self.eqn.params["batch_group_count"] == 1 and len(self.letters) > 2
+        return "" if whole and plain else "it is a convolution of a kind that cannot be separated"
+
+    def order(self, axes: str, groups: int) -> tuple[int, int] | None:
+        """Which factor of a kernel runs first and which second.
+
+        Args:
+            axes: layout of the stored kernel.
+            groups: for how many groups of channels it was decomposed.
+
+        Returns:
+            None where the kernel has to be multiplied back: its channels are taps here, or the
+            other way round.
+        """
+        source = self.source
+        if source is None or self.reason or source.dims is None:
+            return None if self.is_convolution else self._order_of_product(axes)
+        stored = stored_letters(source, axes)
+        read = {letter: stored[axis] for letter, axis in self.layout.places}
+        if groups != self.groups:
+            return None
+        if (read["I"], read["O"]) == ("I", "O"):
+            return 0, 1
+        swapped = (read["I"], read["O"]) == ("O", "I") and self.stack == 1 and self.shared
+        return (1, 0) if swapped else None
+
+    def _order_of_product(self, axes: str) -> tuple[int, int] | None:
+        """A product may contract any axes, each of which one factor has."""
+        source = self.source
+        if source is None or source.dims is None:
+            return None
+        whole = all(len(dim) <= 1 for dim in source.dims) and not source.flips
+        return (0, 1) if whole and self._names_all(source) else None
+
+    def _names_all(self, source: Source) -> bool:
+        named = {axis for dim in source.dims or () for axis in dim}
+        return all(source.shape[axis] == 1 for axis in source.kept() if axis not in named)
+
+
+def stored_letters(source: Source, axes: str) -> dict[int, str]:
+    """Axis of a parameter to its letter in a layout; "." for a stack."""
+    padded = "." * (len(source.shape) - len(axes)) + axes
+    return dict(enumerate(padded))
+
+
+def factor_axes(axes: str, first: str) -> tuple[str, str]:
+    """The spatial letters of the first and of the second factor."""
+    return split_axes(axes, first)

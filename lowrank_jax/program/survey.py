@@ -1,0 +1,139 @@
+"""One read-only pass over a program: the equations that read a kernel, and what else touches it."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import Literal
+
+from lowrank_jax.program.control_flow import scan_parts
+from lowrank_jax.program.jaxprs import opened, programs
+from lowrank_jax.program.provenance import Source, moved
+from lowrank_jax.program.reading import READERS, Reading
+
+LOOPS = {"scan": "exact", "while": "per iteration", "cond": "at most"}
+Sources = list[Source | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A reading, how often it runs in one call of the program, and how sure that count is."""
+
+    reading: Reading
+    repeats: int
+    count: str
+
+
+class Survey:
+    """What a program does with its kernels.
+
+    Attributes:
+        found: the readings in program order.
+        touched: path of a kernel to the operations that use it in another way.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Found] = []
+        self.touched: dict[str, list[str]] = defaultdict(list)
+
+    @classmethod
+    def of(cls, program: Any, sources: Sequence[Source | None]) -> "Survey":
+        """The survey of a jaxpr whose inputs stem from these sources."""
+        survey = cls()
+        outputs = survey._follow(program, sources, 1, "exact")
+        moved = [source for source in outputs if source is not None and not source.as_stored]
+        survey._touch(moved, "the output of the program")
+        return survey
+
+    def _follow(self, program: Any, sources: Sequence, repeats: int, count: str) -> Sources:
+        """Passes one program, and returns the sources of its outputs."""
+        jaxpr = opened(program)
+        known = dict(zip(jaxpr.invars, sources, strict=True))
+
+        def read(var: Any) -> Source | None:
+            return None if isinstance(var, Literal) else known.get(var)
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(var) for var in eqn.invars]
+            outputs = self._step(eqn, inputs, repeats, count)
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _step(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
+        operation = eqn.primitive.name
+        if operation in READERS:
+            return self._read(eqn, inputs, repeats, count)
+        if operation in LOOPS:
+            return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
+        for inner in programs(eqn.params):
+            if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
+                return self._follow(inner, self._entering(eqn, inputs), repeats, count)
+        if operation == "optimization_barrier":
+            return inputs
+        now = moved(eqn, inputs[0]) if inputs and inputs[0] else None
+        if now is not None:
+            self._touch(inputs[1:], operation)
+            return [now]
+        return self._change(eqn, inputs)
+
+    def _read(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
+        reading = Reading.of(eqn, inputs)
+        self._touch([s for i, s in enumerate(inputs) if i != reading.operand], eqn.primitive.name)
+        self.found.append(Found(reading, repeats, count))
+        return [None] * len(eqn.outvars)
+
+    def _entering(self, eqn: Any, inputs: Sources) -> Sources:
+        """Devices may have parts of a kernel, which are other kernels."""
+        if eqn.primitive.name != "shard_map":
+            return inputs
+        specs = zip(inputs, eqn.params["in_specs"], strict=True)
+        return [s and (s.after("shard_map") if any(spec) else s) for s, spec in specs]
+
+    def _loop(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
+        params, results = eqn.params, []
+        if eqn.primitive.name == "scan":
+            start, end = scan_parts(eqn)
+            carry = self._carried(inputs[start:end], "scan")
+            parts = [s and _entry(s) for s in inputs[end:]]
+            inside = [*inputs[:start], *carry, *parts]
+            results += self._follow(params["jaxpr"], inside, repeats * params["length"], count)
+        elif eqn.primitive.name == "while":
+            test, body = params["cond_nconsts"], params["body_nconsts"]
+            carry = self._carried(inputs[test + body :], "while")
+            self._follow(params["cond_jaxpr"], inputs[:test] + carry, repeats, count)
+            fixed = inputs[test : test + body]
+            results += self._follow(params["body_jaxpr"], fixed + carry, repeats, count)
+        else:
+            for branch in params["branches"]:
+                results += self._follow(branch, inputs[1:], repeats, count)
+        self._touch(results, eqn.primitive.name)
+        return [None] * len(eqn.outvars)
+
+    def _carried(self, sources: Sources, loop: str) -> Sources:
+        self._touch(sources, f"the carry of a {loop}")
+        return [source and source.after(f"the carry of a {loop}") for source in sources]
+
+    def _touch(self, sources: Sequence[Source | None], operation: str) -> None:
+        for source in sources:
+            if source is not None and source.dims is not None:
+                self.touched[source.path].append(operation)
+
+    def _change(self, eqn: Any, inputs: Sources) -> Sources:
+        """Any other operation: what is as large as the parameter may be its altered kernel."""
+        operation = eqn.primitive.name
+        self._touch(inputs, operation)
+        known = [source for source in inputs if source is not None]
+        return [_altered(var, known, operation) for var in eqn.outvars]
+
+
+def _altered(var: Any, sources: list[Source], operation: str) -> Source | None:
+    size = math.prod(getattr(var.aval, "shape", ()))
+    same = [source for source in sources if math.prod(source.shape) == size]
+    return same[0].after(operation) if same and len(same[0].shape) > 1 else None
+
+
+def _entry(source: Source) -> Source:
+    """One entry along the first axis, as a scan hands it to its body."""
+    return source.entry(0, None, keep=False) if source.dims else source.after("scan")

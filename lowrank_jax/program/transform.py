@@ -1,0 +1,135 @@
+"""`lowrank`: a function of a tree becomes the same function of a tree that holds factors."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
+from lowrank_jax.program.factored import run_factored
+from lowrank_jax.program.interpreter import Notes, Rule, interpret
+from lowrank_jax.program.jaxprs import Program
+from lowrank_jax.program.kernel import Kernel, dense
+from lowrank_jax.program.names import names_of
+from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.reading import READERS, Reading
+from lowrank_jax.program.survey import Survey
+
+
+def lowrank(apply: Callable) -> Callable:
+    """Makes a function take a tree that `decompose` or `compress` made, as well as a dense one.
+
+    A function transformation like ``jax.grad``. The function is traced with the dense tree, of
+    which only shapes are needed. Then its program runs with factors in the place of kernels: at a
+    convolution or a product two smaller ones run. Factors pass through type conversions, moves of
+    axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation, such as a
+    mask or a normalisation of the kernel, they are multiplied back, once. The result is exact
+    there, and no faster than the dense function; `trace` tells beforehand. So every function runs,
+    of Linen, NNX, Haiku, Equinox or of no framework.
+
+    Args:
+        apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
+
+    Returns:
+        A function of the same arguments. Where they hold no factors, it is the one given.
+
+    Raises:
+        ValueError: when called, if two factors in the tree do not fit together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from lowrank_jax import decompose
+        >>> model, x = nn.Sequential([nn.Conv(16, (3, 3)), nn.relu]), jnp.ones((1, 8, 8, 4))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> small = decompose(variables, {"layers_0": 3})
+        >>> jax.jit(lowrank(model.apply))(small, x).shape
+        (1, 8, 8, 16)
+    """
+
+    @functools.wraps(apply)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_factors)
+        paths = [path[2:] for path, _ in leaves]
+        values = [leaf for _, leaf in leaves]
+        if not any(is_factors(leaf) for leaf in values):
+            return apply(*args, **kwargs)
+        kernels = factored_kernels(paths, values)
+        shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
+        program = Program.of(apply, tree, shapes)
+        results, _ = run_kernels(program, shapes, kernels, LowRank())
+        return program.rebuild([given_back(value) for value in results])
+
+    return run
+
+
+def given_back(value: Any) -> Any:
+    """A result of a program; a kernel that the function returns as it came is still factors."""
+    if not isinstance(value, Kernel):
+        return value
+    if value.factors is None or not value.source.as_stored:
+        return dense(value)
+    keys = factor_keys(value.first, value.axes, value.factors[0].ndim)
+    return dict(zip(keys, value.factors, strict=True))
+
+
+def factored_kernels(paths: list, leaves: list) -> dict[int, Kernel]:
+    """The factors among the leaves of a tree, by their number."""
+    names = names_of(paths)
+    found: dict[int, Kernel] = {}
+    for index, leaf in enumerate(leaves):
+        if is_factors(leaf):
+            pair, axes, first = read_factors(leaf, names[index])
+            shape = dense_shape(pair[0].shape, pair[1].shape, axes)
+            found[index] = Kernel.factored(Source.of(names[index], shape), axes, first, pair)
+    return found
+
+
+def abstract(kernel: Kernel) -> jax.ShapeDtypeStruct:
+    """The dense kernel that factors stand for, without values."""
+    assert kernel.factors is not None
+    return jax.ShapeDtypeStruct(kernel.source.shape, kernel.factors[0].dtype)
+
+
+def run_kernels(
+    program: Program, leaves: list, kernels: Mapping[int, Kernel], rule: Rule
+) -> tuple[list, Notes]:
+    """Runs a program in which some leaves are kernels, each in the form that the program needs."""
+    sources = [kernels[i].source if i in kernels else None for i in program.inputs]
+    survey = Survey.of(program.jaxpr, sources)
+    prepared = {index: prepare(kernel, survey) for index, kernel in kernels.items()}
+    inputs = [prepared.get(i, leaves[i]) for i in program.inputs]
+    return interpret(program.closed, inputs, rule)
+
+
+def prepare(kernel: Kernel, survey: Survey) -> Any:
+    """Factors where the program runs them, their product where it does not, both where it must."""
+    if kernel.factors is None:
+        return kernel
+    path = kernel.source.path
+    readings = [
+        f.reading for f in survey.found if f.reading.source and f.reading.source.path == path
+    ]
+    runs = [reading.order(kernel.axes, kernel.groups) is not None for reading in readings]
+    if not any(runs):
+        value = kernel.with_value().value
+        return value
+    return kernel if all(runs) and not survey.touched[path] else kernel.with_value()
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Rule):
+    """Runs factors at the equations that read a kernel."""
+
+    def apply(self, eqn: Any, values: list) -> tuple[list, Notes] | None:
+        if eqn.primitive.name not in READERS:
+            return None
+        reading = Reading.of(eqn, [v.source if isinstance(v, Kernel) else None for v in values])
+        kernel = values[reading.operand]
+        other = values[1 - reading.operand]
+        if not isinstance(kernel, Kernel) or kernel.factors is None or isinstance(other, Kernel):
+            return None
+        found = run_factored(reading, other, kernel)
+        return None if found is None else ([found], {})
