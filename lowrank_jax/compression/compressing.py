@@ -10,7 +10,7 @@ from lowrank_jax.calibration.importance import channel_importance
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
-from lowrank_jax.tree.decomposing import choose, find_schemes
+from lowrank_jax.tree.decomposing import find_schemes
 
 
 def compress(
@@ -81,7 +81,7 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
     check_evaluation(kwargs, (*first, *args))
     one = jax.tree.map(lambda x: x[:1], first)
     trace = network.trace(one)
-    schemes = find_schemes(variables, choose(table, trace), "HWIO", trace)
+    schemes = find_schemes(variables, table, trace=trace)
     return Job(network, batches, schemes, channel_importance(network, one))
 
 
@@ -91,6 +91,5 @@ def _of_calibration(found: Calibration, given: tuple, kwargs: Mapping[str, Any])
             "compress of a calibration needs its table alone, compress(calibration, table); the "
             "arguments of the model were given to calibrate."
         )
-    table = choose(given[0], found.trace)
-    schemes = find_schemes(found.network.variables, table, "HWIO", found.trace)
+    schemes = find_schemes(found.network.variables, given[0], trace=found.trace)
     return Job(found.network, found.inputs, schemes, found.importance)

@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.factors import factor_keys, is_factors, read_factors
-from lowrank_jax.factorization.layout import fit_axes
 from lowrank_jax.factorization.separable import Separable, factor_all, merge
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
-
-Ranks = Mapping[str, int | Separable]
+from lowrank_jax.tree.rules import Rules, as_table, resolve
 
 
 def decompose(
-    tree: Any, ranks: Ranks | None = None, trace: Trace | None = None, *, axes: str = "HWIO"
+    tree: Any, rules: Rules | None = None, trace: Trace | None = None, *, axes: str = "HWIO"
 ) -> Any:
     """Replaces the kernels that a table names by their low-rank factors.
 
@@ -29,8 +27,10 @@ def decompose(
 
     Args:
         tree: pytree of arrays: parameters, or all variables of a model.
-        ranks: layer path, its keys joined by "/", to the rank, or to `Separable`. Without it, every
-            layer that the trace proves safe and that gets smaller is cut to half its parameters.
+        rules: a `Plan`, or a table of layer paths, their keys joined by "/", or of regular
+            expressions that match them, to the rank, a share of the parameters, `Separable`, or
+            None for dense: see `lowrank_jax.tree.rules.resolve`. Without a table, every layer that
+            the trace proves safe and that gets smaller is cut to half its parameters.
         trace: `lowrank_jax.trace` of the forward pass; groups and layouts are taken from it and
             layers that cannot run decomposed are refused. Without it a layer with groups needs
             `Separable`.
@@ -49,7 +49,7 @@ def decompose(
         >>> jax.tree.map(jnp.shape, decompose(params, {"conv": 2})["conv"]["kernel"])
         {'horizontal': (1, 3, 2, 16), 'vertical': (3, 1, 8, 2)}
     """
-    schemes = find_schemes(tree, choose(ranks, trace), axes, trace)
+    schemes = find_schemes(tree, rules, axes, trace)
     kernels = named_leaves(tree)
     given = [kernels[path] for path in schemes]
     factors = factor_all(list(schemes.values()), given)
@@ -100,31 +100,44 @@ def reconstruct(tree: Any) -> Any:
     return map_named(leaf, tree)
 
 
-def choose(ranks: Ranks | None, trace: Trace | None) -> Ranks:
-    """The table as given, or the safe layers of the trace at half their parameters."""
-    if ranks:
-        return ranks
-    if trace is None or ranks is not None:
+def find_schemes(
+    tree: Any, rules: Rules | None, axes: str = "HWIO", trace: Trace | None = None
+) -> dict[str, Separable]:
+    """The scheme of every layer that a table names, checked against the kernels and the trace.
+
+    Args:
+        tree: holds the kernels.
+        rules: as in `decompose`.
+        axes: layout of the kernels where there is no trace.
+        trace: of the program.
+    """
+    leaves = named_leaves(tree)
+    table = _half(trace) if rules is None else as_table(rules)
+    for path in [key for key in table if key in leaves and table[key] is not None]:
+        check_kernel(path, leaves[path])
+    shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
+    schemes = resolve(table, shapes if trace is None else trace, axes=axes)
+    for path in schemes:
+        check_kernel(path, find_leaf(path, leaves))
+    return schemes
+
+
+def _is_kernel(leaf: Any) -> bool:
+    return getattr(leaf, "ndim", 0) > 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _half(trace: Trace | None) -> Rules:
+    """The safe layers of a trace at half their parameters."""
+    if trace is None:
         raise ValueError(
-            "The table of ranks is empty; name at least one layer, as in {'Conv_0': 10}, or give "
-            "no table and a trace of the forward pass, "
-            "decompose(variables, trace=trace(model.apply, variables, x))."
+            "There is no table of ranks; name at least one layer, as in {'Conv_0': 10}, or give a "
+            "trace of the forward pass, decompose(variables, trace=trace(model.apply, variables, x))."
         )
     if half := trace.half_parameters():
         return half
     raise ValueError(
         f"No layer of the traced program can be decomposed and gets smaller by it:\n{trace}"
     )
-
-
-def find_schemes(tree: Any, ranks: Ranks, axes: str, trace: Trace | None) -> dict[str, Separable]:
-    """The scheme of every entry of a table, checked against the kernels and the trace."""
-    leaves = named_leaves(tree)
-    found = {}
-    for path, value in ranks.items():
-        kernel = check_kernel(path, find_leaf(path, leaves))
-        found[path] = find_scheme(path, value, kernel, axes, trace)
-    return found
 
 
 def check_kernel(path: str, kernel: Any) -> Any:
@@ -160,16 +173,3 @@ def _finite(kernel: Any) -> bool:
     """On the host where it can be, for which nothing has to be compiled."""
     library = np if getattr(kernel, "is_fully_addressable", True) else jnp
     return bool(library.isfinite(kernel).all())
-
-
-def find_scheme(path: str, value: Any, kernel: Any, axes: str, trace: Trace | None) -> Separable:
-    """The scheme of an entry of the table, checked against the kernel and the trace."""
-    use = trace.safe_use(path) if trace is not None else None
-    axes, groups = (use.axes, use.groups) if use else (fit_axes(axes, len(kernel.shape)), 1)
-    scheme = value if isinstance(value, Separable) else Separable(value, groups, axes)
-    if use and (scheme.groups, scheme.axes) != (groups, axes):
-        raise ValueError(
-            f"{path}: {scheme} does not fit the program, where groups={groups} and axes={axes!r}."
-        )
-    scheme.check(kernel.shape, path)
-    return scheme
