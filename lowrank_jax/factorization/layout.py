@@ -10,8 +10,8 @@ convolution comes first are brought to (h, w, c, n) by `to_pair`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -138,3 +138,32 @@ def fit_axes(axes: str, ndim: int) -> str:
     spatial = [letter for letter in axes if letter not in "IO"]
     dropped = spatial[: max(len(axes) - ndim, 0)]
     return "".join(letter for letter in axes if letter not in dropped)
+
+
+def split_options(
+    size: tuple[int, ...], first: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits the options of a convolution over the axes of its first and of its second factor.
+
+    Args:
+        size: of the kernel along each spatial axis.
+        first: which factor comes first, as in `split_axes`.
+        options: "padding" with (before, after) for each spatial axis, others with one int each.
+
+    Returns:
+        The options of each factor; an axis that it leaves alone has 1, or no padding.
+
+    Example:
+        >>> split_options((3, 3), "vertical", {"strides": (2, 1)})
+        ({'strides': (2, 1)}, {'strides': (1, 1)})
+    """
+    vertical = [axis == 0 for axis in range(len(size))]
+    horizontal = [not own for own in vertical]
+    masks = (vertical, horizontal) if first == "vertical" else (horizontal, vertical)
+    one, two = ({name: _own(name, mask, x) for name, x in options.items()} for mask in masks)
+    return one, two
+
+
+def _own(name: str, mask: Sequence[bool], values: Sequence[Any]) -> tuple[Any, ...]:
+    other = (0, 0) if name == "padding" else 1
+    return tuple(x if own else other for own, x in zip(mask, values, strict=True))
