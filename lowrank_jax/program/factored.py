@@ -38,7 +38,7 @@ def _two_convolutions(
     for step, index in enumerate(order):
         last = step == 1
         factor = arranged(reading, kernel.factors[index])
-        own = _own_axes(reading, kernel, taps[index])
+        own = own_axes(reading, kernel, taps[index])
         x = jax.lax.conv_general_dilated(
             x,
             factor,
@@ -75,7 +75,7 @@ def _only(own: Sequence[bool], values: Sequence, other: Any) -> tuple:
     return tuple(value if mine else other for mine, value in zip(own, values, strict=True))
 
 
-def _own_axes(reading: Reading, kernel: Kernel, taps: str) -> list[bool]:
+def own_axes(reading: Reading, kernel: Kernel, taps: str) -> list[bool]:
     """Which of the operation's spatial axes a factor with these taps has."""
     stored = stored_letters(kernel.source, kernel.axes)
     places = dict(reading.layout.places)

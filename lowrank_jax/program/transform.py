@@ -10,7 +10,7 @@ import jax
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
-from lowrank_jax.program.jaxprs import Program
+from lowrank_jax.program.jaxprs import Program, is_array
 from lowrank_jax.program.kernel import Kernel, dense
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
@@ -49,20 +49,47 @@ def lowrank(apply: Callable) -> Callable:
         (1, 8, 8, 16)
     """
 
+    return with_rule(apply, LowRank())
+
+
+def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
+    """A function that runs another one's program by a rule.
+
+    Args:
+        apply: any function of arrays.
+        rule: of the equations that read a kernel.
+        dense_too: whether arrays of three or more axes in the first argument are kernels as well.
+            Otherwise a call whose arguments hold no factors is left alone.
+    """
+
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_factors)
-        paths = [path[2:] for path, _ in leaves]
         values = [leaf for _, leaf in leaves]
-        if not any(is_factors(leaf) for leaf in values):
+        if not dense_too and not any(is_factors(leaf) for leaf in values):
             return apply(*args, **kwargs)
-        kernels = factored_kernels(paths, values)
+        kernels = factored_kernels([path[2:] for path, _ in leaves], values)
         shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
         program = Program.of(apply, tree, shapes)
-        results, _ = run_kernels(program, shapes, kernels, LowRank())
+        if dense_too:
+            kernels |= _dense_kernels(leaves, kernels)
+        results, _ = run_kernels(program, shapes, kernels, rule)
         return program.rebuild([given_back(value) for value in results])
 
     return run
+
+
+def _dense_kernels(leaves: list, known: Mapping[int, Kernel]) -> dict[int, Kernel]:
+    names = names_of([path[2:] for path, _ in leaves])
+    return {
+        index: Kernel.dense(Source.of(names[index], leaf.shape), leaf)
+        for index, (path, leaf) in enumerate(leaves)
+        if index not in known and is_array(leaf) and leaf.ndim > 2 and _is_first(path)
+    }
+
+
+def _is_first(path: Any) -> bool:
+    return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
 
 
 def given_back(value: Any) -> Any:
