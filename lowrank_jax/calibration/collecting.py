@@ -1,6 +1,7 @@
 """`calibrate`: one pass over unlabelled data, in one compiled program for each shape of a batch."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from lowrank_jax.calibration.importance import channel_importance
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.patches import POSITIONS, patch_sums
+from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Notes, Rule, bind, interpret
@@ -80,6 +82,46 @@ class Calibration:
     importance: Mapping[str, np.ndarray]
     images: int
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the moments to a ``.npz`` file."""
+        write_moments(path, dict(self.moments), self.network.named(), self.images)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        apply: Callable,
+        variables: Any,
+        inputs: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> "Calibration":
+        """Reads what `save` wrote, for the network that was calibrated; runs nothing.
+
+        Args:
+            path: of the file.
+            apply, variables, inputs, *args, **kwargs: as in `calibrate`.
+
+        Raises:
+            FileNotFoundError: there is nothing at the path.
+            ValueError: the file is damaged, or belongs to other variables.
+        """
+        network, batches, one = prepared(apply, variables, inputs, args, kwargs)
+        moments, count = read_moments(path, network.named())
+        trace, importance = network.trace(one), channel_importance(network, one)
+        return cls(network, batches, trace, moments, importance, count)
+
+
+def prepared(
+    apply: Callable, variables: Any, inputs: Any, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[Network, Inputs, tuple]:
+    """The network, its batches, and one image."""
+    network = Network(apply, variables, args, kwargs)
+    batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
+    first = batches.first()
+    check_evaluation(kwargs, (*first, *args))
+    return network, batches, jax.tree.map(lambda x: x[:1], first)
+
 
 def calibrate(
     apply: Callable,
@@ -118,11 +160,7 @@ def calibrate(
         >>> [fold.covariance.shape for fold in found.moments["layers_0"][()]]
         [(1, 36, 36), (1, 36, 36)]
     """
-    network = Network(apply, variables, args, kwargs)
-    batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
-    first = batches.first()
-    check_evaluation(kwargs, (*first, *args))
-    one = jax.tree.map(lambda x: x[:1], first)
+    network, batches, one = prepared(apply, variables, inputs, args, kwargs)
     trace = network.trace(one)
     wanted = set(trace.safe_paths() if paths is None else paths)
     moments, count = _moments(network, batches, wanted)

@@ -131,8 +131,8 @@ def images(arguments: tuple) -> int:
     if len(sizes) != 1 or None in sizes or 0 in sizes:
         shapes = [tuple(x.shape) for x in leaves]
         raise ValueError(
-            f"No calibration data: inputs of shapes {shapes} are not allowed; give one or more arrays "
-            "with the same number of images, at least one, along the first axis."
+            f"No calibration data: inputs of shapes {shapes} are not allowed; give one or more "
+            "arrays with the same number of images, at least one, along the first axis."
         )
     [count] = sizes
     return int(count)
@@ -154,13 +154,13 @@ def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
     for name, value in _TRAINING.items():
         if name in kwargs and kwargs[name] is value:
             raise ValueError(
-                f"{name}={value} is not allowed: a network is calibrated and compressed as it runs in "
-                f"evaluation; give {name}={not value}."
+                f"{name}={value} is not allowed: a network is calibrated and compressed as it runs "
+                f"in evaluation; give {name}={not value}."
             )
     raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype == np.uint8]
     if raw:
         warnings.warn(
-            f"The inputs are uint8 images of shape {tuple(raw[0].shape)}: give what the network takes, "
-            "which is usually scaled and normalised.",
+            f"The inputs are uint8 images of shape {tuple(raw[0].shape)}: give what the network "
+            "takes, which is usually scaled and normalised.",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""A network as the verbs that run it see it: a function, its variables, the arguments of its call."""
+"""A network as the verbs see it: a function, its variables, the arguments of its call."""
 
 import contextlib
 import dataclasses
@@ -120,7 +120,8 @@ def _tells(inputs: tuple) -> Iterator[None]:
     except Exception as error:
         shapes = [f"{tuple(x.shape)} {x.dtype}" for x in jax.tree.leaves(inputs)]
         raise ValueError(
-            f"The model does not run on inputs {', '.join(shapes)}: {type(error).__name__}: {error}\n"
+            f"The model does not run on inputs {', '.join(shapes)}: {type(error).__name__}: "
+            f"{error}\n"
             "Give inputs of the shape that the model is for, the variables of this very model, and "
             "the arguments of its call for evaluation, such as train=False."
         ) from error

@@ -3,12 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
-from lowrank_jax.calibration.collecting import Calibration
+from lowrank_jax.calibration.collecting import Calibration, prepared
 from lowrank_jax.calibration.importance import channel_importance
-from lowrank_jax.calibration.inputs import Inputs, check_evaluation
-from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.tree.decomposing import find_schemes
 
@@ -76,12 +72,8 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
             f"{1 + len(given)} arguments."
         )
     variables, inputs, table, *args = given
-    network, batches = Network(apply, variables, tuple(args), kwargs), Inputs(inputs)
-    first = batches.first()
-    check_evaluation(kwargs, (*first, *args))
-    one = jax.tree.map(lambda x: x[:1], first)
-    trace = network.trace(one)
-    schemes = find_schemes(variables, table, trace=trace)
+    network, batches, one = prepared(apply, variables, inputs, tuple(args), kwargs)
+    schemes = find_schemes(variables, table, trace=network.trace(one))
     return Job(network, batches, schemes, channel_importance(network, one))
 
 

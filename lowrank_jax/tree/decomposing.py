@@ -131,7 +131,8 @@ def _half(trace: Trace | None) -> Rules:
     if trace is None:
         raise ValueError(
             "There is no table of ranks; name at least one layer, as in {'Conv_0': 10}, or give a "
-            "trace of the forward pass, decompose(variables, trace=trace(model.apply, variables, x))."
+            "trace of the forward pass: "
+            "decompose(variables, trace=trace(model.apply, variables, x))."
         )
     if half := trace.half_parameters():
         return half

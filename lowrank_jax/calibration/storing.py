@@ -1,0 +1,92 @@
+"""Calibrations in files: the moments of every layer, and which kernels they belong to."""
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.io.atomic import whole_file
+
+VERSION = 1
+FIELDS = ("x", "y", "xx", "xy", "yy")
+LayerMoments = dict[tuple[int, ...], tuple[Moments, ...]]
+
+
+def write_moments(
+    path: str | os.PathLike, moments: dict[str, LayerMoments], kernels: dict[str, Any], images: int
+) -> None:
+    """Writes a ``.npz`` file that appears whole or not at all.
+
+    Args:
+        path: of the file.
+        moments: of every layer.
+        kernels: the kernel of every layer.
+        images: how many images there were.
+    """
+    entries, arrays = [], {}
+    for layer, slices in moments.items():
+        for index, folds in slices.items():
+            for fold in folds:
+                name = str(len(entries))
+                entries.append([layer, list(index), int(fold.count)])
+                arrays |= {f"{name}.{field}": getattr(fold, field) for field in FIELDS}
+    prints = {layer: fingerprint(kernels[layer]) for layer in moments}
+    head = {"version": VERSION, "images": images, "entries": entries, "kernels": prints}
+    arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+    with whole_file(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_moments(
+    path: str | os.PathLike, kernels: dict[str, Any]
+) -> tuple[dict[str, LayerMoments], int]:
+    """Reads what `write_moments` wrote, and checks that it belongs to these kernels.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: the file is damaged, holds something else, or belongs to other kernels.
+    """
+    try:
+        with np.load(Path(path), allow_pickle=False) as archive:
+            head = json.loads(bytes(archive["head"]))
+            if head["version"] != VERSION:
+                raise ValueError(f"its version is {head['version']}, not {VERSION}")
+            found: dict[str, dict[tuple[int, ...], list[Moments]]] = {}
+            for number, (layer, index, count) in enumerate(head["entries"]):
+                fields = {field: archive[f"{number}.{field}"] for field in FIELDS}
+                own = found.setdefault(layer, {}).setdefault(tuple(index), [])
+                own.append(Moments(count=count, **fields))
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} holds no whole calibration: {str(error)[:80]}. Calibrate again, or give "
+            "another file."
+        ) from error
+    _check_kernels(path, head["kernels"], kernels)
+    moments = {
+        layer: {index: tuple(folds) for index, folds in slices.items()}
+        for layer, slices in found.items()
+    }
+    return moments, int(head["images"])
+
+
+def fingerprint(kernel: Any) -> str:
+    """Tells one kernel from another."""
+    array = np.ascontiguousarray(kernel)
+    text = f"{array.shape} {array.dtype}".encode()
+    return hashlib.sha256(text + array.tobytes()).hexdigest()[:16]
+
+
+def _check_kernels(path: Any, prints: dict[str, str], kernels: dict[str, Any]) -> None:
+    for layer, wanted in prints.items():
+        if layer not in kernels or fingerprint(kernels[layer]) != wanted:
+            raise ValueError(
+                f"{path} belongs to other variables: the kernel of {layer!r} differs. Give the "
+                "variables that were calibrated, or calibrate again."
+            )
