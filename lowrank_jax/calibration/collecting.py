@@ -12,11 +12,11 @@ from tqdm import tqdm
 from lowrank_jax.calibration.importance import channel_importance
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.calibration.patches import POSITIONS, patch_sums
+from lowrank_jax.calibration.patches import Geometry, patch_sums
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.program.interpreter import Found, Notes, Rule, bind, interpret
+from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import Kernel, dense
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.reading import Reading
@@ -43,10 +43,15 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measure(Rule):
-    """Adds up the moments of the convolutions that read some kernels."""
+    """Adds up the moments of the convolutions that read some kernels.
 
-    paths: Collection[str] | None
-    positions: int = POSITIONS
+    Attributes:
+        paths: of the kernels.
+        turn: number of the batch.
+    """
+
+    paths: Collection[str]
+    turn: Any = 0
 
     def apply(self, eqn: Any, values: list) -> Found | None:
         if eqn.primitive.name != "conv_general_dilated":
@@ -55,11 +60,12 @@ class Measure(Rule):
         if reading.reason or reading.source is None or isinstance(values[0], Kernel):
             return None
         source = reading.source
-        if self.paths is not None and source.path not in self.paths:
+        if source.path not in self.paths:
             return None
         outputs = bind(eqn, [values[0], dense(values[1])])
         key = Key(source.path, source.gone, reading.layout.stack)
-        return outputs, {key: patch_sums(reading, values[0], outputs[0], self.positions)}
+        sums = patch_sums(Geometry.of(reading), values[0], outputs[0], self.turn)
+        return outputs, {key: sums}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,26 +183,22 @@ def _moments(
         shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
         if shape not in programs:
             programs[shape] = _program(network, batch, wanted)
-        folds[index % FOLDS].add(programs[shape](*network.leaves(batch)))
+        folds[index % FOLDS].add(programs[shape](index // FOLDS, *network.leaves(batch)))
         count += images(batch)
     return _by_layer(folds, network), count
 
 
 def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callable:
     traced = network.program(batch)
-    sources, rule = traced.sources, Measure(wanted)
-
-    def run(*inputs: jax.Array) -> Notes:
-        pairs = zip(sources, inputs, strict=True)
-        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
-        return list(interpret(traced.program.closed, values, rule)[1].items())
-
+    sources = traced.sources
     keys: list[Key] = []
 
-    def sums(*inputs: jax.Array) -> list:
-        notes = run(*inputs)
-        keys[:] = [key for key, _ in notes]
-        return [value for _, value in notes]
+    def sums(turn: jax.Array, *inputs: jax.Array) -> list:
+        pairs = zip(sources, inputs, strict=True)
+        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
+        _, notes = interpret(traced.program.closed, values, Measure(wanted, turn))
+        keys[:] = notes
+        return list(notes.values())
 
     compiled = jax.jit(sums, compiler_options=default_options())
     return lambda *inputs: list(zip(compiled(*inputs), keys, strict=True))

@@ -1,5 +1,6 @@
 """What is noted of each batch at a stop, and what becomes of the notes of all batches."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,35 +9,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.collecting import FOLDS
-from lowrank_jax.calibration.patches import patch_sums
+from lowrank_jax.calibration.patches import Geometry, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
-from lowrank_jax.compression.segments import Note, Values
+from lowrank_jax.compression.segments import Live, Note
 from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
 
-def fit_note(place: int) -> Callable[[Outline], Note]:
+def fit_note(outline: Outline, place: int) -> Note:
     """What a fit needs of a batch: moments, and sums for the means."""
+    reading = outline.readings[place]
+    x_number, y_number = outline.reads(reading.eqn)[0], outline.gives(reading.eqn)[0]
+    geometry = Geometry.of(reading)
 
-    def at(outline: Outline) -> Note:
-        reading = outline.readings[place]
-        x_number, y_number = outline.reads(reading.eqn)[0], outline.gives(reading.eqn)[0]
+    def note(live: Live, turn: int) -> dict[str, Any]:
+        x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
+        return _fit_sums(geometry, x, y, turn // FOLDS)
 
-        def note(dense: Values, small: Values) -> dict[str, Any]:
-            x, y = small.get(x_number, dense[x_number]), dense[y_number]
-            return {"sums": patch_sums(reading, x, y), **_mean_sums(reading, x, y)}
-
-        return note
-
-    return at
+    return note
 
 
-def _mean_sums(reading: Reading, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    """Sums of the inputs over the batch, and of the outputs over all but the channels."""
-    spec = reading.eqn.params["dimension_numbers"]
-    batch, channels = spec.lhs_spec[0], spec.out_spec[1]
+def _fit_sums(geometry: Geometry, x: jax.Array, y: jax.Array, turn: int) -> dict[str, Any]:
+    """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
+    return _compiled(geometry)(x, y, turn)
+
+
+@functools.lru_cache(maxsize=256)  # layers of one geometry share a program
+def _compiled(geometry: Geometry) -> Callable:
+    def sums(x: jax.Array, y: jax.Array, turn: jax.Array) -> dict[str, Any]:
+        return {"sums": patch_sums(geometry, x, y, turn), **_mean_sums(geometry, x, y)}
+
+    return jax.jit(sums, compiler_options=default_options())
+
+
+def _mean_sums(geometry: Geometry, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    batch, channels = geometry.inputs[0], geometry.outputs[-1]
     return {
         "inputs": wide(x).sum(batch, keepdims=True),
         "images": jnp.float32(x.shape[batch]),
@@ -45,15 +55,16 @@ def _mean_sums(reading: Reading, x: jax.Array, y: jax.Array) -> dict[str, jax.Ar
     }
 
 
-def mean_note(shift: Shift) -> Callable[[Outline], Note]:
+def mean_note(shift: Shift) -> Note:
     """Sums of a value over all but the channels in both networks, and their count."""
 
-    def note(dense: Values, small: Values) -> tuple:
-        one, two = wide(dense[shift.data]), wide(small[shift.data])
+    def note(live: Live, turn: int) -> tuple:
+        del turn
+        one, two = (wide(jnp.asarray(x[shift.data])) for x in (live.dense, live.small))
         others = _others(one, shift.axis)
-        return one.sum(others), two.sum(others), jnp.float32(one.size // one.shape[shift.axis])
+        return one.sum(others), two.sum(others), one.size // one.shape[shift.axis]
 
-    return lambda outline: note
+    return note
 
 
 def _others(x: Any, axis: int) -> tuple[int, ...]:

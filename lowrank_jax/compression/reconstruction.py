@@ -107,7 +107,7 @@ class Reconstruction:
         shift = shift_after(self.outline, place, axis) if self.match_means else None
         if not wanted and shift is None:
             return
-        found = self.segments.advance(place, self._small(), fit_note(place))
+        found = self.segments.advance(place, self._small(), fit_note(self.outline, place))
         if wanted:
             self._fit_slices(path, reading, found)
         if shift is not None and reading.source is not None:

@@ -18,7 +18,6 @@ from lowrank_jax.program.interpreter import bind, step
 from lowrank_jax.program.transform import LowRank
 
 Values = dict[int, Any]
-Note = Callable[[Values, Values], Any]  # of the values of both networks
 
 
 @dataclasses.dataclass
@@ -32,6 +31,9 @@ class Live:
 
     dense: Values
     small: Values
+
+
+Note = Callable[[Live, int], Any]
 
 
 class Segments:
@@ -55,24 +57,24 @@ class Segments:
         self.last = _last_reads(self.first)
         self.place = 0
 
-    def advance(self, place: int, small: Values, note: Callable[[Outline], Note]) -> list:
+    def advance(self, place: int, small: Values, note: Note) -> list:
         """Runs all batches up to an equation, and notes something of each there.
 
         Args:
             place: index of the equation, which the compressed network does not run yet. The dense
                 network does.
             small: number of an input to its value in the compressed network, where it differs.
-            note: makes a function of both networks' values from the program at a batch's shapes.
+            note: function of what a batch has given, and of the number of the batch.
         """
         programs: dict[int, Callable] = {}
         found = []
-        for live, outline in zip(self.lives, self.outlines, strict=True):
+        for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
             if id(outline) not in programs:
-                run = _segment(outline, self.place, place, self.last, note(outline))
+                run = _segment(outline, self.place, place, self.last)
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             results = programs[id(outline)](self.given, small, live.dense, live.small)
-            live.dense, live.small, own = jax.tree.map(np.asarray, results)
-            found.append(own)
+            found.append(jax.tree.map(np.asarray, note(Live(*results), turn)))
+            live.dense, live.small = jax.tree.map(np.asarray, results)
         self.place = place
         return found
 
@@ -85,9 +87,7 @@ def _last_reads(outline: Outline) -> dict[int, int]:
     return last
 
 
-def _segment(
-    outline: Outline, start: int, stop: int, last: Mapping[int, int], note: Note
-) -> Callable:
+def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Callable:
     """A function of (given, small inputs, dense live values, small live values)."""
     own = range(start, stop + 1)
     needed = _fixed_equations(outline, own)
@@ -102,8 +102,8 @@ def _segment(
         _dense(outline, stop, one)
         kept = {n for n in (*one, *two) if n not in outline.fixed and last.get(n, -1) >= stop}
         kept |= set(outline.gives(outline.eqns[stop]))
-        live = ({n: x[n] for n in sorted(kept) if n in x} for x in (one, two))
-        return (*live, note(one, two))
+        dense, other = ({n: x[n] for n in sorted(kept) if n in x} for x in (one, two))
+        return dense, other
 
     return run
 
