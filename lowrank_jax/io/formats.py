@@ -45,20 +45,20 @@ def write_npz(file: BinaryIO, variables: Mapping[str, Any]) -> None:
     """Writes what `read_npz` reads."""
     arrays = named(variables)
     for name, array in arrays.items():
-        if (
-            array.dtype.isbuiltin == 2 and array.dtype != BFLOAT16
-        ):  # a type that numpy would store without its name
+        nameless = array.dtype.isbuiltin == 2  # a type that numpy stores without its name
+        if nameless and array.dtype != BFLOAT16:
             raise ValueError(
-                f"{name} has type {array.dtype}, which .npz does not keep; write .safetensors or .msgpack."
+                f"{name} has type {array.dtype}, which .npz does not keep; write .safetensors or "
+                ".msgpack."
             )
     np.savez(file, allow_pickle=False, **arrays)
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """Reads arrays named by their paths, in the natural order of the names, because the format
-    keeps none.
+    """Reads arrays named by their paths, in the natural order of the names.
 
-    The package's own reader for numpy knows bfloat16 in its newest releases only, hence the bytes.
+    The format keeps no order. The package's own reader for numpy knows bfloat16 in its newest
+    releases only, hence the bytes.
     """
     _need_safetensors()
     from safetensors import deserialize
@@ -153,8 +153,9 @@ def _restore(folder: Path) -> dict[str, Any]:
 
 
 def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a tree by their paths, as `nest` takes them apart; an empty mapping leaves no
-    trace.
+    """The arrays of a tree by their paths, as `nest` takes them apart.
+
+    An empty mapping leaves no trace.
 
     Example:
         >>> list(named({"params": {"Conv_0": {"kernel": np.ones(3), "bias": np.ones(1)}}}))
@@ -164,14 +165,16 @@ def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for key in flat:
         if wrong := [part for part in key if not isinstance(part, str) or "/" in part]:
             raise ValueError(
-                f"The key {wrong[0]!r} of {key} must be a string without '/', the separator of the names."
+                f"The key {wrong[0]!r} of {key} must be a string without '/', the separator of the "
+                "names."
             )
     return {"/".join(key): _array(leaf) for key, leaf in flat.items()}
 
 
 def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Nested dicts by the parts of the names between "/"; names without it, as PyTorch's, stay as
-    they are.
+    """Nested dicts by the parts of the names between "/".
+
+    Names without it, as PyTorch's, stay as they are.
 
     Example:
         >>> nest({"params/Conv_0/kernel": 1, "layer1.0.conv1.weight": 2})

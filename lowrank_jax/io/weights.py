@@ -11,8 +11,9 @@ from lowrank_jax.io.formats import READERS, WRITERS, read_orbax
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 READABLE = "Readable are .npz, .safetensors and .msgpack files, and Orbax folders"
 UNPICKLE = (
-    "such a file may hold pickled code, which runs when it is read. In PyTorch, numpy.savez('weights.npz', "
-    "**{name: tensor.numpy() for name, tensor in model.state_dict().items()}) writes one that is readable here"
+    "such a file may hold pickled code, which runs when it is read. In PyTorch, "
+    "numpy.savez('weights.npz', **{name: tensor.numpy() for name, tensor in "
+    "model.state_dict().items()}) writes one that is readable here"
 )
 
 
@@ -32,14 +33,15 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
     Example:
         >>> import tempfile, numpy as np
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_weights(f"{folder}/weights.npz", {"params": {"Dense_0": {"bias": np.zeros(3)}}})
+        ...     save_weights(f"{folder}/weights.npz", {"params": {"stem": np.zeros(3)}})
         ...     load_weights(f"{folder}/weights.npz")
-        {'params': {'Dense_0': {'bias': array([0., 0., 0.])}}}
+        {'params': {'stem': array([0., 0., 0.])}}
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise ValueError(
-            f"{path}: the format {path.suffix!r} is not known; end the name in {' or '.join(WRITERS)}."
+            f"{path}: the format {path.suffix!r} is not known; end the name in "
+            f"{' or '.join(WRITERS)}."
         )
     with whole_file(path) as scratch, scratch.open("wb") as file:
         WRITERS[path.suffix.lower()](file, variables)
@@ -49,7 +51,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a tree of weights, as nested dicts of numpy arrays.
 
     A ``.npz`` or ``.safetensors`` file names each array by its path, "params/Conv_0/kernel"; names
-    without "/", such as PyTorch's, stay as they are, for `lowrank_jax.torch_names.from_torch`. A
+    without "/", such as PyTorch's, stay as they are, for `lowrank_jax.io.torch_names`. A
     ``.msgpack`` file is one of `flax.serialization.to_bytes`. A folder is a checkpoint of Orbax, or
     a step of its ``CheckpointManager``, in which the item "default", or all trees by the names of
     their items, are read.
@@ -58,6 +60,13 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is nothing at the path.
         ImportError: the package that reads the format is not installed.
         ValueError: it is of another format, or damaged.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/torch.npz", **{"conv1.bias": np.zeros(3)})
+        ...     load_weights(f"{folder}/torch.npz")
+        {'conv1.bias': array([0., 0., 0.])}
     """
     path = Path(path)
     if not path.exists():

@@ -6,17 +6,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 VGG_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions)
-RESNET_STAGES = (
-    (64, 3),
-    (128, 4),
-    (256, 6),
-    (512, 3),
-)  # (features of the 3x3 convolutions, blocks)
+RESNET_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (features of the 3x3, blocks)
 
 
 class VGG16(nn.Module):
-    """VGG-16 of Simonyan and Zisserman, 2014 (arXiv 1409.1556), its 13 convolutions named Conv_0 to
-    Conv_12.
+    """VGG-16 of Simonyan and Zisserman, 2014 (arXiv 1409.1556).
+
+    Its 13 convolutions are named Conv_0 to Conv_12.
 
     Attributes:
         num_classes: of the last dense layer; None leaves the three dense layers out and returns
@@ -26,7 +22,8 @@ class VGG16(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> model = VGG16(num_classes=None)
-        >>> jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))[0].shape
+        >>> images = jnp.zeros((1, 224, 224, 3))
+        >>> jax.eval_shape(model.init_with_output, jax.random.key(0), images)[0].shape
         (1, 7, 7, 512)
     """
 
@@ -74,8 +71,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 of He et al., 2015 (arXiv 1512.03385), with the stride in the 3x3 convolution of a
-    block.
+    """ResNet-50 of He et al., 2015 (arXiv 1512.03385).
+
+    The stride of a block is in its 3x3 convolution.
 
     Attributes:
         num_classes: of the last dense layer.
@@ -83,7 +81,8 @@ class ResNet50(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> variables = jax.eval_shape(ResNet50().init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+        >>> images = jnp.zeros((1, 224, 224, 3))
+        >>> variables = jax.eval_shape(ResNet50().init, jax.random.key(0), images)
         >>> variables["params"]["Bottleneck_0"]["Conv_1"]["kernel"].shape
         (3, 3, 64, 64)
     """

@@ -23,16 +23,17 @@ class NIN(nn.Module):
     Attributes:
         num_classes: features of the last convolution.
         ranks: layer name to rank; the named layers are `SeparableConv`, the others `nn.Conv`.
-        batch_norm: normalise after every convolution but the last (Tai et al.: after the horizontal
-            one only).
+        batch_norm: normalise after every convolution but the last; of a low-rank layer after the
+            horizontal convolution alone, as Tai et al. do.
         dtype: type of the computation; parameters and normalisation statistics stay float32.
         precision: numerical precision of the convolutions, as in `jax.lax.Precision`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> images = jnp.zeros((2, 32, 32, 3))
-        >>> variables = NIN(ranks={"Conv_0": 10, "Conv_2": 20}).init(jax.random.key(0), images)
-        >>> variables["params"]["Conv_2"]["horizontal"]["kernel"].shape
+        >>> model = NIN(ranks={"Conv_0": 10, "Conv_2": 20})
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        >>> variables["params"]["Conv_2"]["kernel"]["horizontal"].shape
         (1, 5, 20, 192)
     """
 

@@ -9,11 +9,10 @@ WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added, with no weights of its own (option A of
-    the paper).
+    """Two 3x3 convolutions around which the input is added.
 
-    Where the width grows, the input is subsampled and its new channels are zeros, as many before as
-    after.
+    The shortcut has no weights (option A of the paper). Where the width grows, the input is
+    subsampled and its new channels are zeros, as many before as after.
 
     Attributes:
         features: channels of the output.
@@ -27,8 +26,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps (batch, height, width, channels) to (batch, height / stride, width / stride,
-        features)."""
+        """Maps images (batch, h, w, channels) to (batch, h / stride, w / stride, features)."""
         extra = self.features - x.shape[-1]
         shortcut = x[:, :: self.stride, :: self.stride]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
@@ -38,12 +36,11 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 network of He et al., 2015 (arXiv 1512.03385, section 4.2), as PyTorch computes
-    it.
+    """The CIFAR-10 network of He et al., 2015 (arXiv 1512.03385, section 4.2).
 
     A 3x3 convolution, three stages of (depth - 2) / 6 blocks with 16, 32 and 64 features, global
     average, a dense layer. A convolution pads by one pixel on every side with stride 2 too, where
-    "SAME" would not, so that weights trained in PyTorch fit (`lowrank_jax.torch_names.from_torch`).
+    "SAME" would not, so that weights trained in PyTorch fit (`lowrank_jax.io.torch_names`).
 
     Attributes:
         depth: layers with weights, 6n + 2: 20, 32, 44, 56 or 110 in the paper.

@@ -1,49 +1,16 @@
 """The report of an experiment: a table, pictures and the figures as JSON, in one folder."""
 
-import contextlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_jax.io.weights import save_weights
+from lowrank_jax.report.pictures import PICTURES
 from lowrank_jax.training.experiment import Journey
-
-DENSE, LOWRANK = "#8c8c8c", "#1f77b4"
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Gives a scratch folder that becomes ``out`` at the end, or vanishes if anything fails."""
-    out = Path(out).resolve()
-    check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    scratch.chmod(0o755)
-    try:
-        yield scratch
-        if out.exists():
-            shutil.rmtree(out)
-        scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def check_out(out: Path) -> None:
-    """Raises unless the folder is new, empty or an earlier report, which alone may be replaced."""
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists()
-    ):
-        raise FileExistsError(
-            f"{out} exists and is no report of an earlier run; give another folder with --out."
-        )
 
 
 def write_report(folder: Path, journey: Journey, title: str) -> None:
-    """Writes report.md, report.json, three pictures and the low-rank weights into an existing
-    folder."""
+    """Writes report.md, report.json, pictures and the low-rank weights into a folder."""
     text = f"# {title}\n\n{markdown(journey)}\n"
     for name, draw in PICTURES.items():
         figure = draw(journey)
@@ -73,13 +40,16 @@ def markdown(journey: Journey) -> str:
         run = {"dense": "dense", "fine-tuned": "low-rank"}.get(name)
         scores.append((name, f"{score:.2%}", "" if run is None else _rate(journey.times.rate(run))))
     low, median, high = journey.times.ratio("low-rank", "dense")
-    speed = f"Low-rank over dense: {median:.2f} times the images/s (quartiles {low:.2f} to {high:.2f}), "
-    speed += f"batch {journey.times.items}, {len(journey.times.seconds['dense'])} passes of each in turn."
+    passes = len(journey.times.seconds["dense"])
+    speed = (
+        f"Low-rank over dense: {median:.2f} times the images/s (quartiles {low:.2f} to "
+        f"{high:.2f}), batch {journey.times.items}, {passes} passes of each in turn."
+    )
     return f"{table(rows)}\n\n{table(scores)}\n\n{speed}\n\nMachine: {journey.machine}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table, the first row its head; the first column left, the others right aligned."""
+    """A Markdown table; the first row is its head, the first column is aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) + " |"
@@ -126,65 +96,3 @@ def _total(journey: Journey, field: str) -> tuple[int, int]:
 def _rate(quartiles: tuple[float, float, float]) -> str:
     low, median, high = quartiles
     return f"{median:,.0f} ({low:,.0f} to {high:,.0f})"
-
-
-def _figure(columns: int):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * columns, 3.2), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def draw_spectra(journey: Journey):
-    """The singular values of each decomposed layer, with the cut."""
-    figure, axes = _figure(len(journey.spectra))
-    ranks = {layer.name: layer.rank or 0 for layer in journey.layers}
-    for axis, (name, values) in zip(axes, journey.spectra.items(), strict=True):
-        rank = ranks[name]
-        kept = (values[:rank] ** 2).sum() / (values**2).sum()
-        axis.semilogy(range(1, len(values) + 1), values, ".-", color=DENSE)
-        axis.semilogy(range(1, rank + 1), values[:rank], ".-", color=LOWRANK)
-        axis.axvline(rank + 0.5, color="black", lw=1, ls="--")
-        axis.set(
-            title=f"{name}: rank {rank} keeps {kept:.1%} of the energy",
-            xlabel="index",
-            ylabel="singular value",
-        )
-        axis.title.set_size(10)
-    return figure
-
-
-def draw_costs(journey: Journey):
-    """Parameters and macs of each layer, dense and low-rank."""
-    figure, axes = _figure(2)
-    names = [layer.name for layer in journey.layers]
-    for axis, field in zip(axes, ("parameters", "macs"), strict=True):
-        for shift, which, color, label in (
-            (-0.2, 0, DENSE, "dense"),
-            (0.2, 1, LOWRANK, "low-rank"),
-        ):
-            values = [getattr(layer, field)[which] for layer in journey.layers]
-            axis.bar([i + shift for i in range(len(names))], values, 0.4, color=color, label=label)
-        axis.set_xticks(range(len(names)), names, rotation=30)
-        axis.set_title(
-            field.replace("_", "-") + (" per image" if field != "parameters" else ""), size=10
-        )
-        axis.legend(frameon=False)
-    return figure
-
-
-def draw_accuracy(journey: Journey):
-    """Accuracy along the fine-tuning, from the decomposed network on, beside the dense
-    network's."""
-    figure, (axis,) = _figure(1)
-    curve = [journey.accuracy["decomposed"], *journey.curve]
-    axis.plot(
-        range(len(curve)), [100 * value for value in curve], "o-", color=LOWRANK, label="low-rank"
-    )
-    axis.axhline(100 * journey.accuracy["dense"], color=DENSE, ls="--", label="dense")
-    axis.set(xlabel="epochs of fine-tuning", ylabel="test accuracy, %", xticks=range(len(curve)))
-    axis.legend(frameon=False)
-    return figure
-
-
-PICTURES = {"spectra": draw_spectra, "costs": draw_costs, "accuracy": draw_accuracy}

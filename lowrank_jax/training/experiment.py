@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.data.cifar10 import Dataset, normalize
+from lowrank_jax.data.datasets import Dataset, normalize
 from lowrank_jax.factorization.separable import spectrum
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.models import NIN
@@ -74,8 +74,8 @@ class Journey:
     Attributes:
         layers: one entry for each convolution of the dense network.
         spectra: layer name to its singular values, largest first.
-        accuracy: "dense", "decomposed" and "fine-tuned" to the share of test images classified
-            right.
+        accuracy: "dense", "decomposed" and "fine-tuned" to the share of test images classified as
+            their labels say.
         curve: that share after each epoch of fine-tuning.
         times: forward passes "dense" and "low-rank".
         machine: device, versions.
@@ -97,19 +97,19 @@ def init(model: NIN, seed: int = 0) -> Variables:
 
 
 def load(model: NIN, path: str | os.PathLike) -> Variables:
-    """Reads variables of a CIFAR-10 model, or raises ValueError where they are of another
-    network."""
+    """Reads variables of a CIFAR-10 model; those of another network are a ValueError."""
     variables = load_weights(path)
     expected = jax.eval_shape(lambda: init(model))
     if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
         raise ValueError(
-            f"{path} does not hold the weights of this network; give the dense.npz of an earlier run."
+            f"{path} does not hold the weights of this network; give the dense.npz of an earlier "
+            "run."
         )
     return variables
 
 
 def accuracy(model: NIN, variables: Variables, data: Dataset) -> float:
-    """Share of the images classified right, from 0 to 1."""
+    """Share of the images classified as their labels say, from 0 to 1."""
     return evaluate(model.apply, variables, data.images, data.labels, preprocess=normalize)
 
 
@@ -153,9 +153,17 @@ def fit(
 
 
 def run(
-    dense: NIN, variables: Variables, ranks: Mapping[str, int], data: Dataset, test: Dataset, recipe: Recipe, *,
-    batch_size: int = 128, rounds: int = 15, log: Log = print,
-) -> Journey:  # fmt: skip
+    dense: NIN,
+    variables: Variables,
+    ranks: Mapping[str, int],
+    data: Dataset,
+    test: Dataset,
+    recipe: Recipe,
+    *,
+    batch_size: int = 128,
+    rounds: int = 15,
+    log: Log = print,
+) -> Journey:
     """Decomposes a trained network, fine-tunes it and measures it beside the dense one.
 
     Args:
@@ -170,18 +178,16 @@ def run(
     """
     small = dense.clone(ranks=dict(ranks))
     variables = flax.core.unfreeze(variables)
-    lowrank = variables | {"params": decompose(variables["params"], ranks)}
-    spectra = {
-        name: np.asarray(spectrum(variables["params"][name]["kernel"])).ravel() for name in ranks
-    }
+    lowrank = decompose(variables, ranks)
+    kernels = {name: variables["params"][name]["kernel"] for name in ranks}
+    spectra = {name: np.asarray(spectrum(kernel)).ravel() for name, kernel in kernels.items()}
     layers = compare_costs(trace_one(dense, variables), trace_one(small, lowrank), ranks)
     scores = {
         "dense": accuracy(dense, variables, test),
         "decomposed": accuracy(small, lowrank, test),
     }
-    log(
-        f"{len(test):,} test images: dense {scores['dense']:.2%}, decomposed {scores['decomposed']:.2%}"
-    )
+    shares = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
+    log(f"{len(test):,} test images: {shares}")
     teacher: Callable | None = functools.partial(dense.apply, variables) if recipe.distill else None
     tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher)
     scores["fine-tuned"] = curve[-1]
@@ -198,17 +204,19 @@ def trace_one(model: NIN, variables: Variables) -> Trace:
 
 
 def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> list[Layer]:
-    """Sets the cost of each dense layer beside that of its factors, or of itself where it stays
-    dense."""
+    """Sets the cost of each dense layer beside that of its factors, or of itself.
 
-    def total(uses, name, field):
-        return sum(
-            getattr(use, field)
-            for use in uses
-            if use.path in (name, f"{name}/vertical", f"{name}/horizontal")
-        )
+    Args:
+        dense: of the dense network, whose layers are named as in "Conv_0".
+        lowrank: of the low-rank one, whose factors are named as in "Conv_0/vertical".
+        ranks: layer name to rank.
+    """
 
-    def both(name, field):
+    def total(uses: Trace, name: str, field: str) -> int:
+        names = (name, f"{name}/vertical", f"{name}/horizontal")
+        return sum(getattr(use, field) for use in uses if use.path in names)
+
+    def both(name: str, field: str) -> tuple[int, int]:
         return total(dense, name, field), total(lowrank, name, field)
 
     names = [use.path for use in dense]
@@ -220,8 +228,7 @@ def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> lis
 def measure(
     networks: Mapping[str, tuple[NIN, Variables]], data: Dataset, batch_size: int, rounds: int
 ) -> Throughput:
-    """Times forward passes of networks on the same real images, each at its fastest compiler
-    options."""
+    """Times forward passes on the same real images, each at its fastest compiler options."""
     images = normalize(jnp.asarray(np.resize(data.images, (batch_size, *data.images.shape[1:]))))
     programs = {
         name: compile_fastest(model.apply, variables, images)
@@ -232,7 +239,7 @@ def measure(
 
 def check_ranks(variables: Variables, ranks: Mapping[str, int]) -> None:
     """Raises what `decompose` would for this table, before any long work."""
-    jax.eval_shape(lambda params: decompose(params, ranks), variables["params"])
+    jax.eval_shape(lambda tree: decompose(tree, ranks), variables)
 
 
 def machine() -> str:

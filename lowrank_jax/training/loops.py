@@ -50,7 +50,7 @@ class TrainState:
 
 
 def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int) -> jax.Array:
-    """Pads with zeros, cuts a random square and mirrors half of the images, on the device.
+    """Pads with zeros, takes a random square and mirrors half of the images, on the device.
 
     Args:
         key: random key.
@@ -70,16 +70,20 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
     room = jnp.array((height, width)) + 2 * padding - size
     if min(height, width) + 2 * padding < size:
         raise ValueError(
-            f"size={size} is larger than the padded images, {height}x{width} with padding={padding}."
+            f"size={size} is larger than the padded images, {height}x{width} with "
+            f"padding={padding}; give a smaller size or more padding."
         )
     corner_key, flip_key = jax.random.split(key)
     corners = jax.random.randint(corner_key, (batch, 2), 0, room + 1)
     flips = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    cut = jax.vmap(lambda x, c: jax.lax.dynamic_slice(x, (c[0], c[1], 0), (size, size, channels)))(
-        padded, corners
-    )
-    return jnp.where(flips, cut[:, :, ::-1], cut)
+
+    def square(image: jax.Array, corner: jax.Array) -> jax.Array:
+        start = (corner[0], corner[1], 0)
+        return jax.lax.dynamic_slice(image, start, (size, size, channels))
+
+    squares = jax.vmap(square)(padded, corners)
+    return jnp.where(flips, squares[:, :, ::-1], squares)
 
 
 def make_train_step(
@@ -124,8 +128,10 @@ def make_train_step(
 def one_cycle_sgd(
     peak: float, steps: int, weight_decay: float = 5e-4
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum 0.9 under a one-cycle cosine schedule that peaks after a fifth of
-    the steps."""
+    """SGD with Nesterov momentum 0.9 under a one-cycle cosine schedule.
+
+    The learning rate peaks after a fifth of the steps.
+    """
     schedule = optax.cosine_onecycle_schedule(
         max(steps, 2), peak, pct_start=0.2, div_factor=10, final_div_factor=1e3
     )
@@ -166,7 +172,8 @@ def train(
     """
     if len(labels) < batch_size:
         raise ValueError(
-            f"batch_size={batch_size} is more than the {len(labels)} training images; make it smaller."
+            f"batch_size={batch_size} is more than the {len(labels)} training images; make it "
+            "smaller."
         )
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):

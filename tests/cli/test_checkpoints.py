@@ -1,129 +1,144 @@
 """The commands plan and compress, on a small model by import path."""
 
+import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import load_weights, lowrank, save_weights
+from lowrank_jax import Plan, load_weights, lowrank, save_weights
+from lowrank_jax.cli import jobs
 from lowrank_jax.cli.main import main
-from lowrank_jax.models import CifarResNet
-from lowrank_jax.planning.plans import Plan
 
-MODEL = ["--model", "lowrank_jax.models:CifarResNet", "--model-args", '{"depth": 8}']
+MODEL = """
+from flax import linen as nn
+
+
+class Tiny(nn.Module):
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Conv(self.width, (3, 3))(x))
+        x = nn.BatchNorm(not train)(nn.Conv(self.width, (3, 3))(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+"""
+TINY = ["--model", "tiny_network:Tiny", "--model-kwargs", '{"train": false}']
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Arguments that name a checkpoint and images."""
+    """Arguments that name a checkpoint, images and a model."""
     folder = tmp_path_factory.mktemp("job")
-    variables = CifarResNet(depth=8).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    (folder / "tiny_network.py").write_text(MODEL)
+    sys.path.insert(0, str(folder))
+    from tiny_network import Tiny
+
+    init = jax.jit(functools.partial(Tiny().init, train=False))
+    variables = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     save_weights(folder / "dense.npz", variables)
-    np.save(
-        folder / "images.npy", np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), np.uint8)
-    )
-    return ["--checkpoint", str(folder / "dense.npz"), "--images", str(folder / "images.npy")]
+    images = np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), np.uint8)
+    np.save(folder / "images.npy", images)
+    given = ["--checkpoint", str(folder / "dense.npz"), "--images", str(folder / "images.npy")]
+    yield [*given, *TINY]
+    sys.path.remove(str(folder))
 
 
-def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    normalise = ["--mean", "0.5,0.5,0.5", "--std", "0.25"]
-    assert (
-        main(["compress", *files, *MODEL, *normalise, "--budget", "macs=0.5", "--out", str(out)])
-        == 0
-    )
-    assert sorted(path.name for path in out.iterdir()) == [
-        "plan.json",
-        "report.json",
-        "report.md",
-        "variables.npz",
-    ]
+def network(files):
+    """The dense network of the arguments."""
+    from tiny_network import Tiny
+
+    return lambda variables, x: Tiny().apply(variables, x, train=False), load_weights(files[1])
+
+
+def scaled(files):
+    return jnp.asarray(np.load(files[3]) / np.float32(255), jnp.float32)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The list of calibrations that were run."""
+    found, whole = [], jobs.calibrate
+
+    def counted(*args, **kwargs):
+        found.append(kwargs)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "calibrate", counted)
+    return found
+
+
+def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
+    files, tmp_path, capsys, passes
+):
+    out, normalise = tmp_path / "out", ["--mean", "0.5,0.5,0.5", "--std", "0.25"]
+    assert main(["compress", *files, *normalise, "--budget", "macs=0.5", "--out", str(out)]) == 0
+    names = ["plan.json", "report.json", "report.md", "variables.npz"]
+    assert sorted(path.name for path in out.iterdir()) == names
     small, plan = load_weights(out / "variables.npz"), Plan.load(out / "plan.json")
     dense, low = plan.total("macs")
     assert 0.4 * dense < low <= 0.5 * dense
-    images = jnp.asarray((np.load(files[3]) / np.float32(255) - 0.5) / 0.25, jnp.float32)
-    model = CifarResNet(depth=8)
-    found, wanted = lowrank(model.apply)(small, images), model.apply(load_weights(files[1]), images)
+    (apply, variables), images = network(files), (scaled(files) - 0.5) / 0.25
+    found, wanted = lowrank(apply)(small, images), apply(variables, images)
     error = float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
     facts = json.loads((out / "report.json").read_text())
     assert facts["output_error"] == pytest.approx(error, rel=1e-3) and 0 < error < 1
+    assert facts["held_out_error"].keys() == plan.ranks.keys()
     assert "at most 0.5 of the dense macs" in capsys.readouterr().out
+    assert passes == [{"train": False}]
 
 
-def test_plan_writes_a_plan_that_compress_takes(files, tmp_path):
+@pytest.mark.parametrize("budget", ["parameters=0.6", "bytes=0.95"])
+def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget):
     first, second = tmp_path / "plan", tmp_path / "compressed"
-    assert (
-        main(
-            [
-                "plan",
-                *files,
-                *MODEL,
-                "--budget",
-                "parameters=0.6",
-                "--multiple",
-                "4",
-                "--out",
-                str(first),
-            ]
-        )
-        == 0
-    )
+    options = ["--budget", budget, "--multiple", "2"]
+    assert main(["plan", *files, *options, "--out", str(first)]) == 0
     plan = Plan.load(first / "plan.json")
-    assert plan.ranks and all(scheme.rank % 4 == 0 for scheme in plan.ranks.values())
-    arguments = [
-        "compress",
-        *files,
-        *MODEL,
-        "--plan",
-        str(first / "plan.json"),
-        "--sweeps",
-        "0",
-        "--out",
-        str(second),
-    ]
-    assert main(arguments) == 0
+    assert plan.ranks and all(scheme.rank % 2 == 0 for scheme in plan.ranks.values())
+    options = ["--plan", str(first / "plan.json"), "--sweeps", "0"]
+    assert main(["compress", *files, *options, "--out", str(second)]) == 0
     assert Plan.load(second / "plan.json") == plan
 
 
-def test_plan_draws_the_curve_of_agreement_or_of_accuracy(files, tmp_path, capsys):
-    common = ["plan", *files, *MODEL, "--curve", "0.6,1.0"]
-    assert main([*common, "--out", str(tmp_path / "one")]) == 0
-    assert (tmp_path / "one" / "curve.png").stat().st_size > 1000
-    facts = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert (
-        facts["curve"][1][1] == 1.0 and facts["curve"][0][0] < facts["curve"][1][0]
-    )  # all dense: all images agree
-    model, images = (
-        CifarResNet(depth=8),
-        jnp.asarray(np.load(files[3]) / np.float32(255), jnp.float32),
-    )
-    labels = np.array(model.apply(load_weights(files[1]), images).argmax(-1))
+def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path, passes):
+    out = tmp_path / "out"
+    assert main(["plan", *files, "--curve", "0.6,1.0", "--out", str(out)]) == 0
+    assert (out / "curve.png").stat().st_size > 1000
+    (low, _), (dense, agreement) = json.loads((out / "report.json").read_text())["curve"]
+    assert low < dense and agreement == 1.0  # all dense: all images agree
+    assert len(passes) == 1
+
+
+def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys):
+    apply, variables = network(files)
+    labels = np.array(apply(variables, scaled(files)).argmax(-1))
     labels[:8] = 10  # no class at all
     np.save(tmp_path / "labels.npy", labels)
-    assert (
-        main([*common, "--labels", str(tmp_path / "labels.npy"), "--out", str(tmp_path / "two")])
-        == 0
-    )
+    given = ["--curve", "1.0", "--labels", str(tmp_path / "labels.npy")]
+    assert main(["plan", *files, *given, "--out", str(tmp_path / "out")]) == 0
     assert "macs=1.0: 50.00%" in capsys.readouterr().out
 
 
 def test_labels_that_do_not_fit_the_images_are_refused(files, tmp_path, capsys):
     np.save(tmp_path / "labels.npy", np.zeros(3, np.int64))
-    common = ["plan", *files, *MODEL, "--curve", "0.5", "--labels", str(tmp_path / "labels.npy")]
-    assert main([*common, "--out", str(tmp_path / "out")]) == 2
+    given = ["--curve", "0.5", "--labels", str(tmp_path / "labels.npy")]
+    assert main(["plan", *files, *given, "--out", str(tmp_path / "out")]) == 2
     assert "not one int for each of 16 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "change, text",
     [
-        (["--model", "lowrank_jax.models"], "no import path"),
-        (["--model", "lowrank_jax.models:Resnet"], "has no 'Resnet'"),
+        (["--model", "tiny_network"], "no import path"),
+        (["--model", "tiny_network:Net"], "has no 'Net'"),
         (["--model", "no_such_package:Net"], "No module named"),
         (["--model-args", '{"deep": 8}'], "deep"),
-        (["--model-args", '{"depth": 14}'], "does not hold the variables of"),
+        (["--model-args", '{"width": 14}'], "does not hold the variables of"),
+        (["--model-kwargs", "{}"], "train"),
+        (["--model-kwargs", '{"train": true}'], "train=False"),
         (["--checkpoint", "missing.npz"], "missing.npz"),
         (["--images", "missing.npy"], "missing.npy"),
         (["--mean", "1,2"], "--mean has 2 values for 3 channels"),
@@ -131,20 +146,27 @@ def test_labels_that_do_not_fit_the_images_are_refused(files, tmp_path, capsys):
         (["--budget", "macs=7.5"], "7.5"),
     ],
 )
-def test_what_cannot_be_used_ends_with_one_line_and_writes_nothing(
+def test_what_cannot_be_used_ends_with_one_message_and_writes_nothing(
     files, tmp_path, capsys, change, text
 ):
     out = tmp_path / "out"
-    assert main(["plan", *files, *MODEL, *change, "--out", str(out)]) == 2
+    assert main(["plan", *files, *change, "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("lowrank-jax plan: ") and text in message
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    "change", [["--budget", "half"], ["--budget", "time=0.5"], ["--model-args", "{"]]
+    "change",
+    [
+        ["--budget", "half"],
+        ["--budget", "time=0.5"],
+        ["--model-args", "{"],
+        ["--model-kwargs", "[1]"],
+        ["--batch", "0"],
+    ],
 )
 def test_options_that_do_not_parse_are_refused(files, change, capsys):
     with pytest.raises(SystemExit) as info:
-        main(["plan", *files, *MODEL, *change])
+        main(["plan", *files, *change])
     assert info.value.code == 2 and change[0] in capsys.readouterr().err

@@ -10,17 +10,21 @@ from lowrank_jax import data
 from lowrank_jax.cli import main as cli
 from lowrank_jax.io import weights as checkpoint
 from lowrank_jax.models import NIN
-from lowrank_jax.report import journey as report
+from lowrank_jax.report import folders as report
 from lowrank_jax.training import experiment
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The sample cut to a size that every machine runs in seconds."""
+    """A part of the sample that every machine runs in seconds."""
     whole = data.sample
-    cut = lambda split: data.Dataset(whole(split).images[:100], whole(split).labels[:100])  # noqa: E731
-    monkeypatch.setattr(data, "sample", cut)
-    monkeypatch.setattr(data, "cifar10", lambda split, data_dir: cut(split))
+
+    def part(split, data_dir=None):
+        found = whole(split)
+        return data.Dataset(found.images[:100], found.labels[:100])
+
+    monkeypatch.setattr(data, "sample", part)
+    monkeypatch.setattr(data, "cifar10", part)
     monkeypatch.setattr(
         experiment.run, "__kwdefaults__", {"batch_size": 4, "rounds": 2, "log": print}
     )
@@ -72,7 +76,7 @@ def test_the_experiment_trains_and_then_starts_from_its_own_weights(tiny, tmp_pa
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--ranks", "Conv_9=3"], "No layer with a kernel at 'Conv_9'; did you mean"),
+        (["--ranks", "Conv_9=3"], "The rule 'Conv_9' matches no layer; did you mean"),
         (["--ranks", "Conv_0=16"], "Conv_0: rank 16 is not allowed; give an int from 1 to 15"),
     ],
 )

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lowrank_jax import data
 from lowrank_jax.io.formats import natural
 from lowrank_jax.io.weights import load_weights, save_weights
 

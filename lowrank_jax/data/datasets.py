@@ -1,5 +1,4 @@
-"""CIFAR-10 as arrays: the whole of it through TensorFlow Datasets, or the sample inside the
-package."""
+"""CIFAR-10 as arrays: all of it, through TensorFlow Datasets, or the sample in the package."""
 
 import dataclasses
 import json
@@ -13,8 +12,8 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images scaled to [0, 1], per channel
 STD = (0.2470, 0.2435, 0.2616)
 REMEDY = (
-    "Give the folder that holds cifar10/ as data_dir (--data-dir) or in TFDS_DATA_DIR. To prepare one, on a machine "
-    "with a network: pip install tensorflow tensorflow-datasets, then "
+    "Give the folder that holds cifar10/ as data_dir (--data-dir) or in TFDS_DATA_DIR. To prepare "
+    "one, on a machine with a network: pip install tensorflow tensorflow-datasets, then "
     "tfds.builder('cifar10', file_format='array_record').download_and_prepare()."
 )
 

@@ -1,0 +1,155 @@
+"""A checkpoint, a model and images of the user's own: what `plan` and `compress` work on."""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.calibration.collecting import Calibration, calibrate
+from lowrank_jax.cli.options import floats, parse_budget, parse_object, positive
+from lowrank_jax.io.weights import load_weights
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.transform import lowrank
+
+BATCH = 256  # images in a forward pass
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """A dense network and unlabelled images.
+
+    Attributes:
+        apply: of the model.
+        variables: of the dense network.
+        images: inputs as the network takes them.
+        kwargs: arguments of the model's call.
+    """
+
+    apply: Callable
+    variables: Any
+    images: np.ndarray
+    kwargs: Mapping[str, Any]
+
+    def calibrate(self) -> Calibration:
+        """The one pass over the images that plans and fits share."""
+        return calibrate(self.apply, self.variables, self.images, **self.kwargs)
+
+    def outputs(self, variables: Any) -> Iterator[np.ndarray]:
+        """The outputs of a dense or decomposed network, batch by batch."""
+        apply = lowrank(functools.partial(self.apply, **self.kwargs))
+        program = jax.jit(apply, compiler_options=default_options())
+        for start in range(0, len(self.images), BATCH):
+            yield np.asarray(program(variables, self.images[start : start + BATCH]))
+
+    def classes(self, variables: Any) -> np.ndarray:
+        """The class of the largest output of each image."""
+        return np.concatenate([batch.argmax(-1) for batch in self.outputs(variables)])
+
+    def output_error(self, variables: Any) -> float:
+        """Norm of the change of the outputs over the norm of the dense network's outputs."""
+        gap = norm = 0.0
+        pairs = zip(self.outputs(self.variables), self.outputs(variables), strict=True)
+        for wanted, found in pairs:
+            wide = wanted.astype(np.float64)
+            gap += float(np.sum((found - wide) ** 2))
+            norm += float(np.sum(wide**2))
+        return (gap / norm) ** 0.5 if norm else 0.0
+
+
+def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
+    """The options that `plan` and `compress` share."""
+    add = command.add_argument
+    formats = ".npz, .safetensors, .msgpack, Orbax folder"
+    add("--checkpoint", required=True, help=f"variables: {formats}")
+    add("--model", required=True, help="Linen module by import path, as in package.module:Class")
+    add("--model-args", type=parse_object, default={}, help="its attributes as JSON")
+    about = 'arguments of its call as JSON, such as {"train": false}'
+    add("--model-kwargs", type=parse_object, default={}, help=about)
+    about = "unlabelled images (batch, h, w, c): .npy, float or uint8"
+    add("--images", required=True, help=about)
+    about = "of the channels, subtracted from images scaled to [0, 1]"
+    add("--mean", type=floats, help=about)
+    add("--std", type=floats, help="of the channels, by which the rest is divided")
+    about = "macs, parameters, bytes or latency=share, or a count"
+    add("--budget", type=parse_budget, default="macs=0.5", help=about)
+    about = "images that run at once, for a budget of latency"
+    add("--batch", type=positive, default=1, help=about)
+    about = "ranks are restricted to multiples of this"
+    add("--multiple", type=positive, default=1, help=about)
+    add("--out", type=Path, default=Path(folder), help="folder for the results")
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """The network and the images that the options name."""
+    model = load_model(args.model, args.model_args)
+    variables = jax.tree.map(jax.numpy.asarray, load_weights(args.checkpoint))
+    if "params" not in variables:
+        raise ValueError(
+            f"{args.checkpoint} holds {sorted(variables)}, not 'params': save the variables of the "
+            "model."
+        )
+    images = load_images(args.images, args.mean, args.std)
+    expected = _variables(model, images[:1], args.model_kwargs)
+    if jax.tree.map(np.shape, dict(variables)) != jax.tree.map(np.shape, dict(expected)):
+        raise ValueError(
+            f"{args.checkpoint} does not hold the variables of {args.model} for images "
+            f"{images.shape[1:]}."
+        )
+    return Job(apply=model.apply, variables=variables, images=images, kwargs=args.model_kwargs)
+
+
+def load_model(path: str, attributes: Mapping[str, Any]) -> Any:
+    """A Linen module by "package.module:Class"."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"--model {path!r} is no import path such as package.module:Class.")
+    found = importlib.import_module(module)
+    if not hasattr(found, name):
+        raise ValueError(f"--model {path!r}: {module} has no {name!r}.")
+    try:
+        return getattr(found, name)(**attributes)
+    except TypeError as error:
+        given = json.dumps(attributes)
+        raise ValueError(f"--model {path} with --model-args {given}: {error}") from error
+
+
+def _variables(model: Any, image: np.ndarray, kwargs: Mapping[str, Any]) -> Any:
+    """The shapes of the variables that the model makes."""
+    init = functools.partial(model.init, jax.random.key(0), **kwargs)
+    try:
+        return jax.eval_shape(init, image)
+    except TypeError as error:
+        raise ValueError(f"--model-kwargs {json.dumps(kwargs)}: {error}") from error
+
+
+def load_images(path: str, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
+    """Images of a .npy file as float32; uint8 is scaled to [0, 1]."""
+    images = np.load(path, allow_pickle=False)
+    if not isinstance(images, np.ndarray) or images.ndim < 3 or not len(images):
+        raise ValueError(
+            f"{path} is no array of images (batch, ..., channels) as numpy.save writes it."
+        )
+    scaled = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) not in (1, images.shape[-1]):
+            raise ValueError(f"--{name} has {len(values)} values for {images.shape[-1]} channels.")
+    shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
+    return (scaled - shift) / scale
+
+
+def load_labels(path: str, count: int) -> np.ndarray:
+    """The classes of a .npy file, one for each image."""
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path} holds {labels.dtype} of shape {labels.shape}, not one int for each of {count} "
+            "images."
+        )
+    return labels

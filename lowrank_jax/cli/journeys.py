@@ -1,0 +1,124 @@
+"""The commands `demo` and `cifar10`: the whole journey, from a dense network to a report."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from lowrank_jax import data
+from lowrank_jax.cli.options import new_command, parse_ranks, positive
+from lowrank_jax.io.weights import save_weights
+from lowrank_jax.models import NIN
+from lowrank_jax.report.folders import whole_folder
+from lowrank_jax.report.journey import markdown, write_report
+from lowrank_jax.training import experiment
+
+
+def add_commands(commands: Any) -> None:
+    """Adds `demo` and `cifar10` to the subcommands of ``lowrank-jax``."""
+    about = "decompose, fine-tune and measure the embedded network on the embedded CIFAR-10 sample"
+    demo = new_command(commands, "demo", about, run_demo)
+    _add_options(demo, "lowrank-jax-demo")
+    about = "train on CIFAR-10 from TensorFlow Datasets, decompose, fine-tune and measure"
+    cifar10 = new_command(commands, "cifar10", about, run_cifar10)
+    _add_options(cifar10, "lowrank-jax-cifar10")
+    _add_training_options(cifar10)
+
+
+def _add_options(command: argparse.ArgumentParser, folder: str) -> None:
+    add = command.add_argument
+    add("--out", type=Path, default=Path(folder), help="folder for the report")
+    add("--ranks", type=parse_ranks, default="Conv_0=10,Conv_2=20", help="layer=rank,...")
+    add("--finetune-epochs", type=positive, default=5, help="epochs after the decomposition")
+    types = ("float32", "bfloat16")
+    add("--precision", choices=types, default="float32", help="of the computation")
+    about = "fine-tune towards the dense network's probabilities"
+    add("--distill", action="store_true", help=about)
+    add("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
+
+
+def _add_training_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    about = "folder that holds cifar10/; default: TFDS_DATA_DIR, ~/tensorflow_datasets"
+    add("--data-dir", help=about)
+    about = "dense .npz of an earlier run to start from, instead of random weights"
+    add("--weights", type=Path, help=about)
+    about = "epochs of training the dense network; 30, or 0 with --weights"
+    add("--epochs", type=int, help=about)
+    add("--batch-size", type=positive, default=128, help="images in a step")
+    about = "highest rate of the one-cycle schedule"
+    add("--learning-rate", type=float, default=0.1, help=about)
+    about = "the same, in the fine-tuning"
+    add("--finetune-learning-rate", type=float, default=0.02, help=about)
+    add("--crop", type=positive, default=32, help="side of the random training crops, pixels")
+    add("--padding", type=int, default=4, help="zeros around an image before the crop, pixels")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """The whole journey on what the package carries."""
+    start = time.perf_counter()
+    recipe = experiment.Recipe(
+        args.finetune_epochs,
+        peak=0.01,
+        batch_size=50,
+        crop=24,
+        padding=0,
+        seed=args.seed,
+        distill=args.distill,
+    )
+    sets = data.sample("train"), data.sample("test")
+    _run(args, data.pretrained(), *sets, recipe)
+    print(f"Took {time.perf_counter() - start:.0f} s; a report with pictures is in {args.out}")
+
+
+def run_cifar10(args: argparse.Namespace) -> None:
+    """The whole experiment."""
+    train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
+    model = _model(args)
+    variables = (
+        experiment.load(model, args.weights) if args.weights else experiment.init(model, args.seed)
+    )
+    experiment.check_ranks(variables, args.ranks)
+    # Hours of work, kept should a later step fail.
+    early = args.out.with_name(f"{args.out.name}-dense.npz")
+    if recipe := _dense_recipe(args):
+        variables, _ = experiment.fit(model, variables, train, test, recipe)
+        save_weights(early, variables)
+        print(f"The trained network is in {early} until the report is complete")
+    options = dict(distill=args.distill, **_training(args))
+    recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
+    _run(args, variables, train, test, recipe)
+    early.unlink(missing_ok=True)
+    print(f"A report with pictures and both networks is in {args.out}")
+
+
+def _dense_recipe(args: argparse.Namespace) -> experiment.Recipe | None:
+    """How the dense network is trained; None if it is not."""
+    usual = 0 if args.weights else 30
+    epochs = usual if args.epochs is None else args.epochs
+    if epochs <= 0:
+        return None
+    return experiment.Recipe(epochs, args.learning_rate, **_training(args))
+
+
+def _training(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("batch_size", "crop", "padding", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _model(args: argparse.Namespace) -> NIN:
+    return NIN(dtype=None if args.precision == "float32" else args.precision)
+
+
+def _run(
+    args: argparse.Namespace,
+    variables: experiment.Variables,
+    train: data.Dataset,
+    test: data.Dataset,
+    recipe: experiment.Recipe,
+) -> None:
+    journey = experiment.run(_model(args), variables, args.ranks, train, test, recipe)
+    with whole_folder(args.out) as folder:
+        write_report(folder, journey, f"lowrank-jax {args.command}")
+        save_weights(folder / "dense.npz", variables)
+    print(f"\n{markdown(journey)}\n")
