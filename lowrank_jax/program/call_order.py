@@ -48,7 +48,8 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
     Example:
         >>> import jax, jax.numpy as jnp
         >>> apply = lambda params, x: jax.nn.relu(x @ params["stem"]) @ params["head"]
-        >>> call_order(apply, {"stem": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}, jnp.ones((1, 3))).position
+        >>> params = {"stem": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+        >>> call_order(apply, params, jnp.ones((1, 3))).position
         {1: 0, 0: 1}
     """
     jaxpr, _, arrays = traced(apply, variables, args, kwargs)

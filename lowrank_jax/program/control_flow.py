@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.program.interpreter import CALLS, Found, Notes, Rule, interpret
-from lowrank_jax.program.jaxprs import opened
-from lowrank_jax.program.kernel import Kernel, dense, unstack
+from lowrank_jax.program.interpreter import CALLS, Found, Notes, Rule, bind, interpret
+from lowrank_jax.program.jaxprs import scan_parts
+from lowrank_jax.program.kernel import Kernel, dense, sources_of, unstack
+from lowrank_jax.program.survey import Survey
 
 
 def _call(eqn: Any, values: list, rule: Rule, name: str) -> Found:
@@ -27,26 +28,29 @@ def _jit(eqn: Any, values: list, rule: Rule) -> Found:
     plain = not any(isinstance(x, jax.sharding.Sharding) for x in placed)
     if plain and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
         return interpret(params["jaxpr"], values, rule)
-    run = _compiled(params["jaxpr"], rule, _Options.of(params))
+    run = _compiled(params["jaxpr"], rule, _options(params, values))
     return run(*values)
 
 
-class _Options(tuple):
-    """Arguments of ``jax.jit`` as a hashable tuple of (name, value)."""
+def _options(params: dict[str, Any], values: list) -> tuple:
+    """Arguments of ``jax.jit``, hashable. A kernel's shardings do not fit its factors."""
+    donated = tuple(i for i, given in enumerate(params["donated_invars"]) if given)
+    results = Survey.of(params["jaxpr"], sources_of(values)).outputs
+    ins = _shardings(params["in_shardings"], sources_of(values))
+    outs = _shardings(params["out_shardings"], results)
+    options = tuple(params.get("compiler_options_kvs", ()))
+    return donated, ins, outs, params["keep_unused"], options, params["name"]
 
-    @classmethod
-    def of(cls, params: dict[str, Any]) -> "_Options":
-        donated = tuple(i for i, given in enumerate(params["donated_invars"]) if given)
-        ins, outs = (
-            tuple(x if isinstance(x, jax.sharding.Sharding) else None for x in params[name])
-            for name in ("in_shardings", "out_shardings")
-        )
-        options = tuple(params.get("compiler_options_kvs", ()))
-        return cls([donated, ins, outs, params["keep_unused"], options, params["name"]])
+
+def _shardings(given: Sequence[Any], sources: Sequence[Any]) -> tuple:
+    return tuple(
+        sharding if isinstance(sharding, jax.sharding.Sharding) and source is None else None
+        for sharding, source in zip(given, sources, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=128)  # a new function for each call would be compiled anew
-def _compiled(program: Any, rule: Rule, options: _Options) -> Callable:
+def _compiled(program: Any, rule: Rule, options: tuple) -> Callable:
     donated, ins, outs, keep_unused, compiler, name = options
 
     def run(*values: Any) -> Found:
@@ -70,20 +74,23 @@ def _remat(eqn: Any, values: list, rule: Rule) -> Found:
 
 
 def _custom(eqn: Any, values: list, rule: Rule) -> Found:
-    """A function with a derivative of its own, which holds for the kernel, not for its factors."""
-    return interpret(eqn.params["call_jaxpr"], values, rule)
+    """A function with a derivative of its own, which holds for the kernel, not for its factors.
 
-
-def scan_parts(eqn: Any) -> tuple[int, int]:
-    """Where the carry of a scan starts and ends among its inputs.
-
-    Only what is taken apart has another number of axes inside than outside; JAX generations name
-    the counts differently.
+    It is entered where a kernel is read inside it. Elsewhere its derivative is kept.
     """
-    body = opened(eqn.params["jaxpr"])
-    end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))
-    carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.outvars, eqn.outvars, strict=True))
-    return end - carry, end
+    program = eqn.params["call_jaxpr"]
+    if not rule.opens and not _reads(program, values):
+        return bind(eqn, [dense(value) for value in values]), {}
+    outputs, notes = interpret(program, values, rule)
+    return [dense(value) for value in outputs], notes
+
+
+def _reads(program: Any, values: list) -> bool:
+    """Whether a program runs the kernels among its inputs as they are."""
+    kernels = {value.source.path: value for value in values if isinstance(value, Kernel)}
+    found = Survey.of(program, sources_of(values)).found
+    readings = [f.reading for f in found if f.reading.source is not None]
+    return any(kernels[r.source.path].runs(r) for r in readings if r.source is not None)
 
 
 def _scan(eqn: Any, values: list, rule: Rule) -> Found:

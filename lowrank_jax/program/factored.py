@@ -1,5 +1,6 @@
 """The equations that read a kernel, run with its factors."""
 
+import dataclasses
 import math
 import string
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.program.kernel import Kernel
-from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import Reading, factor_axes, stored_letters
 
 
@@ -37,7 +37,7 @@ def _two_convolutions(
     assert kernel.factors is not None
     for step, index in enumerate(order):
         last = step == 1
-        factor = arranged(reading, kernel.factors[index])
+        factor = arranged(reading, kernel, index)
         own = own_axes(reading, kernel, taps[index])
         x = jax.lax.conv_general_dilated(
             x,
@@ -87,17 +87,24 @@ def _spatial(reading: Reading) -> Sequence[int]:
     return reading.eqn.params["dimension_numbers"].rhs_spec[2:]
 
 
-def arranged(reading: Reading, array: jax.Array) -> jax.Array:
-    """A stored kernel, or a factor of it, with the axes that an equation reads."""
-    source, layout = reading.source, reading.layout
-    assert source is not None
-    kept, places = source.kept(), dict(layout.places)
-    for axis in source.flips:
-        if array.shape[kept.index(axis)] == source.shape[axis]:
-            array = jnp.flip(array, kept.index(axis))
+def _turned(kernel: Kernel, index: int) -> jax.Array:
+    """A factor, turned round along the axes that the program turns the kernel round."""
+    assert kernel.factors is not None
+    stored, kept = stored_letters(kernel.source, kernel.axes), kernel.source.kept()
+    turned = [kept.index(axis) for axis in kernel.source.flips
+              if axis in kept and stored[axis] in kernel.shared(index)]  # fmt: skip
+    return jnp.flip(kernel.factors[index], turned) if turned else kernel.factors[index]
+
+
+def arranged(reading: Reading, kernel: Kernel, index: int) -> jax.Array:
+    """A factor with the axes that an equation reads."""
+    source, layout, array = kernel.source, reading.layout, _turned(kernel, index)
+    places = dict(layout.places)
     letters = [reading.letters[axis] for axis in range(len(reading.letters))]
-    order = [kept.index(axis) for axis in (*layout.stack, *(places[x] for x in letters))]
-    array = array.transpose(order)
+    named = [*layout.stack, *(places[x] for x in letters)]
+    kept = [axis for axis in source.kept() if axis in named]
+    array = array.squeeze([i for i, axis in enumerate(source.kept()) if axis not in named])
+    array = array.transpose([kept.index(axis) for axis in named])
     count = len(layout.stack)
     if not count:
         return array
@@ -108,72 +115,85 @@ def arranged(reading: Reading, array: jax.Array) -> jax.Array:
     return array.reshape(own)
 
 
-def _two_products(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:
-    """A product with one factor, which contracts what it has, and then with the other."""
-    source, eqn = reading.source, reading.eqn
-    assert source is not None and source.dims is not None and kernel.factors is not None
-    names = iter(string.ascii_letters)
-    contracting, batch = eqn.params["dimension_numbers"]
-    mine, others = contracting[reading.operand], contracting[1 - reading.operand]
-    mine_batch, others_batch = batch[reading.operand], batch[1 - reading.operand]
-    x_names = [next(names) for _ in range(x.ndim)]
-    k_names = [next(names) for _ in source.dims]
-    for a, b in (*zip(mine, others, strict=True), *zip(mine_batch, others_batch, strict=True)):
-        k_names[a] = x_names[b]
-    between = next(names)
-    terms = _terms(source, kernel, k_names, between)
-    if terms is None:
-        return None
-    out = _output(reading, x_names, k_names, mine, others, mine_batch, others_batch)
-    one, two = kernel.factors
-    arrays = [_without_ones(one, terms[0]), _without_ones(two, terms[1])]
-    first = "".join(name for name in dict.fromkeys([*x_names, *_names(terms[0])])
-                    if name in {*out, between, *_names(terms[1])})  # fmt: skip
-    options = {"precision": eqn.params["precision"]}
-    y = jnp.einsum(f"{''.join(x_names)},{_names(terms[0])}->{first}", x, arrays[0], **options)
-    y = y.astype(x.dtype)
-    wide = eqn.params["preferred_element_type"]
-    options |= {"preferred_element_type": wide}
-    return jnp.einsum(f"{first},{_names(terms[1])}->{out}", y, arrays[1], **options)
+def _two_products(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array:
+    """A product with one factor and then with the other, in the order of the smaller result."""
+    assert kernel.factors is not None
+    names, params = _Names.of(reading, x.ndim), reading.eqn.params
+    pairs = [(_term(kernel, names, index), kernel.factors[index]) for index in (0, 1)]
+    orders = pairs, pairs[::-1]
+    (first, one), (second, two) = min(orders, key=lambda order: _size(names, x, *order))
+    between, out = names.after(first, second), names.after(first, second, last=True)
+    precision = params["precision"]
+    formula = f"{''.join(names.x)},{''.join(first)}->{between}"
+    y = jnp.einsum(formula, x, _without_ones(one, first), precision=precision)
+    y = jnp.einsum(
+        f"{between},{''.join(second)}->{out}",
+        y.astype(jnp.result_type(x, one)),
+        _without_ones(two, second),
+        precision=precision,
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return y if len(out) == len(names.out) else y.reshape(reading.eqn.outvars[0].aval.shape)
 
 
-def _names(term: Sequence[str]) -> str:
-    return "".join(name for name in term if name)
+def _size(names: "_Names", x: jax.Array, first: tuple, second: tuple) -> int:
+    """Entries of what a product with the first factor gives."""
+    sizes = dict(zip(names.x, x.shape, strict=True))
+    for term, factor in (first, second):
+        sizes |= {name: n for name, n in zip(term, factor.shape, strict=True) if name}
+    return math.prod(sizes[name] for name in names.after(first[0], second[0]))
 
 
-def _terms(
-    source: Source, kernel: Kernel, k_names: list[str], between: str
-) -> tuple[list[str], list[str]] | None:
-    """For each factor the name of each stored axis, "" for one of size 1; None if they have none."""
-    assert kernel.factors is not None and source.dims is not None
-    stored, kept = stored_letters(source, kernel.axes), source.kept()
-    named = {dim[0]: name for dim, name in zip(source.dims, k_names, strict=True) if dim}
-    taps = factor_axes(kernel.axes, kernel.first)
-    found: tuple[list[str], list[str]] = [], []
-    for index, (factor, term) in enumerate(zip(kernel.factors, found, strict=True)):
-        own = {*taps[index], ".", "IO"[index]}
-        for place, axis in enumerate(kept):
-            letter = stored[axis]
-            linked = letter == "OI"[index]
-            term.append(between if linked else named.get(axis, "") if letter in own else "")
-            if not term[-1] and factor.shape[place] != 1:
-                return None
-    one, two = kernel.factors
-    channels = [kept.index(axis) for axis, letter in stored.items() if letter in ("O", "I")]
-    sizes = {stored[kept[place]]: place for place in channels}
-    return found if one.shape[sizes["O"]] == two.shape[sizes["I"]] else None
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """One letter for each axis of a product.
+
+    Attributes:
+        x, kernel: of the axes of the operands.
+        out: of the result: those of the batch, of the left operand, of the other.
+        between: of the channels between two factors.
+    """
+
+    x: list[str]
+    kernel: list[str]
+    out: list[str]
+    between: str
+
+    @classmethod
+    def of(cls, reading: Reading, ndim: int) -> "_Names":
+        names = iter(string.ascii_letters)
+        x = [next(names) for _ in range(ndim)]
+        kernel = [next(names) for _ in range(reading.eqn.invars[reading.operand].aval.ndim)]
+        contracting, batch = (
+            (dims[reading.operand], dims[1 - reading.operand])
+            for dims in reading.eqn.params["dimension_numbers"]
+        )
+        for own, other in (contracting, batch):
+            for a, b in zip(own, other, strict=True):
+                kernel[a] = x[b]
+        gone = {x[axis] for axis in (*contracting[1], *batch[1])}
+        free = [[name for name in own if name not in gone] for own in (x, kernel)]
+        left, right = free[::-1] if reading.operand == 0 else free
+        out = [*(x[axis] for axis in batch[1]), *left, *right]
+        return cls(x, kernel, out, next(names))
+
+    def after(self, first: Sequence[str], second: Sequence[str], last: bool = False) -> str:
+        """The axes after the product with the first factor, or after that with both."""
+        given = dict.fromkeys([*self.x, *first])
+        if last:
+            return "".join(name for name in self.out if name in {*given, *second})
+        return "".join(name for name in given if name and name in {*self.out, *second})
+
+
+def _term(kernel: Kernel, names: _Names, index: int) -> list[str]:
+    """The name of each axis of a factor; "" for an axis of size 1 that the other factor has."""
+    source, own = kernel.source, kernel.shared(index)
+    named = {dim[0]: name for dim, name in zip(source.dims or (), names.kernel, strict=True) if dim}
+    return [
+        names.between if letter == "OI"[index] else named.get(axis, "") if letter in own else ""
+        for axis, letter in zip(source.kept(), kernel.letters, strict=True)
+    ]
 
 
 def _without_ones(factor: jax.Array, term: Sequence[str]) -> jax.Array:
     return factor.squeeze(tuple(place for place, name in enumerate(term) if not name))
-
-
-def _output(reading, x_names, k_names, mine, others, mine_batch, others_batch) -> str:
-    """The names of the result's axes: those of the batch, of the left operand, of the right."""
-    del mine_batch
-    gone, k_gone = {*others, *others_batch}, {k_names[axis] for axis in mine}
-    shared = [x_names[axis] for axis in others_batch]
-    x_free = [name for axis, name in enumerate(x_names) if axis not in gone]
-    k_free = [name for name in k_names if name not in k_gone and name not in shared]
-    left, right = (k_free, x_free) if reading.operand == 0 else (x_free, k_free)
-    return "".join([*shared, *left, *right])

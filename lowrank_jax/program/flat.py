@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.program.control_flow import scan_parts
 from lowrank_jax.program.interpreter import CALLS, Found, Rule, bind, interpret
+from lowrank_jax.program.jaxprs import scan_parts
 from lowrank_jax.program.kernel import Kernel, dense
 from lowrank_jax.program.provenance import Source
 

@@ -5,14 +5,16 @@ adds up moments, `fast` runs another algorithm. A rule sees each equation first 
 in its own way. What it declines runs as it stands.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
 
 from lowrank_jax.program.jaxprs import constants, opened
-from lowrank_jax.program.kernel import Kernel, dense, follow
+from lowrank_jax.program.kernel import Kernel, dense, follow, follow_each
+from lowrank_jax.program.provenance import EACH
 
 Notes = dict[Any, Any]  # what a rule adds up: a key to a tree of arrays, which are sums
 Found = tuple[list, Notes]
@@ -66,28 +68,46 @@ def interpret(program: Any, inputs: Sequence[Any], rule: Rule) -> Found:
 
 
 def step(eqn: Any, values: list, rule: Rule) -> Found:
+    """Runs one equation on arrays and kernels."""
+    with context(eqn):
+        return _step(eqn, values, rule)
+
+
+def _step(eqn: Any, values: list, rule: Rule) -> Found:
     entered = rule.opens or any(isinstance(value, Kernel) for value in values)
     if not entered:
-        return bind(eqn, values), {}
+        return _bind(eqn, values), {}
     own = rule.apply(eqn, values)
     if own is not None:
         return own
     if eqn.primitive.name in CALLS:
         return CALLS[eqn.primitive.name](eqn, values, rule)
-    if eqn.primitive.name == "optimization_barrier":
-        return values, {}
-    kernel = follow(eqn, values, bind)
+    if eqn.primitive.name in EACH:
+        return follow_each(eqn, values, _bind), {}
+    kernel = follow(eqn, values, _bind)
     if kernel is not None:
         return [kernel], {}
-    return bind(eqn, [dense(value) for value in values]), {}
+    return _bind(eqn, [dense(value) for value in values]), {}
+
+
+@contextlib.contextmanager
+def context(eqn: Any) -> Iterator[None]:
+    """The names, the mesh and the settings under which an equation was traced."""
+    names = str(eqn.source_info.name_stack)
+    scope = jax.named_scope(names) if names else contextlib.nullcontext()
+    with eqn.ctx.manager, scope:
+        yield
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list:
     """Runs an equation as it stands, under its own names."""
-    names = str(eqn.source_info.name_stack)
-    with eqn.ctx.manager, jax.named_scope(names):
-        params = eqn.primitive.get_bind_params(eqn.params)
-        found = eqn.primitive.bind(*values, **params)
+    with context(eqn):
+        return _bind(eqn, values)
+
+
+def _bind(eqn: Any, values: Sequence[Any], params: dict[str, Any] | None = None) -> list:
+    given = eqn.primitive.get_bind_params(params or eqn.params)
+    found = eqn.primitive.bind(*values, **given)
     return list(found) if eqn.primitive.multiple_results else [found]
 
 

@@ -100,12 +100,25 @@ def constants(program: Any) -> list:
     return list(getattr(program, "consts", ()))
 
 
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """Where the carry of a scan starts and ends among its inputs.
+
+    Only what is taken apart has another number of axes inside than outside; JAX generations name
+    the counts differently.
+    """
+    body = opened(eqn.params["jaxpr"])
+    end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))
+    carry = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.outvars, eqn.outvars, strict=True))
+    return end - carry, end
+
+
 def coarsest_eps(program: Any) -> float:
     """The machine epsilon of the coarsest floating type that a program computes in; 0 if it
     computes in none.
 
     Example:
-        >>> coarsest_eps(jax.make_jaxpr(lambda x: x.astype("bfloat16").sum().astype("float32"))(1.0))
+        >>> program = jax.make_jaxpr(lambda x: x.astype("bfloat16").astype("float32"))
+        >>> coarsest_eps(program(1.0))
         0.0078125
     """
     types = {var.aval.dtype for var in _results(opened(program)) if hasattr(var.aval, "dtype")}

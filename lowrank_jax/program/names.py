@@ -29,14 +29,25 @@ def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] = is_factors) -> list[s
 
 
 def names_of(paths: Sequence[Sequence[Any]]) -> list[str]:
-    """The names of leaves at some paths of one tree; see `leaf_names`."""
-    whole = [_parts(path) for path in paths]
-    short = [_short(parts) for parts in whole]
-    count = Counter(short)
-    return [
-        "/".join(parts) if count[name] > 1 else name
-        for parts, name in zip(whole, short, strict=True)
-    ]
+    """The names of leaves at some paths; see `leaf_names`.
+
+    Example:
+        >>> key = jax.tree_util.DictKey
+        >>> names_of([(key("a"), key("kernel")), (key("a"), key("weight"))])
+        ['a/kernel', 'a/weight']
+    """
+    names = [_short(_parts(path)) for path in paths]
+    for longer in (lambda path: "/".join(_parts(path)), _exact):
+        count = Counter(names)
+        names = [
+            longer(path) if count[name] > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
+
+
+def _exact(path: Sequence[Any]) -> str:
+    return jax.tree_util.keystr(tuple(path))
 
 
 def _parts(path: Sequence[Any]) -> list[str]:

@@ -10,18 +10,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 UNALTERED = (
     "convert_element_type",
     "copy",
     "copy_p",
-    "device_put",
     "name",
-    "optimization_barrier",
     "pvary",
     "reshard",
     "sharding_constraint",
     "stop_gradient",
 )
+EACH = ("device_put", "optimization_barrier")  # each result is one operand, unaltered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,10 @@ class Source:
             return self.after("slice")
         own = self.dims[axis][0]
         dims = [*self.dims[:axis], *([()] if keep else []), *self.dims[axis + 1 :]]
-        return dataclasses.replace(self, dims=tuple(dims), gone=(*self.gone, (own, index)))
+        if own in self.flips and index is not None:
+            index = self.shape[own] - 1 - index
+        gone, flips = (*self.gone, (own, index)), self.flips - {own}
+        return dataclasses.replace(self, dims=tuple(dims), gone=gone, flips=flips)
 
 
 def moved(eqn: Any, source: Source) -> Source | None:
@@ -109,9 +113,12 @@ def moved(eqn: Any, source: Source) -> Source | None:
 
 
 def _keeps_floating(eqn: Any) -> bool:
-    """Factors in another floating type still multiply to the kernel; integers do not."""
-    kinds = {var.aval.dtype.kind for var in (eqn.invars[0], eqn.outvars[0])}
-    return not kinds & set("iub")
+    """Factors in another floating type still multiply to the kernel, up to its rounding.
+
+    Integers do not, and types of one byte are for quantisation.
+    """
+    types = [var.aval.dtype for var in (eqn.invars[0], eqn.outvars[0])]
+    return all(jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1 for dtype in types)
 
 
 def _reversed(source: Source, axes: Sequence[int]) -> Source | None:

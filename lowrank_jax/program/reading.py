@@ -82,18 +82,26 @@ class Reading:
             other way round.
         """
         source = self.source
-        if source is None or self.reason or source.dims is None:
-            return None if self.is_convolution else self._order_of_product(axes)
+        if source is None or source.dims is None or not _takes_whole(source, axes):
+            return None
+        if not self.is_convolution:
+            return self._order_of_product() if groups == 1 else None
+        if self.reason or groups != self.groups or not self._same_stack(source, axes):
+            return None
         stored = stored_letters(source, axes)
         read = {letter: stored[axis] for letter, axis in self.layout.places}
-        if groups != self.groups:
-            return None
         if (read["I"], read["O"]) == ("I", "O"):
             return 0, 1
         swapped = (read["I"], read["O"]) == ("O", "I") and self.stack == 1 and self.shared
         return (1, 0) if swapped else None
 
-    def _order_of_product(self, axes: str) -> tuple[int, int] | None:
+    def _same_stack(self, source: Source, axes: str) -> bool:
+        """Whether what the equation reads as a stack of kernels is stored as one."""
+        stored = stored_letters(source, axes)
+        whole = all(stored[axis] == "." for axis in self.layout.stack)
+        return whole and all(stored[axis] != "." for _, axis in self.layout.places)
+
+    def _order_of_product(self) -> tuple[int, int] | None:
         """A product may contract any axes, each of which one factor has."""
         source = self.source
         if source is None or source.dims is None:
@@ -110,6 +118,13 @@ def stored_letters(source: Source, axes: str) -> dict[int, str]:
     """Axis of a parameter to its letter in a layout; "." for a stack."""
     padded = "." * (len(source.shape) - len(axes)) + axes
     return dict(enumerate(padded))
+
+
+def _takes_whole(source: Source, axes: str) -> bool:
+    """Whether nothing was taken out of a kernel that one factor alone does not have."""
+    stored = stored_letters(source, axes)
+    letters = [(stored[axis], index) for axis, index in source.gone]
+    return all(x == "." or (x not in "IO" and index is not None) for x, index in letters)
 
 
 def factor_axes(axes: str, first: str) -> tuple[str, str]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from lowrank_jax.program.control_flow import scan_parts
-from lowrank_jax.program.jaxprs import opened, programs
-from lowrank_jax.program.provenance import Source, moved
+from lowrank_jax.program.interpreter import CALLS
+from lowrank_jax.program.jaxprs import opened, programs, scan_parts
+from lowrank_jax.program.provenance import EACH, Source, moved
 from lowrank_jax.program.reading import READERS, Reading
 
 LOOPS = {"scan": "exact", "while": "per iteration", "cond": "at most"}
+TRANSPARENT = ("jit", "closed_call", "core_call", "remat2", "checkpoint")  # a kernel passes
 Sources = list[Source | None]
 
 
@@ -32,18 +33,20 @@ class Survey:
     Attributes:
         found: the readings in program order.
         touched: path of a kernel to the operations that use it in another way.
+        outputs: sources of what the program gives.
     """
 
     def __init__(self) -> None:
         self.found: list[Found] = []
         self.touched: dict[str, list[str]] = defaultdict(list)
+        self.outputs: Sources = []
 
     @classmethod
     def of(cls, program: Any, sources: Sequence[Source | None]) -> "Survey":
         """The survey of a jaxpr whose inputs stem from these sources."""
         survey = cls()
-        outputs = survey._follow(program, sources, 1, "exact")
-        moved = [source for source in outputs if source is not None and not source.as_stored]
+        survey.outputs = survey._follow(program, sources, 1, "exact")
+        moved = [s for s in survey.outputs if s is not None and not s.as_stored]
         survey._touch(moved, "the output of the program")
         return survey
 
@@ -69,8 +72,9 @@ class Survey:
             return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
         for inner in programs(eqn.params):
             if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
-                return self._follow(inner, self._entering(eqn, inputs), repeats, count)
-        if operation == "optimization_barrier":
+                results = self._follow(inner, self._entering(eqn, inputs), repeats, count)
+                return results if operation in TRANSPARENT else self._as_numbers(results, operation)
+        if operation in EACH:
             return inputs
         now = moved(eqn, inputs[0]) if inputs and inputs[0] else None
         if now is not None:
@@ -86,22 +90,25 @@ class Survey:
 
     def _entering(self, eqn: Any, inputs: Sources) -> Sources:
         """Devices may have parts of a kernel, which are other kernels."""
-        if eqn.primitive.name != "shard_map":
+        operation = eqn.primitive.name
+        if operation not in CALLS:
+            return self._as_numbers(inputs, operation)
+        if operation != "shard_map":
             return inputs
         specs = zip(inputs, eqn.params["in_specs"], strict=True)
-        return [s and (s.after("shard_map") if any(spec) else s) for s, spec in specs]
+        return [self._as_numbers([s], operation)[0] if any(spec) else s for s, spec in specs]
 
     def _loop(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
         params, results = eqn.params, []
         if eqn.primitive.name == "scan":
             start, end = scan_parts(eqn)
-            carry = self._carried(inputs[start:end], "scan")
-            parts = [s and _entry(s) for s in inputs[end:]]
+            carry = self._as_numbers(inputs[start:end], "the carry of a scan")
+            parts = [self._entry(s) for s in inputs[end:]]
             inside = [*inputs[:start], *carry, *parts]
             results += self._follow(params["jaxpr"], inside, repeats * params["length"], count)
         elif eqn.primitive.name == "while":
             test, body = params["cond_nconsts"], params["body_nconsts"]
-            carry = self._carried(inputs[test + body :], "while")
+            carry = self._as_numbers(inputs[test + body :], "the carry of a while")
             self._follow(params["cond_jaxpr"], inputs[:test] + carry, repeats, count)
             fixed = inputs[test : test + body]
             results += self._follow(params["body_jaxpr"], fixed + carry, repeats, count)
@@ -111,9 +118,16 @@ class Survey:
         self._touch(results, eqn.primitive.name)
         return [None] * len(eqn.outvars)
 
-    def _carried(self, sources: Sources, loop: str) -> Sources:
-        self._touch(sources, f"the carry of a {loop}")
-        return [source and source.after(f"the carry of a {loop}") for source in sources]
+    def _as_numbers(self, sources: Sources, operation: str) -> Sources:
+        """What an operation gives that takes numbers, not a kernel."""
+        self._touch(sources, operation)
+        return [source and source.after(operation) for source in sources]
+
+    def _entry(self, source: Source | None) -> Source | None:
+        """One entry along the first axis, as a scan hands it to its body."""
+        if source is None or (source.dims and len(source.dims[0]) == 1):
+            return source and source.entry(0, None, keep=False)
+        return self._as_numbers([source], "scan")[0]
 
     def _touch(self, sources: Sequence[Source | None], operation: str) -> None:
         for source in sources:
@@ -132,8 +146,3 @@ def _altered(var: Any, sources: list[Source], operation: str) -> Source | None:
     size = math.prod(getattr(var.aval, "shape", ()))
     same = [source for source in sources if math.prod(source.shape) == size]
     return same[0].after(operation) if same and len(same[0].shape) > 1 else None
-
-
-def _entry(source: Source) -> Source:
-    """One entry along the first axis, as a scan hands it to its body."""
-    return source.entry(0, None, keep=False) if source.dims else source.after("scan")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_facto
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
 from lowrank_jax.program.jaxprs import Program, is_array
-from lowrank_jax.program.kernel import Kernel, dense
+from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.names import names_of
+from lowrank_jax.program.placement import dense_sharding
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.survey import Survey
@@ -68,19 +70,31 @@ def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
         values = [leaf for _, leaf in leaves]
         if not dense_too and not any(is_factors(leaf) for leaf in values):
             return apply(*args, **kwargs)
-        kernels = factored_kernels([path[2:] for path, _ in leaves], values)
+        names = _names([path for path, _ in leaves])
+        kernels = factored_kernels(names, values)
         shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
         program = Program.of(apply, tree, shapes)
         if dense_too:
-            kernels |= _dense_kernels(leaves, kernels)
+            kernels |= _dense_kernels(leaves, names, kernels)
         results, _ = run_kernels(program, shapes, kernels, rule)
-        return program.rebuild([given_back(value) for value in results])
+        return program.rebuild(results)
 
     return run
 
 
-def _dense_kernels(leaves: list, known: Mapping[int, Kernel]) -> dict[int, Kernel]:
-    names = names_of([path[2:] for path, _ in leaves])
+def _names(paths: list) -> list[str]:
+    """The names of the leaves of all arguments; trees that name leaves alike are told apart."""
+    names = names_of([path[2:] for path in paths])
+    count = Counter(names)
+    return [
+        jax.tree_util.keystr(path[1:]) if count[name] > 1 else name
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _dense_kernels(
+    leaves: list, names: list[str], known: Mapping[int, Kernel]
+) -> dict[int, Kernel]:
     return {
         index: Kernel.dense(Source.of(names[index], leaf.shape), leaf)
         for index, (path, leaf) in enumerate(leaves)
@@ -92,19 +106,21 @@ def _is_first(path: Any) -> bool:
     return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
 
 
-def given_back(value: Any) -> Any:
+def _given_back(value: Any, source: Source | None, stored: Mapping[str, Kernel]) -> Any:
     """A result of a program; a kernel that the function returns as it came is still factors."""
-    if not isinstance(value, Kernel):
-        return value
-    if value.factors is None or not value.source.as_stored:
+    kernel = stored.get(source.path) if source and source.as_stored else None
+    if isinstance(value, Kernel):
+        kernel = value
+    if kernel is None or kernel.factors is None or not kernel.source.as_stored:
         return dense(value)
-    keys = factor_keys(value.first, value.axes, value.factors[0].ndim)
-    return dict(zip(keys, value.factors, strict=True))
+    keys = factor_keys(kernel.first, kernel.axes, kernel.factors[0].ndim)
+    dtype = value.dtype if isinstance(value, jax.Array) else None
+    factors = [x if dtype is None else x.astype(dtype) for x in kernel.factors]
+    return dict(zip(keys, factors, strict=True))
 
 
-def factored_kernels(paths: list, leaves: list) -> dict[int, Kernel]:
+def factored_kernels(names: list[str], leaves: list) -> dict[int, Kernel]:
     """The factors among the leaves of a tree, by their number."""
-    names = names_of(paths)
     found: dict[int, Kernel] = {}
     for index, leaf in enumerate(leaves):
         if is_factors(leaf):
@@ -117,7 +133,9 @@ def factored_kernels(paths: list, leaves: list) -> dict[int, Kernel]:
 def abstract(kernel: Kernel) -> jax.ShapeDtypeStruct:
     """The dense kernel that factors stand for, without values."""
     assert kernel.factors is not None
-    return jax.ShapeDtypeStruct(kernel.source.shape, kernel.factors[0].dtype)
+    dtype = jax.numpy.result_type(*kernel.factors)
+    sharding = dense_sharding(kernel.factors, kernel.axes, kernel.first)
+    return jax.ShapeDtypeStruct(kernel.source.shape, dtype, sharding=sharding)
 
 
 def run_kernels(
@@ -128,7 +146,10 @@ def run_kernels(
     survey = Survey.of(program.jaxpr, sources)
     prepared = {index: prepare(kernel, survey) for index, kernel in kernels.items()}
     inputs = [prepared.get(i, leaves[i]) for i in program.inputs]
-    return interpret(program.closed, inputs, rule)
+    outputs, notes = interpret(program.closed, inputs, rule)
+    stored = {kernel.source.path: kernel for kernel in kernels.values()}
+    pairs = zip(outputs, survey.outputs, strict=True)
+    return [_given_back(value, source, stored) for value, source in pairs], notes
 
 
 def prepare(kernel: Kernel, survey: Survey) -> Any:
@@ -139,10 +160,9 @@ def prepare(kernel: Kernel, survey: Survey) -> Any:
     readings = [
         f.reading for f in survey.found if f.reading.source and f.reading.source.path == path
     ]
-    runs = [reading.order(kernel.axes, kernel.groups) is not None for reading in readings]
+    runs = [kernel.runs(reading) for reading in readings]
     if not any(runs):
-        value = kernel.with_value().value
-        return value
+        return kernel.with_value().value
     return kernel if all(runs) and not survey.touched[path] else kernel.with_value()
 
 
@@ -153,10 +173,9 @@ class LowRank(Rule):
     def apply(self, eqn: Any, values: list) -> tuple[list, Notes] | None:
         if eqn.primitive.name not in READERS:
             return None
-        reading = Reading.of(eqn, [v.source if isinstance(v, Kernel) else None for v in values])
+        reading = Reading.of(eqn, sources_of(values))
         kernel = values[reading.operand]
-        other = values[1 - reading.operand]
-        if not isinstance(kernel, Kernel) or kernel.factors is None or isinstance(other, Kernel):
+        if not isinstance(kernel, Kernel) or kernel.factors is None:
             return None
-        found = run_factored(reading, other, kernel)
+        found = run_factored(reading, dense(values[1 - reading.operand]), kernel)
         return None if found is None else ([found], {})

@@ -66,7 +66,7 @@ class Algorithms(Rule):
         name = self.choose(layer, scheme)
         if name == PLAIN:
             return run_factored(reading, x, kernel)
-        one, two = (_channels_last(reading, arranged(reading, f)) for f in kernel.factors)
+        one, two = (_channels_last(reading, arranged(reading, kernel, i)) for i in (0, 1))
         outputs = layer.run(name, scheme.first, _inputs(reading, x), one, two)
         return _outputs(reading, outputs)
 
@@ -112,7 +112,7 @@ def _scheme(reading: Reading, kernel: Kernel) -> Separable:
     mine = own_axes(reading, kernel, taps)
     first = "vertical" if mine[0] else "horizontal"
     groups = reading.groups
-    rank = _channels_last(reading, arranged(reading, kernel.factors[1])).shape[-2]
+    rank = _channels_last(reading, arranged(reading, kernel, 1)).shape[-2]
     return Separable(rank, groups, AXES[len(mine)], first)
 
 
