@@ -78,10 +78,15 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
     order = _order(node)
     assert order is not None, "is_factors says so"
     one, two, first, axes = order
-    pair = node[one], node[two]
+    pair = _unboxed(node[one]), _unboxed(node[two])
     axes = axes or fit_axes(AXES[2], len(pair[0].shape))
     _check(path, pair, axes)
     return pair, axes, first
+
+
+def _unboxed(factor: Any) -> Any:
+    """The array in a variable of NNX."""
+    return jax.tree.leaves(factor)[0]
 
 
 def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:

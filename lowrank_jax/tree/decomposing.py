@@ -49,7 +49,11 @@ def decompose(
         >>> jax.tree.map(jnp.shape, decompose(params, {"conv": 2})["conv"]["kernel"])
         {'horizontal': (1, 3, 2, 16), 'vertical': (3, 1, 8, 2)}
     """
-    schemes = find_schemes(tree, rules, axes, trace)
+    return factored(tree, find_schemes(tree, rules, axes, trace))
+
+
+def factored(tree: Any, schemes: Mapping[str, Separable]) -> Any:
+    """A tree with the factors of the kernels at some paths, by checked schemes."""
     kernels = named_leaves(tree)
     given = [kernels[path] for path in schemes]
     factors = factor_all(list(schemes.values()), given)
@@ -101,7 +105,11 @@ def reconstruct(tree: Any) -> Any:
 
 
 def find_schemes(
-    tree: Any, rules: Rules | None, axes: str = "HWIO", trace: Trace | None = None
+    tree: Any,
+    rules: Rules | None,
+    axes: str = "HWIO",
+    trace: Trace | None = None,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Separable]:
     """The scheme of every layer that a table names, checked against the kernels and the trace.
 
@@ -110,13 +118,14 @@ def find_schemes(
         rules: as in `decompose`.
         axes: layout of the kernels where there is no trace.
         trace: of the program.
+        groups: of the layers where they are known without a trace.
     """
     leaves = named_leaves(tree)
     table = _half(trace) if rules is None else as_table(rules)
     for path in [key for key in table if key in leaves and table[key] is not None]:
         check_kernel(path, leaves[path])
     shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
-    schemes = resolve(table, shapes if trace is None else trace, axes=axes)
+    schemes = resolve(table, shapes if trace is None else trace, axes=axes, groups=groups)
     for path in schemes:
         check_kernel(path, find_leaf(path, leaves))
     return schemes

@@ -59,6 +59,7 @@ def resolve(
     *,
     axes: str = "HWIO",
     measure: Measure = "parameters",
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Separable]:
     """The scheme of every layer that a table of rules decomposes.
 
@@ -84,6 +85,7 @@ def resolve(
             layer path to kernel shape; the layers then have one group, or those of the `Separable`.
         axes: layout of the kernels where there is no trace, such as "OIHW".
         measure: of a share, "parameters" or "macs"; macs need a trace.
+        groups: layer path to feature groups, where they are known without a trace.
 
     Returns:
         Path to scheme, in the order of the layers.
@@ -100,9 +102,10 @@ def resolve(
         {'stage/0': 6, 'stage/1': 2}
     """
     table = as_table(rules)
-    known = (
-        _traced(layers, measure) if isinstance(layers, Trace) else _stored(layers, axes, measure)
-    )
+    if isinstance(layers, Trace):
+        known = _traced(layers, measure)
+    else:
+        known = _stored(layers, axes, measure, groups or {})
     schemes: dict[str, Separable | None] = {}
     for key, value in table.items():
         schemes |= _apply(key, value, [known[path] for path in _decided(key, known, schemes)])
@@ -151,19 +154,24 @@ def _of_calls(path: str, calls: Sequence[KernelUse], measure: Measure) -> _Layer
     )
 
 
-def _stored(shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure) -> dict[str, _Layer]:
+def _stored(
+    shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure, groups: Mapping[str, int]
+) -> dict[str, _Layer]:
     if measure != "parameters":
         raise ValueError(f"measure={measure!r} needs a trace; give one, or 'parameters'.")
-    return {path: _of_shape(path, tuple(shape), axes) for path, shape in shapes.items()}
+    return {
+        path: _of_shape(path, tuple(shape), axes, groups.get(path, 0))
+        for path, shape in shapes.items()
+    }
 
 
-def _of_shape(path: str, shape: tuple[int, ...], axes: str) -> _Layer:
+def _of_shape(path: str, shape: tuple[int, ...], axes: str, groups: int) -> _Layer:
     if len(shape) < 3 or 0 in shape:
         return _Layer(path=path, shape=shape, reason=f"{shape} is no kernel of a convolution")
     own = fit_axes(axes, len(shape))
-    unit = Separable(1, axes=own).parameters(shape)
+    unit = Separable(1, groups or 1, own).parameters(shape)
     dense = math.prod(shape[-len(own) :])
-    return _Layer(path=path, shape=shape, axes=own, dense=dense, unit=unit)
+    return _Layer(path=path, shape=shape, axes=own, groups=groups, dense=dense, unit=unit)
 
 
 def _decided(key: str, known: Mapping[str, _Layer], before: Collection[str]) -> list[str]:
