@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -20,11 +21,13 @@ from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.layout import from_pair, split_axes
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.separable import Separable
-from lowrank_jax.factorization.whitening import Pair, Target
+from lowrank_jax.factorization.whitening import TINY, Pair, Target
 
 Array = np.ndarray
+Gap = tuple[Float[Array, "b r"], Float[Array, "n"]]
 SHRINKAGES = tuple(10.0**power for power in range(-4, 3))  # lambda by the mean variance of patches
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
+LIKELY = 3.0  # a likely shrinkage, times the samples for each dimension
 PLAIN = math.inf  # the shrinkage of the plain factors
 UNIMPORTANT = 1e-6  # of the most important output; outputs below count as this
 
@@ -39,7 +42,8 @@ class Fit:
     Attributes:
         first, second: kernels as `Separable.factor` lays them out, float64.
         shrinkage: lambda by the mean variance of the patches; infinite for plain factors.
-        held_out: error of such factors, fitted without the images that they are measured on.
+        held_out: error of such factors, fitted without the images that they are measured on, and
+            before the sweeps, which lower it.
         plain: error of the plain factors.
         samples: patches for each dimension of a patch.
     """
@@ -75,10 +79,9 @@ def fit_layer(
         sweeps: alternating refinements of the two factors.
     """
     layer = _Layer(np.asarray(kernel, np.float64), scheme, scale)
-    plain = layer.plain()
-    trial = _Trial(layer, folds)
-    limit = trial.error([plain] * len(folds))
-    shrinkage, held_out = _choose(trial, sweeps) if len(folds) > 1 else (PLAIN, limit)
+    trial, plain = _Trial(layer, folds), layer.plain()
+    limit = trial.error(plain)
+    shrinkage, held_out = trial.choose() if len(folds) > 1 else (PLAIN, limit)
     if held_out < limit:
         targets = layer.targets(functools.reduce(Moments.__add__, folds))
         kernels = layer.kernels(layer.fit(targets, shrinkage, sweeps))
@@ -115,59 +118,100 @@ def whitened_spectrum(
     return np.stack(rows)
 
 
-def _choose(trial: "_Trial", sweeps: int) -> tuple[float, float]:
-    """The shrinkage of the least held-out error, and that error.
-
-    The error falls and then rises along the path, so that the search stops where it rises. It
-    begins where a ridge would be best if the samples were independent.
-    """
-
-    @functools.cache
-    def error(index: int) -> float:
-        return trial.error(trial.fits(SHRINKAGES[index], sweeps))
-
-    last = len(SHRINKAGES) - 1
-    guess = -math.log10(max(trial.samples, 1e-9) * SHRINKAGES[0])
-    best = int(np.clip(round(guess), 0, last))
-    step = 1 if best < last and error(best + 1) <= error(best) else -1
-    while 0 <= best + step <= last and error(best + step) < error(best):
-        best += step
-    return SHRINKAGES[best], error(best)
-
-
 class _Trial:
     """Fits to all folds but one, measured on that one.
 
     Attributes:
         samples: patches for each dimension of a patch.
+        parts: one for each fold and group.
     """
 
     def __init__(self, layer: "_Layer", folds: Sequence[Moments]) -> None:
-        self.layer, self.counts = layer, [fold.count for fold in folds]
-        self.samples = sum(self.counts) / layer.own[0][..., 0].size
-        self.targets = [layer.targets(fold) for fold in folds]
+        self.rank = layer.scheme.rank
+        self.samples = sum(fold.count for fold in folds) / layer.own[0][..., 0].size
+        targets = [layer.targets(fold) for fold in folds]
         rests = [_without(folds, index) for index in range(len(folds))]
         # The rest of two folds is the other one.
-        two = len(folds) == 2
-        self.rests = self.targets[::-1] if two else [layer.targets(rest) for rest in rests]
-        self.gaps = [layer.gaps(fold, rest) for fold, rest in zip(folds, rests, strict=True)]
+        fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]
+        self.parts = [
+            _Part(group, fold.count, own, measured[group], given[group], gap)
+            for fold, rest, measured, given in zip(folds, rests, targets, fitted, strict=True)
+            for group, (own, gap) in enumerate(zip(layer.own, layer.gaps(fold, rest), strict=True))
+        ]
+        self.variance = sum(part.count * part.variance for part in self.parts)
 
-    def fits(self, shrinkage: float, sweeps: int) -> list[list[Pair]]:
-        """For each fold the factors of all groups that are fitted to the other folds."""
-        return [self.layer.fit(rest, shrinkage, sweeps) for rest in self.rests]
+    def choose(self) -> tuple[float, float]:
+        """The shrinkage of the least held-out error, and that error.
 
-    def error(self, pairs: list[list[Pair]]) -> float:
-        """Error of the factors for each fold on that fold, relative to its outputs' variance."""
-        error = variance = 0.0
-        for count, targets, gaps, own in zip(
-            self.counts, self.targets, self.gaps, pairs, strict=True
-        ):
-            for target, (dx, dy), (first, second) in zip(targets, gaps, own, strict=True):
-                # The means of the other folds are what the bias is set by.
-                gap = dy - np.einsum("xrn,xr->n", whitening.merged(first, second), dx)
-                error += count * (target.error(first, second) + float(gap @ gap))
-                variance += count * (target.variance + float(dy @ dy))
-        return max(error, 0.0) / variance if variance > 0 else 0.0
+        The first factors are those of a likely shrinkage; least squares for the second ones then
+        cost little for every shrinkage.
+        """
+        likely = LIKELY / self.samples
+        start = min(SHRINKAGES, key=lambda shrinkage: abs(math.log(shrinkage / likely)))
+        total = sum(part.count * part.path(self.rank, start) for part in self.parts)
+        errors = self._relative(total)
+        best = int(np.argmin(errors))
+        return SHRINKAGES[best], float(errors[best])
+
+    def error(self, pairs: list[Pair]) -> float:
+        """Error of factors of each group that were not fitted to any fold."""
+        total = sum(part.count * part.error(*pairs[part.group]) for part in self.parts)
+        return float(self._relative(total))
+
+    def _relative(self, error: Any) -> Any:
+        """Errors by the variance of the wanted outputs."""
+        return np.maximum(error, 0) / (self.variance if self.variance > 0 else math.inf)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """One group of one fold.
+
+    Attributes:
+        group: its number.
+        count: patches of the fold.
+        own: the kernel.
+        target: moments of the fold, on which factors are measured.
+        rest: moments of the other folds, to which they are fitted.
+        gap: how far the means of the fold are from those of the rest, which set the bias.
+    """
+
+    group: int
+    count: int
+    own: Float[Array, "b r n"]
+    target: Target
+    rest: Target
+    gap: Gap
+
+    @property
+    def variance(self) -> float:
+        """Of the wanted outputs, about the means of the rest."""
+        return self.target.variance + float(self.gap[1] @ self.gap[1])
+
+    def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
+        """Error of factors on the fold."""
+        return _error(self.target.reduced(first), second, self._outputs(first))
+
+    def path(self, rank: int, start: float) -> Float[Array, "s"]:
+        """Errors on the fold of fits to the rest with every shrinkage."""
+        variance = _mean_variance(self.rest)
+        metric = whitening.kronecker(self.rest.blocks, start * variance)
+        first = whitening.whitened_left(self.own, *metric, rank)
+        given, measured = self.rest.reduced(first), self.target.reduced(first)
+        dense, gap, found = first.T @ self.own, self._outputs(first), []
+        for shrinkage in SHRINKAGES:
+            second = whitening.least_squares(given.ridged(dense, shrinkage * variance))
+            found.append(_error(measured, second, gap))
+        return np.array(found)
+
+    def _outputs(self, first: Float[Array, "r K"]) -> Gap:
+        return self.gap[0] @ first, self.gap[1]
+
+
+def _error(target: Target, second: Float[Array, "b K n"], gap: Gap) -> float:
+    dx, dy = gap
+    missed = dy - np.einsum("xk,xkn->n", dx, second)
+    return target.error(second) + float(missed @ missed)
 
 
 def _without(folds: Sequence[Moments], index: int) -> Moments:
@@ -206,8 +250,7 @@ class _Layer:
         pairs = []
         for own, target in zip(self.own, targets, strict=True):
             ridged = target.ridged(own, shrinkage * _mean_variance(target))
-            best = whitening.least_squares(ridged)
-            pairs.append(whitening.fit(best, ridged, self.scheme.rank, sweeps))
+            pairs.append(whitening.fit(own, ridged, self.scheme.rank, sweeps))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:
@@ -221,7 +264,7 @@ class _Layer:
             found.append(Target(covariance, cross, variance, self.taps))
         return found
 
-    def gaps(self, fold: Moments, rest: Moments) -> list[tuple[Array, Array]]:
+    def gaps(self, fold: Moments, rest: Moments) -> list[Gap]:
         """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
         dx, dy = fold.mean_x - rest.mean_x, (fold.mean_y - rest.mean_y) * self.weights
         rows = [self._arranged(part[:, None]).reshape(self.taps, -1) for part in dx]
@@ -250,7 +293,7 @@ class _Layer:
 def _mean_variance(target: Target) -> float:
     """Of the entries of the patches; one where the patches do not vary."""
     mean = float(np.trace(target.covariance)) / len(target.covariance)
-    return mean if mean > whitening.TINY else 1.0
+    return mean if mean > TINY else 1.0
 
 
 def _importance(scale: Float[Array, "n"] | None, width: int) -> Float[Array, "n"]:

@@ -59,19 +59,29 @@ class Target:
         cross = self.cross + ridge * kernel.reshape(self.cross.shape)
         return dataclasses.replace(self, covariance=covariance, cross=cross)
 
-    def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
-        """Mean squared error of the outputs of two factors, summed over the outputs."""
-        flat = _stacked(second)
-        normal, right = _reduced(self, first)
-        return self.variance + float(np.sum(flat * (normal @ flat)) - 2 * np.sum(flat * right))
+    def reduced(self, first: Float[Array, "r K"]) -> "Target":
+        """What the second factor is fitted to: outputs of the first one are its patches."""
+        taps, (rows, rank) = self.taps, first.shape
+        half = self.covariance.reshape(-1, rows) @ first
+        covariance = first.T @ half.reshape(taps, rows, taps * rank)
+        cross = first.T @ self.wanted
+        return dataclasses.replace(
+            self,
+            covariance=covariance.reshape(taps * rank, taps * rank),
+            cross=cross.reshape(taps * rank, -1),
+        )
+
+    def error(self, kernel: Float[Array, "b r n"]) -> float:
+        """Mean squared error of the outputs of a kernel, summed over the outputs."""
+        flat = kernel.reshape(self.cross.shape)
+        return self.variance + float(np.sum(flat * (self.covariance @ flat - 2 * self.cross)))
 
 
 def fit(kernel: Float[Array, "b r n"], target: Target, rank: int, sweeps: int = 1) -> Pair:
     """Factors of a rank that give the wanted outputs best.
 
     Args:
-        kernel: whose whitened SVD is the start; the one of full rank that gives the wanted outputs
-            best is the best start.
+        kernel: whose whitened SVD is the start, such as the dense kernel.
         target: with a definite covariance.
         rank: K.
         sweeps: alternating refinements, after the first of the second factor.
@@ -80,11 +90,11 @@ def fit(kernel: Float[Array, "b r n"], target: Target, rank: int, sweeps: int = 
         V, of orthonormal columns, and H.
     """
     strips, offsets = kronecker(target.blocks)
-    first = _orthonormal(whitened_left(kernel, strips, offsets, rank))
-    second = refit_second(first, target)
+    first = whitened_left(kernel, strips, offsets, rank)
+    second = least_squares(target.reduced(first))
     for _ in range(sweeps):
         first = _orthonormal(refit_first(first, second, target, strips, offsets))
-        second = refit_second(first, target)
+        second = least_squares(target.reduced(first))
     return first, second
 
 
@@ -96,7 +106,7 @@ def plain(kernel: Float[Array, "b r n"], rank: int) -> Pair:
 
 
 def least_squares(target: Target) -> Float[Array, "b r n"]:
-    """The kernel of full rank that gives the wanted outputs best."""
+    """The kernel that gives the wanted outputs best."""
     return solve(target.covariance, target.cross).reshape(target.wanted.shape)
 
 
@@ -138,31 +148,16 @@ def whitened_left(
     offsets: Float[Array, "b b"],
     rank: int,
 ) -> Float[Array, "r K"]:
-    """A first factor of the span that is best for a Kronecker covariance."""
+    """The first factor that is best for a Kronecker covariance, its columns orthonormal."""
     matrix, root = whitened(kernel, strips, offsets)
     left = truncated(matrix, rank)[0]
-    return scipy.linalg.solve_triangular(root, left, lower=True, trans="T", check_finite=False)
+    turned = scipy.linalg.solve_triangular(root, left, lower=True, trans="T", check_finite=False)
+    return _orthonormal(turned)
 
 
 def matrix_of(kernel: Float[Array, "b r n"]) -> Float[Array, "r bn"]:
     """The kernel's matrix: a row for each row, a column for each tap and output."""
     return kernel.transpose(1, 0, 2).reshape(kernel.shape[1], -1)
-
-
-def refit_second(first: Float[Array, "r K"], target: Target) -> Float[Array, "b K n"]:
-    """The best second factor for a first one, by least squares."""
-    normal, right = _reduced(target, first)
-    return solve(normal, right).reshape(target.taps, first.shape[1], -1)
-
-
-def _reduced(
-    target: Target, first: Float[Array, "r K"]
-) -> tuple[Float[Array, "bK bK"], Float[Array, "bK n"]]:
-    """Covariance of what a first factor gives to the second, and that with the wanted outputs."""
-    taps, rank = target.taps, first.shape[1]
-    half = (target.covariance.reshape(-1, len(first)) @ first).reshape(taps, len(first), -1)
-    normal = (first.T @ half).reshape(taps * rank, taps * rank)
-    return normal, (first.T @ target.wanted).reshape(taps * rank, -1)
 
 
 def refit_first(
@@ -179,7 +174,7 @@ def refit_first(
     exact.
     """
     (taps, rank, _), rows = second.shape, len(first)
-    flat = _stacked(second)
+    flat = second.reshape(taps * rank, -1)
     products = (flat @ flat.T).reshape(taps, rank, taps * rank)  # of the second factor's rows
     strip_rows = target.covariance.reshape(taps, rows, -1)
     mixed = np.einsum("xkXl,xX->kl", products.reshape(taps, rank, taps, rank), offsets)
@@ -280,7 +275,3 @@ def merged(first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> Float[A
 def _orthonormal(first: Float[Array, "r K"]) -> Float[Array, "r K"]:
     """A first factor of the same span with orthonormal columns."""
     return np.linalg.qr(first)[0]
-
-
-def _stacked(second: Float[Array, "b K n"]) -> Float[Array, "bK n"]:
-    return second.reshape(-1, second.shape[-1])

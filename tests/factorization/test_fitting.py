@@ -93,7 +93,8 @@ def test_with_any_number_of_images_the_fit_is_not_worse_than_plain(seed, count, 
 @given(seeds, st.integers(2, 6))
 def test_with_many_images_the_fit_wins_and_the_held_out_error_tells_it(seed, rank):
     layer = Layer(seed)
-    fit = fit_layer(layer.kernel, [layer.moments(100), layer.moments(100)], Separable(rank))
+    folds = [layer.moments(100), layer.moments(100)]
+    fit = fit_layer(layer.kernel, folds, Separable(rank), sweeps=0)
     fresh = layer.error(fit.first, fit.second)
     assert not fit.is_plain and fit.samples > FEW
     assert fresh < layer.error(*factors(layer, Separable(rank)))
@@ -130,10 +131,22 @@ def test_in_every_layout_and_order_full_rank_is_the_kernel(axes, first):
         np.testing.assert_allclose(merge(fit.first, fit.second, axes), layer.kernel, atol=1e-3)
 
 
+@few
+@given(seeds, st.integers(2, 6))
+def test_sweeps_lower_the_error_of_fresh_images(seed, rank):
+    layer = Layer(seed)
+    folds = [layer.moments(100), layer.moments(100)]
+    errors = []
+    for sweeps in (0, 1):
+        fit = fit_layer(layer.kernel, folds, Separable(rank), sweeps=sweeps)
+        errors.append(layer.error(fit.first, fit.second))
+    assert errors[1] <= 1.05 * errors[0]
+
+
 def test_three_folds_are_each_held_out():
     layer = Layer(2)
     folds = [layer.moments(20) for _ in range(3)]
-    fit = fit_layer(layer.kernel, folds, Separable(3))
+    fit = fit_layer(layer.kernel, folds, Separable(3), sweeps=0)
     np.testing.assert_allclose(fit.held_out, layer.error(fit.first, fit.second), rtol=0.3)
 
 
