@@ -109,7 +109,7 @@ def _of_batch(new: np.ndarray, old: np.ndarray, keep: np.ndarray) -> np.ndarray:
     short = keep.round(5)  # momenta are short decimals, which float32 differences tell to 1e-7
     keep = np.where(np.abs(short - keep) < 1e-6, short, keep)
     part = 1 - keep
-    moves = part > 1e-6
+    moves = ~(part <= 1e-6)  # what is no number stays none, and is refused
     return np.where(moves, (new - keep * old) / np.where(moves, part, 1), old)
 
 

@@ -40,6 +40,10 @@ class Key:
     gone: tuple[tuple[int, int | None], ...]
     stack: tuple[int, ...]
 
+    def __lt__(self, other: "Key") -> bool:
+        """JAX sorts the keys of every dict that leaves a call."""
+        return str(self) < str(other)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measure(Rule):
@@ -121,12 +125,22 @@ class Calibration:
 def prepared(
     apply: Callable, variables: Any, inputs: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Network, Inputs, tuple]:
-    """The network, its batches, and one image."""
+    """The network, its batches, and a sample: one image, or a batch where one does not run."""
     network = Network(apply, variables, args, kwargs)
     batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
     first = batches.first()
     check_evaluation(kwargs, (*first, *args))
-    return network, batches, jax.tree.map(lambda x: x[:1], first)
+    one = jax.tree.map(lambda x: x[:1], first)
+    return network, batches, one if _runs(network, one) else first
+
+
+def _runs(network: Network, inputs: tuple) -> bool:
+    """Whether the network takes these inputs; a mesh of devices may not divide one image."""
+    try:
+        network.trace(inputs)
+    except ValueError:
+        return False
+    return True
 
 
 def calibrate(

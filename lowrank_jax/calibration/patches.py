@@ -11,6 +11,8 @@ import numpy as np
 from lowrank_jax.program.reading import Reading
 
 POSITIONS = 64  # of each image; neighbours tell nearly the same, and the cost is proportional
+SAMPLES = 8192  # of a batch, at least, where its images have so many
+GRIDS = 4  # in a batch; each starts elsewhere, so that borders count as often as they occur
 
 Sums = dict[str, jax.Array]
 Ints = tuple[int, ...]
@@ -95,11 +97,30 @@ def patch_sums(
         order of the kernel's axes without the outputs, m outputs of a group.
     """
     inputs, outputs = _padded(geometry, x), y.transpose(geometry.outputs)
+    step = _step(outputs.shape, positions)
+    count = math.gcd(len(inputs), GRIDS)
+    parts = [a.reshape(count, -1, *a.shape[1:]) for a in (inputs, outputs)]
+    turns = jnp.asarray(turn, jnp.int32) * count + jnp.arange(count)
+
+    def part(own: tuple) -> Sums:
+        return _sums_of_grid(geometry, *own, step)
+
+    return jax.tree.map(lambda a: a.sum(0), jax.lax.map(part, (*parts, turns)))
+
+
+def _step(shape: Sequence[int], positions: int) -> int:
+    """Every how many-th output is taken; the fewer images there are, the more of each."""
+    batch, *extent, _ = shape
+    wanted = max(positions, SAMPLES // batch)
+    share = max(1.0, math.prod(extent) / wanted)
+    return max(1, min(round(share ** (1 / len(extent))), *extent))
+
+
+def _sums_of_grid(
+    geometry: Geometry, inputs: jax.Array, outputs: jax.Array, turn: jax.Array, step: int
+) -> Sums:
     extent = outputs.shape[1:-1]
-    share = math.prod(extent) / max(positions, 1)
-    step = max(1, min(round(share ** (1 / len(extent))), *extent))
-    turns = jnp.asarray(turn, jnp.int32)
-    offset = [(5 * turns // step**axis) % step for axis in range(len(extent))]
+    offset = [(5 * turn // step**axis) % step for axis in range(len(extent))]
     counts = [size // step for size in extent]
     patches = _patches(geometry, inputs, offset, counts, step)
     whole = _shifted(outputs, offset, [step * (n - 1) + 1 for n in counts])

@@ -52,7 +52,7 @@ def read_moments(
         ValueError: the file is damaged, holds something else, or belongs to other kernels.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             head = json.loads(bytes(archive["head"]))
             if head["version"] != VERSION:
                 raise ValueError(f"its version is {head['version']}, not {VERSION}")
