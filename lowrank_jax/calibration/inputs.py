@@ -59,18 +59,21 @@ class Inputs:
 
     def __iter__(self) -> Iterator[tuple]:
         if self.one_batch:
-            yield from self._cut()
+            yield from self._cut(_as_arguments(self._given))
             return
-        given = self._given() if callable(self._given) else self._given
-        for batch in given:
+        given = iter(self._given() if callable(self._given) else self._given)
+        batches = [_as_arguments(batch) for batch in itertools.islice(given, 2)]
+        if len(batches) == 1:  # of which one part is held against the other
+            yield from self._cut(batches[0])
+            return
+        for batch in itertools.chain(batches, given):
             arguments = _as_arguments(batch)
             images(arguments)
             yield arguments
 
-    def _cut(self) -> Iterator[tuple]:
+    def _cut(self, arguments: tuple) -> Iterator[tuple]:
         """Pieces of nearly equal size, two at least where there are two images."""
-        arguments, count = _as_arguments(self._given), self.count
-        assert count is not None
+        count = images(arguments)
         pieces = max(math.ceil(count / self._size), min(2, count))
         size = math.ceil(count / pieces)
         for start in range(0, count, size):
@@ -93,7 +96,7 @@ class Inputs:
     def __len__(self) -> int:
         """How many batches there are, for one batch or for a sequence."""
         if self.one_batch:
-            return sum(1 for _ in self._cut())
+            return sum(1 for _ in self)
         return len(self._given)
 
 

@@ -1,6 +1,7 @@
 """The algorithm of `compress`: from stop to stop through the program, a fit or a mean at each."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from tqdm import tqdm
 from lowrank_jax.calibration.inputs import Inputs
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.kernels import Factors, Slice
-from lowrank_jax.compression.notes import fit_note, folds_of, lacking_mean, mean_note
+from lowrank_jax.compression.notes import (
+    drifted_mean,
+    fit_note,
+    folds_of,
+    lacking_mean,
+    mean_note,
+    trusted,
+)
 from lowrank_jax.compression.outline import (
     Matched,
     Outline,
@@ -111,8 +119,8 @@ class Reconstruction:
         if wanted:
             self._fit_slices(path, reading, found)
         if shift is not None and reading.source is not None:
-            kernel = self.factors.part(reading.source)
-            self._set_shift(shift, lacking_mean(reading, kernel, found), matched)
+            lack = functools.partial(lacking_mean, reading, self.factors.part(reading.source))
+            self._set_shift(shift, trusted(lack, found), matched)
 
     def _fit_slices(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
         scheme, importance = self.job.schemes[path], self.job.importance.get(path)
@@ -131,10 +139,7 @@ class Reconstruction:
         if shift is None or not drifts or shift.data in matched.numbers:
             return
         found = self.segments.advance(place, self._small(), mean_note(shift))
-        dense, small, count = (
-            sum(np.asarray(x, np.float64) for x in xs) for xs in zip(*found, strict=True)
-        )
-        self._set_shift(shift, (dense - small) / count, matched)
+        self._set_shift(shift, trusted(drifted_mean, found), matched)
 
     def _set_shift(self, shift: Shift, lack: np.ndarray, matched: Matched) -> None:
         """Gives a parameter what the means lack."""
