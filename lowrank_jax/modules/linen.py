@@ -1,6 +1,7 @@
 """A Flax Linen convolution in two steps, vertical and horizontal."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ class SeparableConv(nn.Module):
 def check_size(kernel_size: Any) -> tuple[int, ...]:
     """The kernel size as a tuple, or an error if it is no sequence of ints."""
     sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else ()
-    if len(sizes) in AXES and all(isinstance(size, int) for size in sizes):
+    if len(sizes) in AXES and all(isinstance(size, Integral) for size in sizes):
         return sizes
     raise ValueError(
         f"kernel_size={kernel_size!r} is not allowed; give one to three ints, such as (3, 3)."

@@ -53,7 +53,7 @@ def random_variables(model, x=X, *args):
 
 def small_variables(ranks, model=None, x=X):
     variables = random_variables(model or Net(), x)
-    return {**variables, "params": decompose(variables["params"], ranks)}
+    return decompose(variables, ranks)
 
 
 RANKS = {"shared": 2, "last": 2}
@@ -190,7 +190,7 @@ def test_lifted_transformations_of_flax_run_decomposed(kind, compiled):
     apply = lowrank(model.apply)
     found = (jax.jit(apply) if compiled else apply)(small, X)
     # A few sums of 36 positive terms, each rounded, in another order.
-    np.testing.assert_allclose(found, model.apply(reconstruct(small), X), rtol=1e-4)
+    np.testing.assert_allclose(found, model.apply(reconstruct(small), X), rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_equal(apply(small, X), apply(small, X))
 
 
@@ -216,102 +216,84 @@ def test_the_compiled_program_is_that_of_the_handwritten_network(ranks):
 @pytest.mark.parametrize("first", ["vertical", "horizontal"])
 def test_the_order_of_the_factors_is_read_from_the_tree(first):
     variables = random_variables(nn.Conv(4, (3, 3)))
-    scheme = Separable(
-        4, first=first
-    )  # at rank 4 of 4 channels the shapes alone would not tell the order
-    small = decompose({"params": {"top": variables["params"]}}, {"params/top": scheme})["params"][
-        "top"
-    ]
-    found = lowrank(nn.Conv(4, (3, 3)).apply)({"params": small}, X)
-    written = SeparableConv(4, (3, 3), 4, first=first).apply({"params": small}, X)
+    scheme = Separable(4, first=first)  # at rank 4 of 4 channels the shapes alone would not tell
+    small = decompose(variables, {"kernel": scheme})
+    found = lowrank(nn.Conv(4, (3, 3)).apply)(small, X)
+    written = SeparableConv(4, (3, 3), 4, first=first).apply(small, X)
     chex.assert_trees_all_equal(found, written)
-    dense = nn.Conv(4, (3, 3)).apply(reconstruct({"params": small}), X)
-    np.testing.assert_allclose(
-        found, dense, rtol=1e-4
-    )  # two sums of positive terms in another order
+    dense = nn.Conv(4, (3, 3)).apply(reconstruct(small), X)
+    np.testing.assert_allclose(found, dense, rtol=1e-4)  # two sums of positive terms, reordered
 
 
 def test_a_users_own_layers_named_like_factors_are_left_alone():
     class Cross(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Conv(4, (3, 1), name="vertical")(x) + nn.Conv(4, (1, 3), name="horizontal")(x)
+            one, two = nn.Conv(4, (3, 1), name="vertical"), nn.Conv(4, (1, 3), name="horizontal")
+            return one(x) + two(x)
 
     variables = random_variables(Cross())
     chex.assert_trees_all_equal(lowrank(Cross().apply)(variables, X), Cross().apply(variables, X))
 
 
-def refuse(model, variables, *args):
-    with pytest.raises(ValueError) as info:
-        lowrank(model.apply)(variables, *args)
-    return str(info.value)
-
-
 def test_the_plain_model_does_not_take_decomposed_variables():
-    with pytest.raises(flax.errors.ScopeParamNotFoundError, match="kernel"):
+    with pytest.raises((TypeError, ValueError, flax.errors.FlaxError)):
         Net().apply(small_variables(RANKS), X)
 
 
-def test_a_tree_decomposed_for_another_model_is_refused():
+def test_a_tree_of_another_model_keeps_the_error_of_flax():
     small = small_variables({"shared": 2})
-    message = refuse(NIN(), {"params": small["params"]}, jnp.zeros((1, 32, 32, 3)))
-    assert "decomposed at shared" in message and "another model" in message
-
-
-def test_a_missing_parameter_of_a_dense_tree_keeps_the_error_of_flax():
-    variables = random_variables(Net())
-    del variables["params"]["last"]["kernel"]
-    with pytest.raises(flax.errors.ScopeParamNotFoundError):
-        lowrank(Net().apply)(variables, X)
+    with pytest.raises(flax.errors.FlaxError, match="Conv_0"):
+        lowrank(NIN().apply)({"params": small["params"]}, jnp.zeros((1, 32, 32, 3)))
 
 
 @pytest.mark.parametrize(
-    "layer, shapes, text",
+    "shapes",
     [
-        ("shared", [(3, 1, 4, 2), (1, 3, 2, 5)], "do not fit"),
-        ("shared", [(3, 1, 4, 2), (1, 5, 2, 4)], "do not fit"),
-        ("shared", [(3, 1, 4, 3), (1, 3, 2, 4)], "do not fit"),
-        ("shared", [(3, 1, 4, 99), (1, 3, 99, 4)], "rank 99 is not allowed"),
-        ("shared", [(1, 4, 2), (3, 2, 4)], "do not fit"),
+        [(3, 1, 4, 3), (1, 3, 2, 4)],  # the rank of one is not that of the other
+        [(3, 3, 4, 2), (1, 3, 2, 4)],  # taps along one axis in both
+        [(3, 1, 4, 2), (1, 3, 2, 4, 1)],
     ],
 )
-def test_factors_that_do_not_fit_the_layer_are_refused(layer, shapes, text):
+def test_factors_that_do_not_fit_together_are_refused_or_no_factors(shapes):
     small = small_variables(RANKS)
-    for name, shape in zip(("vertical", "horizontal"), shapes, strict=True):
-        small["params"][layer][name]["kernel"] = jnp.ones(shape)
-    message = refuse(Net(), small, X)
-    assert message.startswith(f"{layer}: ") and text in message
+    names = ("vertical", "horizontal")
+    for name, shape in zip(names, shapes, strict=True):
+        small["params"]["shared"]["kernel"][name] = jnp.ones(shape)
+    if len({len(shape) for shape in shapes}) == 1:
+        with pytest.raises(ValueError, match=r"shared: factors of shapes .* do not fit together"):
+            lowrank(Net().apply)(small, X)
+    else:
+        with pytest.raises((TypeError, ValueError, flax.errors.FlaxError)):
+            lowrank(Net().apply)(small, X)
 
 
-def test_factors_cut_without_the_layers_groups_are_refused():
+def test_factors_of_a_kernel_of_another_shape_keep_the_error_of_flax():
+    small = small_variables(RANKS)
+    small["params"]["shared"]["kernel"]["horizontal"] = jnp.ones((1, 5, 2, 4))
+    with pytest.raises(flax.errors.ScopeParamShapeError, match="shared"):
+        lowrank(Net().apply)(small, X)
+
+
+def test_factors_cut_without_the_layers_groups_are_multiplied_back():
     model = nn.Sequential([nn.Conv(8, (3, 3), feature_group_count=4)])
-    message = refuse(model, small_variables({"layers_0": 2}, model), X)
-    assert "4 group(s)" in message and "Separable(rank, groups)" in message
+    small = small_variables({"layers_0": 2}, model)
+    found, dense = lowrank(model.apply)(small, X), model.apply(reconstruct(small), X)
+    chex.assert_trees_all_close(found, dense, rtol=1e-5)
 
 
-def test_a_layer_both_dense_and_decomposed_is_refused():
-    small = small_variables(RANKS)
-    small["params"]["last"]["kernel"] = jnp.ones((3, 3, 4, 4))
-    assert "last: " in refuse(Net(), small, X) and "both" in refuse(Net(), small, X)
-    with pytest.raises(ValueError, match="params/last: both a dense 'kernel' and factors"):
-        reconstruct(small)
-
-
-def test_a_bias_too_many_or_too_few_is_refused():
-    small = small_variables(RANKS)
-    del small["params"]["last"]["horizontal"]["bias"]
-    assert "use_bias=True needs ['kernel'] and ['bias', 'kernel']" in refuse(Net(), small, X)
-    small["params"]["last"]["vertical"]["bias"] = jnp.zeros(2)
-    assert "last: the factors hold" in refuse(Net(), small, X)
-
-
-def test_a_users_layer_with_a_kernel_of_its_own_is_refused():
+def test_a_users_layer_with_a_kernel_of_its_own_runs_factored():
     class Own(nn.Module):
         @nn.compact
         def __call__(self, x):
-            kernel = self.param("kernel", nn.initializers.ones, (3, 3, 4, 4))
-            return jax.lax.conv(x.transpose(0, 3, 1, 2), kernel.T, (1, 1), "SAME")
+            kernel = self.param("filters", nn.initializers.ones, (3, 3, 4, 4))
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+            )
 
-    model = nn.Sequential([Own()])
-    message = refuse(model, small_variables({"layers_0": 2}, model), X)
-    assert "decomposed at layers_0" in message and "no plain nn.Conv" in message
+    small = small_variables({"filters": 2}, Own())
+    program = str(jax.make_jaxpr(lowrank(Own().apply))(small, X))
+    assert program.count("conv_general_dilated[") == 2 and "dot_general" not in program
+    dense = Own().apply(reconstruct(small), X)
+    np.testing.assert_allclose(lowrank(Own().apply)(small, X), dense, rtol=1e-4)
