@@ -1,15 +1,15 @@
-"""What became faster or slower between two result files of the same benchmark; ends with 1 if
-something became slower.
+"""What became faster or slower between two result files of the same benchmark.
 
 python benchmarks/compare.py OLD.json NEW.json [--base PROGRAM]
+
+Ends with 1 if something became slower.
 
 Times are compared as ratios to the base of their row, which ran in the same rounds, so that the
 speed of the machine cancels; give a rival with --base where the base is a program that may itself
 have changed. A program has moved if the 95 % confidence intervals of its median ratio in the two
 files are disjoint and the medians differ by more than 2 %.
 The intervals are order statistics: the number of rounds above the true median is binomial, whatever
-    the distribution
-of times. Below 6 rounds no two of them are so sure, and the whole range is taken.
+the distribution of times. Below 6 rounds no two of them are so sure, and the whole range is taken.
 """
 
 import argparse
@@ -27,8 +27,11 @@ CONFIDENCE, LEAST = 0.95, 0.02
 
 
 def read(path: str, base: str | None = None) -> dict[str, Any]:
-    """A result file, its rows against the base given where they have it; a ValueError says in a
-    line what is wrong."""
+    """A result file, its rows against the base given where they have it.
+
+    Raises:
+        ValueError: in one line, what is wrong.
+    """
     try:
         found = json.loads(Path(path).read_text())
     except OSError as error:
@@ -60,16 +63,12 @@ def _is_row(row: Any) -> bool:
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Order statistics between which the true median lies with at least this confidence, or the
-    whole range."""
-    values, count = sorted(values), len(values)
-    outside, cut = (
-        2 * 0.5**count,
-        0,
-    )  # chance that the median is below the first or above the last value
-    while (more := outside + 2 * math.comb(count, cut + 1) * 0.5**count) <= 1 - confidence:
-        outside, cut = more, cut + 1
-    return values[cut], values[-1 - cut]
+    """Order statistics that hold the true median with at least this confidence, or the range."""
+    values, count, index = sorted(values), len(values), 0
+    outside = 2 * 0.5**count  # chance that the median is below the first or above the last value
+    while (more := outside + 2 * math.comb(count, index + 1) * 0.5**count) <= 1 - confidence:
+        outside, index = more, index + 1
+    return values[index], values[-1 - index]
 
 
 def moved(old: Sequence[float], new: Sequence[float]) -> str:

@@ -1,11 +1,13 @@
-"""Compresses the pretrained ResNet-20 without training, by every selector and budget; writes JSON,
-a table, a picture.
+"""Compresses the pretrained ResNet-20 without training, by every selector and budget.
 
-python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33] [--selectors ratio
-total_energy]
+python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33]
+    [--selectors ratio total_energy]
+
+Writes JSON, a table and a picture. All plans and fits share one calibration.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from lowrank_jax import Budget, Plan, compress, data, decompose, load_weights, lowrank, trace
-from lowrank_jax.calibration.collecting import calibrate, output_scales, reestimate
+from lowrank_jax import (
+    Budget,
+    Calibration,
+    Plan,
+    calibrate,
+    compress,
+    data,
+    decompose,
+    load_weights,
+    lowrank,
+)
+from lowrank_jax.calibration.batch_norm import reestimate
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.planning import selectors as ranks
 from lowrank_jax.planning.candidates import Candidates, candidates
-from lowrank_jax.planning.planner import whitened_spectra
+from lowrank_jax.planning.planner import calibrated_spectra
 from lowrank_jax.planning.sensitivities import divergences
 from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.training.experiment import machine
@@ -47,35 +59,27 @@ def load(shared: Path) -> tuple[CifarResNet, dict]:
     return model, jax.tree.map(jnp.asarray, variables)
 
 
-def tables(model: CifarResNet, variables: dict, images: jax.Array) -> dict[str, Candidates]:
+def tables(found: Calibration) -> dict[str, Candidates]:
     """What each layer may become, by the plain and by the whitened singular values."""
-    uses = trace(model.apply, variables, images[:1])
-    seen = calibrate(model.apply, variables, [images[:512]], uses.safe_paths())
-    scales = output_scales(model.apply, variables, images[:1])
-    white = whitened_spectra(variables["params"], uses, seen, scales)
+    program, variables = found.trace, found.network.variables
     return {
-        "plain": candidates(uses, spectra(variables["params"], uses)),
-        "data-aware": candidates(uses, white),
+        "plain": candidates(program, spectra(variables, program)),
+        "data-aware": candidates(program, calibrated_spectra(found)),
     }
 
 
-def losses(model: CifarResNet, variables: dict, images: jax.Array, table: Candidates) -> dict:
+def losses(calibration: Calibration, images: jax.Array, table: Candidates) -> dict:
     """Squared change of the logits of 256 images at three ranks of each layer and order."""
     found: dict[str, list] = {}
     for path, layer in table.layers.items():
+        schemes = [candidate.scheme for candidate in layer if candidate.scheme]
         for first in ("vertical", "horizontal"):
-            known = [
-                option.scheme.rank
-                for option in layer
-                if option.scheme and option.scheme.first == first
-            ]
-            picked = (
-                sorted({known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8)})
-                if known
-                else []
-            )
-            found.setdefault(path, []).extend((first, rank) for rank in picked)
-    return divergences(model.apply, variables, images[:256], table.trace, found, measure="mse")
+            known = [scheme.rank for scheme in schemes if scheme.first == first]
+            picked = {known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8) if known}
+            found.setdefault(path, []).extend((first, rank) for rank in sorted(picked))
+    network = calibration.network
+    given = network.apply, network.variables, images[:256], table.trace
+    return divergences(*given, found, measure="mse")
 
 
 def plans(
@@ -85,20 +89,21 @@ def plans(
     for name in args.selectors:
         if name == "evbmf":
             yield name, None, ranks.evbmf(plain, "macs")
-        for share in args.budgets if name != "evbmf" else ():
-            extra = (divergence(),) if name == "sensitivity" else ()
-            budget = Budget("macs", share)
-            plan = (
-                threshold(table, share)
-                if name == "energy"
-                else getattr(ranks, name)(table, *extra, budget)
-            )
-            yield name, share, plan
+            continue
+        for share in args.budgets:
+            yield name, share, chosen(name, table, share, divergence)
+
+
+def chosen(name: str, table: Candidates, share: float, divergence: Callable) -> Plan:
+    """The plan of a selector that has a budget."""
+    if name == "energy":
+        return threshold(table, share)
+    extra = (divergence(),) if name == "sensitivity" else ()
+    return getattr(ranks, name)(table, *extra, Budget("macs", share))
 
 
 def threshold(table: Candidates, share: float) -> Plan:
-    """The highest threshold of energy, the same for all layers, that meets a share of the
-    macs."""
+    """The highest threshold of energy, the same for all layers, that meets a share of the macs."""
     low, high = 1e-3, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -107,19 +112,15 @@ def threshold(table: Candidates, share: float) -> Plan:
     return ranks.energy(table, low, "macs")
 
 
-def networks(
-    model: CifarResNet, variables: dict, images: jax.Array, plan: Plan, kinds: list[str]
-) -> Iterator[tuple]:
+def networks(found: Calibration, plan: Plan, kinds: list[str]) -> Iterator[tuple]:
     """The network of a plan with each kind of factors."""
     start = time.perf_counter()
-    if kinds[0].startswith("plain"):
-        small = {**variables, "params": decompose(variables["params"], plan.ranks)}
-    else:
-        small = compress(model.apply, variables, images, plan.ranks)
+    plain = kinds[0].startswith("plain")
+    small = decompose(found.network.variables, plan) if plain else compress(found, plan)
     for kind in kinds:
         if kind.endswith("re-estimated"):
-            batches = [images[first : first + 256] for first in range(0, len(images), 256)]
-            small = reestimate(lowrank(model.apply), small, batches, train=True)
+            apply = lowrank(found.network.apply)
+            small = reestimate(apply, small, found.inputs, train=True)
         yield kind, small, time.perf_counter() - start
 
 
@@ -130,73 +131,65 @@ def interval(correct: float, count: int) -> list[float]:
     return [(middle - spread) / (1 + z**2 / count), (middle + spread) / (1 + z**2 / count)]
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--shared",
-        type=Path,
-        required=True,
-        help="folder of the weights and of tensorflow_datasets",
-    )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compress")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
-    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
-    parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
-    parser.add_argument("--calibration", type=int, default=2048, help="unlabelled training images")
-    parser.add_argument("--test", type=int, default=10_000, help="test images")
-    args = parser.parse_args()
+    add = parser.add_argument
+    about = "folder of the weights and of tensorflow_datasets"
+    add("--shared", type=Path, required=True, help=about)
+    add("--out", type=Path, default=Path(__file__).parent / "results" / "compress")
+    add("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
+    add("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
+    add("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
+    add("--calibration", type=int, default=2048, help="unlabelled training images")
+    add("--test", type=int, default=10_000, help="test images")
+    return parser.parse_args()
+
+
+def rows(
+    args: argparse.Namespace, found: Calibration, images: jax.Array, accuracy: Callable
+) -> Iterator[dict]:
+    """What every selector, budget and kind of factors keeps."""
+    both = tables(found)
+    for table_name, table in both.items():
+        kinds = [kind for kind in args.factors if kind.startswith(table_name)]
+
+        @functools.cache
+        def divergence(table: Candidates = table) -> dict:
+            return losses(found, images, table)
+
+        for name, share, plan in plans(table, both["plain"], args, divergence) if kinds else ():
+            total, low = plan.total("macs")
+            for kind, network, seconds in networks(found, plan, kinds):
+                kept = accuracy(network)
+                row = {"selector": name, "factors": kind, "budget": share, "reached": low / total}
+                row |= {"accuracy": kept, "interval": interval(kept, args.test)}
+                say = f"{name:13} {kind:26} {low / total:.2f} {kept:.2%} {seconds:.0f} s"
+                print(say, flush=True)
+                yield row | {"seconds": seconds}
+
+
+def main() -> None:
+    args = options()
     model, variables = load(args.shared)
-    train, test = (
-        data.cifar10(split, args.shared / "tensorflow_datasets") for split in ("train", "test")
-    )
+    sets = args.shared / "tensorflow_datasets"
+    train, test = (data.cifar10(split, str(sets)) for split in ("train", "test"))
     images = normalize(train.images[: args.calibration])
 
     def accuracy(network: dict) -> float:
-        return evaluate(
-            lowrank(model.apply),
-            network,
-            test.images[: args.test],
-            test.labels[: args.test],
-            preprocess=normalize,
-        )
+        given = test.images[: args.test], test.labels[: args.test]
+        return evaluate(lowrank(model.apply), network, *given, preprocess=normalize)
 
-    dense = accuracy(variables)
+    facts = {"machine": machine(), "dense": accuracy(variables), "test": args.test}
     start = time.perf_counter()
-    both = tables(model, variables, images)
-    rows: list[dict] = []
-    planning = time.perf_counter() - start
-    facts = {
-        "machine": machine(),
-        "dense": dense,
-        "test": args.test,
-        "calibration": args.calibration,
-    }
-    facts["planning_seconds"] = planning
-    for table_name, table in both.items():
-        kinds = [kind for kind in args.factors if kind.startswith(table_name)]
-        measured: list[dict] = []
-
-        def divergence(table=table, measured=measured):
-            measured.extend([] if measured else [losses(model, variables, images, table)])
-            return measured[0]
-
-        for name, share, plan in plans(table, both["plain"], args, divergence):
-            for kind, network, seconds in networks(model, variables, images, plan, kinds):
-                found = accuracy(network)
-                total, low = plan.total("macs")
-                row = {
-                    "selector": name,
-                    "factors": kind,
-                    "budget": share,
-                    "reached": low / total,
-                    "accuracy": found,
-                }
-                rows.append(row | {"interval": interval(found, args.test), "seconds": seconds})
-                print(
-                    f"{name:13} {kind:26} {low / total:.2f} {found:.2%} {seconds:.0f} s", flush=True
-                )
-                write(args.out, facts | {"rows": rows})
-    draw(facts | {"rows": rows}).savefig(args.out.with_suffix(".png"), dpi=120)
+    found = calibrate(model.apply, variables, images)
+    calibrated_spectra(found)
+    facts |= {"calibration": args.calibration, "planning_seconds": time.perf_counter() - start}
+    known: list[dict] = []
+    for row in rows(args, found, images, accuracy):
+        known.append(row)
+        write(args.out, facts | {"rows": known})
+    draw(facts | {"rows": known}).savefig(args.out.with_suffix(".png"), dpi=120)
 
 
 def draw(found: dict) -> Figure:

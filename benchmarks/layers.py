@@ -65,8 +65,7 @@ def best(run: Callable, rounds: int = 7) -> float:
 
 
 def peaks(dtype: str) -> tuple[float, float]:
-    """Operations a second of a large product, and bytes a second of a copy much larger than the
-    caches."""
+    """Operations a second of a large product, and bytes a second of a copy beyond the caches."""
     gpu = jax.default_backend() == "gpu"
     side, count = (8192, 2**28) if gpu else (2048, 2**26)
     square, long = jnp.ones((side, side), dtype), jnp.ones(count, dtype)
@@ -114,11 +113,12 @@ def summary(rows: list[dict]) -> list[str]:
             for start in ("", PLAIN, "dense")
         )
         name = min(low, key=lambda key: low[key])
+        fall, bound = each["dense_flops"] / each["flops"], low[name] / each["bound_s"]
         notes.append(
-            f"{each['name']}: best low-rank {name} {1e3 * low[name]:.2f} ms, {plain / low[name]:.2f} times faster than "
-            f"two convolutions, {dense / low[name]:.2f} than dense (operations fall "
-            f"{each['dense_flops'] / each['flops']:.2f} times); {low[name] / each['bound_s']:.2f} times the bound; "
-            f"the fastest of all {1e3 * best:.2f} ms"
+            f"{each['name']}: best low-rank {name} {1e3 * low[name]:.2f} ms, "
+            f"{plain / low[name]:.2f} times faster than two convolutions, "
+            f"{dense / low[name]:.2f} than dense (operations fall {fall:.2f} times); "
+            f"{bound:.2f} times the bound; the fastest of all {1e3 * best:.2f} ms"
         )
     return notes
 

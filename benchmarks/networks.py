@@ -28,8 +28,14 @@ def half(uses: Trace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model, the name of its forward pass in rival_torch.py, the side of its images, and what is
-    decomposed."""
+    """A model and what of it is decomposed.
+
+    Attributes:
+        make: the model of a type of computation.
+        rival: its forward pass in rival_torch.py.
+        side: of its images.
+        choose: the table of its trace.
+    """
 
     make: Callable[..., nn.Module]
     rival: str
@@ -74,6 +80,6 @@ def prepare(name: str, batch: int, dtype: str) -> Prepared:
     images = jax.random.normal(jax.random.key(1), (batch, network.side, network.side, 3))
     dense = jax.jit(model.init)(jax.random.key(0), images[:1])
     uses = trace(model.apply, dense, images[:1])
-    low = {**dense, "params": decompose(dense["params"], network.choose(uses), uses)}
+    low = decompose(dense, network.choose(uses), uses)
     left = trace(lowrank(model.apply), low, images[:1]).macs
     return Prepared(model, images, {"dense": dense, "low-rank": low}, uses.macs / left)

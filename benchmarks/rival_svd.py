@@ -24,8 +24,7 @@ Made = tuple[
 
 
 def half_rank(shape: tuple[int, ...]) -> int:
-    """The largest rank at which both factors of a kernel (h, w, c, n) have at most half its
-    weights."""
+    """The largest rank at which the factors of a kernel (h, w, c, n) have half its weights."""
     h, w, c, n = shape
     return h * w * c * n // (2 * (h * c + w * n))
 
@@ -74,8 +73,7 @@ def jit(kernels: Kernels) -> Made:
 
 
 def numpy(kernels: Kernels) -> Made:
-    """The textbook decomposition, written by hand with NumPy, which computes in float64 and
-    rounds."""
+    """The textbook decomposition by hand with NumPy, which computes in float64 and rounds."""
 
     def split(kernel):
         h, w, c, n = kernel.shape
@@ -182,7 +180,7 @@ def _leaves(names) -> Callable[[object], Pairs]:
     """By name, because jit sorts the keys."""
     factors = ("vertical", "horizontal")
     return lambda params: [
-        tuple(np.asarray(params[name][key]["kernel"]) for key in factors) for name in names
+        tuple(np.asarray(params[name]["kernel"][key]) for key in factors) for name in names
     ]
 
 

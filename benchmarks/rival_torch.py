@@ -1,5 +1,4 @@
-"""The networks of forward.py in PyTorch, as a user would run them: eager, channels_last, the very
-same weights.
+"""The networks of forward.py in PyTorch: eager, channels_last, the very same weights.
 
 A worker process (turns.py): reads an .npz of flattened Flax variables and of the images.
 

@@ -1,5 +1,4 @@
-"""Programs that are timed in turn, rivals in processes of their own, and the result file that all
-benchmarks write.
+"""Programs that are timed in turn, rivals in their own processes, and the benchmarks' result file.
 
 Every library keeps idle threads spinning for a while after its work. In one process they would hold
 the cores against the next library, so that a rival runs as a `Worker`, with an interpreter and
@@ -25,18 +24,16 @@ LONG = 10.0  # seconds: a run that takes so long needs none before it to be warm
 
 
 class Worker:
-    """A program in a process of its own, started and warm once this is made; a call runs it and
-    returns its seconds.
+    """A program in a process of its own; a call runs it and returns its seconds.
 
-    The process prints the line ``{"ready": facts}``, and for each line ``run`` on its input the
-    seconds, as JSON; see `serve`.
+    It is started and warm once this is made. The process prints the line ``{"ready": facts}``, and
+    for each line ``run`` on its input the seconds, as JSON; see `serve`.
 
     Attributes:
         facts: what the process said when it was ready.
 
     Raises:
-        RuntimeError: the process ended or said something else; holds what it wrote to its error
-            output.
+        RuntimeError: the process ended or said something else; holds its error output.
     """
 
     def __init__(
@@ -46,7 +43,8 @@ class Worker:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.command = list(command)
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would block the process
+        # A file: a pipe that nobody reads would block the process.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 self.command, cwd=cwd, env={**os.environ, **(env or {})}, text=True,
@@ -101,8 +99,7 @@ class Worker:
 
 
 def serve(prepare: Callable[[], tuple[Any, Callable[[], object]]]) -> None:
-    """The other side of a `Worker`: gets facts and a program, says the facts, then runs the program
-    when asked."""
+    """The other side of a `Worker`: says the facts, then runs the program when asked."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     facts, program = prepare()
@@ -123,8 +120,7 @@ def repeated(
 ) -> tuple[Callable[[], None], int]:
     """A program that runs another so often that a turn takes about so long, and how often that is.
 
-    A turn begins with cold caches and sleeping threads, which is not what a user of many batches
-    sees.
+    A turn begins with cold caches and sleeping threads, which a user of many batches does not meet.
     """
     took = timed(program)
     took = took if took > LONG else timed(program)
@@ -140,8 +136,7 @@ def repeated(
 def take_turns(
     programs: Mapping[str, Callable], rounds: int, settle: float = SETTLE
 ) -> dict[str, list[float]]:
-    """Runs every program once in each round, each round starting with the next one; the seconds of
-    every run."""
+    """Seconds of every run; each round runs all programs and starts with the next one."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     names = list(programs)
     for turn in range(rounds):
@@ -154,8 +149,7 @@ def take_turns(
 
 
 def used_by_others() -> float | None:
-    """CPU seconds that other processes have used so far, all but this one and its ended children;
-    None if unknown."""
+    """CPU seconds of all processes so far but this one and its ended children, if known."""
     try:
         _, user, nice, system, _, _, *interrupts = (
             Path("/proc/stat").read_text().splitlines()[0].split()[:8]

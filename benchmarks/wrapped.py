@@ -1,5 +1,4 @@
-"""Trace, compile, run and memory of `lowrank(model.apply)` beside the same network written by hand;
-writes JSON.
+"""Trace, compile, run and memory of `lowrank(model.apply)` beside a handwritten network.
 
 python benchmarks/wrapped.py [--out benchmarks/results/wrapped.json]
 """

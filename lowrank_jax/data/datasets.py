@@ -76,8 +76,10 @@ def _check_prepared(builder) -> None:
 
 
 def sample(split: str) -> Dataset:
-    """The CIFAR-10 images inside the package: "train" has 2,000 and "test" 1,000 of the set's own
-    splits.
+    """The CIFAR-10 images inside the package, from the set's own splits.
+
+    Args:
+        split: "train", 2,000 images, or "test", 1,000.
 
     Example:
         >>> len(sample("test"))
