@@ -1,6 +1,6 @@
-"""A tree in, a plain tree out; nothing else is touched; what cannot be done is refused with a
-remedy."""
+"""A tree in, a tree out; nothing else is touched; what cannot be done is refused."""
 
+import dataclasses
 import operator
 
 import chex
@@ -37,22 +37,14 @@ def shapes(tree):
     return jax.tree.map(jnp.shape, tree)
 
 
-def assert_plain(tree):
-    """Every node is a dict, not a subclass or another mapping."""
-    assert type(tree) is dict
-    for child in tree.values():
-        if not hasattr(child, "shape"):
-            assert_plain(child)
-
-
 @pytest.mark.parametrize("wrap", [dict, freeze])
-def test_the_result_is_a_plain_dict_with_the_factors_in_place_of_the_kernel(wrap):
-    small = decompose(wrap(network()), {"block/Conv_0": 5})
-    assert_plain(small)
-    assert shapes(small["block"]["Conv_0"]) == {
-        "vertical": {"kernel": (3, 1, 4, 5)},
-        "horizontal": {"kernel": (1, 5, 5, 6), "bias": (6,)},
-    }
+def test_factors_stand_in_the_place_of_the_kernel_and_containers_stay(wrap):
+    params = wrap(network())
+    small = decompose(params, {"block/Conv_0": 5})
+    assert type(small) is type(params)
+    assert shapes(small["block"]["Conv_0"]) == wrap(
+        {"kernel": {"vertical": (3, 1, 4, 5), "horizontal": (1, 5, 5, 6)}, "bias": (6,)}
+    )
 
 
 def test_all_other_leaves_are_the_same_objects():
@@ -61,7 +53,7 @@ def test_all_other_leaves_are_the_same_objects():
     assert small["Conv_0"]["kernel"] is params["Conv_0"]["kernel"]
     assert small["Dense_0"]["bias"] is params["Dense_0"]["bias"]
     assert small["block"]["norm"]["scale"] is params["block"]["norm"]["scale"]
-    assert small["block"]["Conv_0"]["horizontal"]["bias"] is params["block"]["Conv_0"]["bias"]
+    assert small["block"]["Conv_0"]["bias"] is params["block"]["Conv_0"]["bias"]
     assert small["empty"] == {}
 
 
@@ -76,41 +68,63 @@ def test_the_input_is_not_changed():
 
 def test_the_factors_are_those_of_the_scheme():
     params = network()
-    small = decompose(params, {"Conv_0": 2})["Conv_0"]
-    found = (small["vertical"]["kernel"], small["horizontal"]["kernel"])
+    small = decompose(params, {"Conv_0": 2})["Conv_0"]["kernel"]
+    found = (small["vertical"], small["horizontal"])
     chex.assert_trees_all_equal(found, Separable(2).factor(params["Conv_0"]["kernel"]))
 
 
-def test_a_path_starts_at_the_root_of_the_tree_that_is_given():
+def test_all_variables_are_decomposed_as_their_parameters_are():
     variables = {"params": network(), "batch_stats": {"norm": {"mean": normal(6)}}}
-    small = decompose(variables, {"params/Conv_0": 2})
+    small = decompose(variables, {"Conv_0": 2})
     chex.assert_trees_all_equal(small["params"], decompose(variables["params"], {"Conv_0": 2}))
     assert small["batch_stats"]["norm"]["mean"] is variables["batch_stats"]["norm"]["mean"]
-    chex.assert_trees_all_equal(decompose(network()["Conv_0"], {"": 2}), small["params"]["Conv_0"])
+    alone = decompose(network()["Conv_0"], {"kernel": 2})
+    chex.assert_trees_all_equal(alone, small["params"]["Conv_0"])
+
+
+@dataclasses.dataclass
+class Layer:
+    weights: jax.Array
+    name: str
+
+
+jax.tree_util.register_dataclass(Layer, data_fields=["weights"], meta_fields=["name"])
+
+
+def test_kernels_of_any_name_in_any_container_are_decomposed():
+    tree = [{"filters": normal(3, 3, 2, 4)}, (normal(3, 3, 4, 4), Layer(normal(3, 3, 4, 8), "c"))]
+    small = decompose(tree, {"0/filters": 2, "1/0": 3, "1/1/weights": 4})
+    assert small[1][1].name == "c"
+    wanted = [2, 3, 4]
+    found = [small[0]["filters"], small[1][0], small[1][1].weights]
+    assert [factors["vertical"].shape[-1] for factors in found] == wanted
 
 
 def test_keys_need_not_be_strings():
-    assert set(decompose({"layers": {0: conv(3, 3, 2, 4)}}, {"layers/0": 1})["layers"][0]) == {
-        "vertical",
-        "horizontal",
-    }
+    small = decompose({"layers": {0: conv(3, 3, 2, 4)}}, {"layers/0": 1})
+    assert set(small["layers"][0]["kernel"]) == {"vertical", "horizontal"}
 
 
-def test_a_layer_without_bias_stays_without_bias():
-    params = {"Conv_0": {"kernel": normal(3, 3, 2, 4)}}
-    small = decompose(params, {"Conv_0": 6})
-    assert shapes(small["Conv_0"]) == {
-        "vertical": {"kernel": (3, 1, 2, 6)},
-        "horizontal": {"kernel": (1, 3, 6, 4)},
-    }
-    chex.assert_trees_all_close(reconstruct(small), params, atol=ROUNDING)
+def test_names_that_would_be_the_same_are_whole_paths():
+    tree = {"a": {"kernel": normal(3, 3, 2, 4), "weight": normal(3, 3, 2, 4)}}
+    small = decompose(tree, {"a/weight": 2})
+    assert small["a"]["kernel"] is tree["a"]["kernel"] and set(small["a"]["weight"]) > {"vertical"}
+
+
+def test_layouts_of_other_frameworks_are_written_in_the_keys():
+    tree = {"conv": {"weight": normal(8, 4, 3, 3)}}
+    small = decompose(tree, {"conv": 5}, axes="OIHW")
+    assert set(small["conv"]["weight"]) == {"vertical_OIHW", "horizontal_OIHW"}
+    chex.assert_trees_all_equal_shapes(reconstruct(small), tree)
+    full = reconstruct(decompose(tree, {"conv": 12}, axes="OIHW"))
+    chex.assert_trees_all_close(full, tree, atol=ROUNDING)
 
 
 def test_groups_are_given_in_the_table():
     params = {"Conv_0": conv(3, 3, 2, 8)}
     small = decompose(params, {"Conv_0": Separable(3, groups=4)})
-    assert shapes(small["Conv_0"]["vertical"]["kernel"]) == (3, 1, 2, 12)
-    assert shapes(small["Conv_0"]["horizontal"]["kernel"]) == (1, 3, 3, 8)
+    assert shapes(small["Conv_0"]["kernel"]["vertical"]) == (3, 1, 2, 12)
+    assert shapes(small["Conv_0"]["kernel"]["horizontal"]) == (1, 3, 3, 8)
     full = reconstruct(decompose(params, {"Conv_0": Separable(6, groups=4)}))
     chex.assert_trees_all_close(full, params, atol=ROUNDING)
 
@@ -153,7 +167,6 @@ def test_reconstruct_undoes_decompose_at_full_rank(paths):
     full = {"Conv_0": 6, "block/Conv_0": 12}
     params = network()
     found = reconstruct(decompose(params, {path: full[path] for path in paths}))
-    assert_plain(found)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
     chex.assert_trees_all_close(found, params, atol=ROUNDING)
     assert found["block"]["Conv_0"]["bias"] is params["block"]["Conv_0"]["bias"]
@@ -172,8 +185,7 @@ def test_reconstruct_gives_the_best_approximation_below_full_rank():
 def test_reconstruct_passes_a_dense_tree_on(wrap):
     params = network()
     found = reconstruct(wrap(params))
-    assert_plain(found)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
+    assert jax.tree.structure(found) == jax.tree.structure(wrap(params))
     assert all(a is b for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True))
 
 
@@ -185,37 +197,11 @@ def test_a_bias_of_none_survives_the_round_trip():
 @pytest.mark.parametrize(
     "module",
     [
-        {"vertical": conv(3, 1, 2, 4), "horizontal": conv(1, 3, 4, 5)},  # a bias on the first
-        {"vertical": {"kernel": normal(3, 1, 2, 4)}},
-        {"vertical": {"kernel": normal(3, 1, 2, 4)}, "horizontal": {"scale": normal(4)}},
-        {
-            "vertical": {"kernel": normal(3, 1, 2, 4)},
-            "horizontal": conv(1, 3, 4, 5),
-            "norm": {"scale": normal(5)},
-        },
-        {"vertical": {"kernel": normal(3, 3, 2, 4)}, "horizontal": conv(1, 3, 4, 5)},  # not (h, 1)
-        {"vertical": {"kernel": normal(3, 1, 2, 4)}, "horizontal": conv(3, 1, 4, 5)},  # not (1, w)
-        {
-            "vertical": {"kernel": normal(3, 1, 2, 4)},
-            "horizontal": conv(1, 3, 3, 5),
-        },  # 4 channels to 3
-        {
-            "vertical": {"kernel": normal(3, 1, 2, 4)},
-            "horizontal": conv(1, 3, 8, 4),
-        },  # 4 channels to 8
-        {
-            "vertical": {"kernel": normal(3, 1, 2, 4)},
-            "horizontal": conv(1, 3, 2, 5),
-        },  # two groups, five outputs
-        {
-            "vertical": {"kernel": normal(2, 3, 1, 2, 4)},
-            "horizontal": {"kernel": normal(3, 1, 3, 4, 5)},
-        },  # stacks
-        {"vertical": {"kernel": normal(2, 4)}, "horizontal": {"kernel": normal(4, 5)}},
-        {
-            "vertical": {"kernel": normal(3, 1, 2, 4), "extra": normal(1)},
-            "horizontal": conv(1, 3, 4, 5),
-        },
+        {"vertical": conv(3, 1, 2, 4), "horizontal": conv(1, 3, 4, 5)},
+        {"vertical": normal(3, 1, 2, 4)},
+        {"vertical": normal(3), "horizontal": normal(3)},
+        {"vertical": normal(2, 4), "horizontal": normal(4, 5)},
+        {"vertical": normal(3, 1, 2, 4), "horizontal": normal(1, 3, 4, 5), "norm": normal(5)},
     ],
 )
 def test_reconstruct_leaves_other_modules_that_have_the_names_of_factors(module):
@@ -242,8 +228,8 @@ def test_an_unknown_path_is_refused_with_the_nearest_one(path):
 
 
 def test_an_unknown_path_that_is_near_to_nothing_is_refused_with_the_paths_there_are():
-    assert "'Conv_0' or 'Dense_0' or 'block/Conv_0'" in refuse(network(), {"zzzzzzzz": 1})
-    assert "no 'kernel' at all" in refuse({"norm": {"scale": normal(3)}}, {"norm": 1})
+    assert "'Conv_0' or 'block/Conv_0'" in refuse(network(), {"zzzzzzzz": 1})
+    assert "there are no layers" in refuse({"norm": {"scale": normal(3)}}, {"norm": 1})
 
 
 def test_one_bad_path_among_good_ones_is_refused():
@@ -256,27 +242,17 @@ def test_a_kernel_that_is_not_of_a_convolution_is_refused(shape):
     assert "Dense_0" in message and str(shape) in message and "Leave it out of the table" in message
 
 
-@pytest.mark.parametrize(
-    "extra", [{"scale": normal(4)}, {"child": {"scale": normal(4)}}, {"bias": {"x": normal(4)}}]
-)
-def test_a_layer_with_other_parameters_is_refused(extra):
-    message = refuse({"c": {"kernel": normal(3, 3, 2, 4), **extra}}, {"c": 1})
-    assert (
-        message.startswith("c: ")
-        and next(iter(extra)) in message
-        and "leave it out of the table" in message
-    )
+def test_a_boxed_kernel_is_decomposed_within_its_box():
+    tree = {"c": {"kernel": nn.Partitioned(normal(3, 3, 2, 4), (None,) * 4)}}
+    small = decompose(tree, {"c": 2})
+    assert set(small["c"]["kernel"].value) == {"vertical", "horizontal"}
+    chex.assert_trees_all_equal_shapes(reconstruct(small), tree)
 
 
-def test_a_boxed_kernel_is_refused():
-    message = refuse({"c": {"kernel": nn.Partitioned(normal(3, 3, 2, 4), (None,) * 4)}}, {"c": 1})
-    assert message.startswith("c: ") and "Partitioned" in message and "unbox" in message
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int32", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bool", "complex64", "float8_e4m3fn"])
 def test_a_kernel_that_is_not_floating_point_is_refused(dtype):
     message = refuse({"c": {"kernel": jnp.ones((3, 3, 2, 4), dtype)}}, {"c": 1})
-    assert message.startswith("c: ") and dtype in message and "convert it" in message
+    assert message.startswith("c: ") and dtype in message and "Convert the kernel" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -288,10 +264,10 @@ def test_a_kernel_with_values_that_are_not_finite_is_refused(value):
 
 def test_a_layer_that_is_decomposed_already_is_refused():
     message = refuse(decompose(network(), {"block/Conv_0": 5}), {"block/Conv_0": 3})
-    assert "'block/Conv_0' is decomposed already" in message and "reconstruct(params)" in message
+    assert "'block/Conv_0' is decomposed already" in message and "reconstruct(tree)" in message
 
 
-@pytest.mark.parametrize("rank", [0, -1, 13, True, 2.5, "3", None])
+@pytest.mark.parametrize("rank", [0, -1, 13, True, "3"])
 @pytest.mark.parametrize(
     "scheme", [lambda rank: rank, Separable, lambda rank: Separable(rank, groups=2)]
 )
