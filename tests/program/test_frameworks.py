@@ -62,7 +62,7 @@ def test_a_haiku_model_runs_decomposed():
     model, x = hk.without_apply_rng(hk.transform(forward)), normal(2, 8, 8, 4)
     params = model.init(jax.random.key(0), x)
     found = trace(model.apply, params, x)
-    assert found.safe_paths() == ["conv2_d", "conv2_d_1"]
+    assert sorted(found.safe_paths()) == ["conv2_d", "conv2_d_1"]
     small = decompose(params, trace=found)
     assert_close(lowrank(model.apply)(small, x), model.apply(reconstruct(small), x))
 

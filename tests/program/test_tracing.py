@@ -90,8 +90,8 @@ def test_a_transposed_convolution_and_a_dense_layer_are_told_apart():
 
 def test_a_strided_separable_layer_runs_its_vertical_part_at_full_width():
     vertical, horizontal = traced(SeparableConv(6, (3, 3), 5, strides=2))
-    assert (vertical.path, vertical.macs) == ("vertical", 2 * 4 * 8 * 3 * 4 * 5)
-    assert (horizontal.path, horizontal.macs) == ("horizontal", 2 * 4 * 4 * 3 * 5 * 6)
+    assert (vertical.path, vertical.macs) == ("kernel/vertical", 2 * 4 * 8 * 3 * 4 * 5)
+    assert (horizontal.path, horizontal.macs) == ("kernel/horizontal", 2 * 4 * 4 * 3 * 5 * 6)
 
 
 @pytest.mark.parametrize("first", ["vertical", "horizontal"])
@@ -188,7 +188,6 @@ def test_branches_are_listed_as_at_most_and_while_loops_per_iteration():
     [
         (lambda k: k * 2, "mul"),
         (lambda k: (k - k.mean((0, 1, 2))) / k.std((0, 1, 2)), "sub"),
-        (lambda k: k[::-1], "rev"),
         (lambda k: jnp.where(k > 0, k, 0), "select_n"),
         (lambda k: jax.lax.stop_gradient(k) + k, "add"),
         (lambda k: k.reshape(3, 3, 2, 2, 4).sum(3).repeat(2, 2), "computed"),
@@ -273,19 +272,15 @@ def test_without_a_table_decompose_takes_half_of_the_weights_of_every_safe_layer
 
     params = Model().init(jax.random.key(0), X)["params"]
     small = decompose(params, trace=traced(Model()))
-    assert {name: sorted(layer) for name, layer in small.items()} == {
-        "plain": ["horizontal", "vertical"],
-        "grouped": ["horizontal", "vertical"],
-        "standardised": ["bias", "kernel"],
-        "dense": ["bias", "kernel"],
-    }
-    assert small["plain"]["vertical"]["kernel"].shape == (
+    factored = {name for name, layer in small.items() if isinstance(layer["kernel"], dict)}
+    assert factored == {"plain", "grouped"}
+    assert small["plain"]["kernel"]["vertical"].shape == (
         3,
         1,
         4,
         4,
     )  # 4 * 3 * (4 + 16) <= 576 / 2 < 5 * 60
-    assert small["grouped"]["vertical"]["kernel"].shape == (
+    assert small["grouped"]["kernel"]["vertical"].shape == (
         3,
         1,
         4,
