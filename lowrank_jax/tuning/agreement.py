@@ -10,22 +10,24 @@ from lowrank_jax.program.jaxprs import coarsest_eps
 
 
 def rounding(program: Any) -> float:
-    """The relative difference of outputs that is rounding: the root of the precision of the
-    coarsest type in a jaxpr.
+    """The relative difference of outputs that is rounding, for the types that a jaxpr computes in.
 
-    What sums in another order differs by a few units of that precision in every layer; what is
-    computed from other images, or by a broken kernel, differs altogether.
+    It is the root of the precision of the coarsest type. A sum in another order differs by a few
+    units of that precision in every layer. Outputs of other images, or of a broken kernel, differ
+    altogether.
 
     Example:
-        >>> rounding(jax.make_jaxpr(lambda x: x.astype("bfloat16").sum().astype("float32"))(jnp.ones(3)))
+        >>> half = lambda x: x.astype("bfloat16").sum().astype("float32")
+        >>> rounding(jax.make_jaxpr(half)(jnp.ones(3)))
         0.08838834764831845
     """
     return coarsest_eps(program) ** 0.5
 
 
 def agree(wanted: Any, found: Any, tolerance: float) -> bool:
-    """Whether two pytrees have the same shapes and types and are equal within a tolerance, in the
-    norm of each array.
+    """Whether two pytrees have the same shapes and types, and are equal within a tolerance.
+
+    The tolerance is relative, in the norm of each array.
 
     Example:
         >>> agree({"a": jnp.ones(3)}, {"a": jnp.ones(3) + 1e-6}, tolerance=1e-3)
@@ -35,15 +37,23 @@ def agree(wanted: Any, found: Any, tolerance: float) -> bool:
     if shapes != others:
         return False
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
-    wide = [(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)) for a, b in pairs]
-    return all(jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(a) for a, b in wide)
+    return all(_gap(a, b) <= tolerance * _norm(a) for a, b in pairs)
+
+
+def _gap(a: Any, b: Any) -> float:
+    return _norm(jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32))
+
+
+def _norm(a: Any) -> float:
+    return float(jnp.linalg.norm(jnp.ravel(jnp.asarray(a, jnp.float32))))
 
 
 def most_agreed(outputs: Mapping[str, Any], tolerance: float) -> str:
     """Name of the outputs that most of the others agree with; of equals the first.
 
     Example:
-        >>> most_agreed({"broken": jnp.full(3, jnp.nan), "one": jnp.ones(3), "other": jnp.ones(3)}, tolerance=1e-3)
+        >>> x, broken = jnp.ones(3), jnp.full(3, jnp.nan)
+        >>> most_agreed({"broken": broken, "one": x, "other": x}, tolerance=1e-3)
         'one'
     """
     votes = {
@@ -53,24 +63,19 @@ def most_agreed(outputs: Mapping[str, Any], tolerance: float) -> str:
     return max(votes, key=lambda name: votes[name])
 
 
-def right(
-    outputs: Mapping[str, Any], tolerance: float, judges: Sequence[str] | None = None
-) -> list[str]:
-    """Names of the outputs that are those of most judges, which come first; without judges, of most
-    of all.
+def agreeing(outputs: Mapping[str, Any], tolerance: float, judges: Sequence[str] = ()) -> list[str]:
+    """Names of the outputs that agree with those of most judges. The most agreed one is first.
+
+    Args:
+        outputs: of programs, by name.
+        tolerance: as in `agree`.
+        judges: names of the programs that vote. Without them all vote.
 
     Example:
-        >>> right({"broken": jnp.full(3, jnp.nan), "one": jnp.ones(3), "other": jnp.ones(3)}, tolerance=1e-3)
+        >>> x, broken = jnp.ones(3), jnp.full(3, jnp.nan)
+        >>> agreeing({"broken": broken, "one": x, "other": x}, tolerance=1e-3)
         ['one', 'other']
     """
-    base = most_agreed(
-        {name: outputs[name] for name in (outputs if judges is None else judges)}, tolerance
-    )
-    return [
-        base,
-        *(
-            name
-            for name, own in outputs.items()
-            if name != base and agree(outputs[base], own, tolerance)
-        ),
-    ]
+    base = most_agreed({name: outputs[name] for name in judges or outputs}, tolerance)
+    others = [name for name in outputs if name != base]
+    return [base, *(name for name in others if agree(outputs[base], outputs[name], tolerance))]

@@ -1,13 +1,12 @@
-"""The programs that compute one layer, dense or separable: which is fastest depends on its shape
-and on the device.
+"""The algorithms that compute one layer, dense or separable.
 
-Besides the convolution itself, a product with shifted copies of the inputs side by side gives the
-same sums; of a factor, which has taps along one axis, so does one product to the channels of all
-taps, of which shifted copies are added (few channels out). On a CPU, outputs in float32 may share
-their multiplications (`lowrank_jax.winograd`). A whole separable layer may also run with its rank
-padded by zeros to a multiple that the hardware prefers, with its dense kernel rebuilt, or, on a
-GPU, as one kernel that keeps what is between the two convolutions on the chip
-(`lowrank_jax.fused`).
+Which is fastest depends on the layer's shape and on the device. Besides the convolution itself
+there are products of matrices: with shifted copies of the inputs side by side ("im2col"), or, for a
+factor, which has taps along one axis, to the channels of all taps, whose slices are added
+("kn2row"). On a CPU, outputs in float32 may share their multiplications ("winograd"). A whole
+separable layer may also run with its rank padded by zeros to a multiple that the hardware prefers
+("padded"), with its dense kernel rebuilt ("merged"), or, on a GPU, as one kernel that keeps what is
+between the two convolutions on the chip ("fused").
 """
 
 import dataclasses
@@ -17,27 +16,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lowrank_jax.factorization.layout import AXES
 from lowrank_jax.factorization.separable import Separable, merge
-from lowrank_jax.modules.linen import split_options
 from lowrank_jax.program.kernel_use import KernelUse
-from lowrank_jax.tuning.slices import padding_as_numbers
+from lowrank_jax.tuning.slices import Pads, factor_options, padding_as_numbers
 from lowrank_jax.tuning.steps import STEPS
 
-Choose = Callable[
-    ["Layer", Separable | None], str
-]  # the program of a layer; None for the scheme if it is dense
-PLAIN = "convolve+convolve"
-MULTIPLE = 8  # of the rank, in the program "padded"
-MERGED = {
-    "merged" if step == "convolve" else f"merged {step}": step for step in STEPS if step != "shift"
+# The algorithm of a layer, by name. The scheme is None where the layer is dense.
+Choose = Callable[["Layer", Separable | None], str]
+PLAIN, PLAIN_DENSE = "convolve+convolve", "convolve"
+MULTIPLE = 8  # of the rank, in the algorithm "padded"
+MERGED = {  # the rebuilt kernel, and the algorithm that it runs by
+    "merged" if step == "convolve" else f"merged {step}": step for step in STEPS if step != "kn2row"
 }
+PAIRS = [f"{one}+{two}" for one in STEPS for two in STEPS]
+NAMES = (*STEPS, *PAIRS, "padded", "fused", *MERGED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One dense convolution as numbers, so that what was measured of it can be found again.
+    """One dense convolution as numbers, by which its measured times are found again.
 
     Attributes:
         inputs: (batch, *spatial, channels).
@@ -52,7 +52,7 @@ class Layer:
     features: int
     size: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
+    padding: Pads
     dilation: tuple[int, ...]
     input_dilation: tuple[int, ...]
     groups: int = 1
@@ -60,7 +60,11 @@ class Layer:
 
     @classmethod
     def of(cls, use: KernelUse) -> "Layer":
-        """The layer of a traced program; of a stack of kernels, one slice."""
+        """The layer of a traced program; of a stack of kernels, one slice.
+
+        Raises:
+            ValueError: it is no convolution.
+        """
         if use.kind == "product" or not use.axes:
             raise ValueError(
                 f"{use.path or '(computed)'}: no convolution of a known layout; leave it out."
@@ -81,125 +85,151 @@ class Layer:
         return (*self.size, self.inputs[-1] // self.groups, self.features)
 
     def convolve(
-        self, inputs: jax.Array, kernel: jax.Array, step: Callable | None = None, **options: Any
-    ) -> jax.Array:
-        """Runs a kernel with some of the options changed."""
-        own: dict[str, Any] = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.dilation,
-        }
-        own |= {"input_dilation": self.input_dilation} | options
+        self,
+        inputs: Float[Array, "n *space c"],
+        kernel: Float[Array, "*taps i o"],
+        step: str | Callable = PLAIN_DENSE,
+        *,
+        precision: Any = None,
+        **changes: Any,
+    ) -> Float[Array, "n *out o"]:
+        """Runs one kernel.
+
+        Args:
+            inputs: array.
+            kernel: array.
+            step: name of one of `STEPS`, or a function with the arguments of
+                ``jax.lax.conv_general_dilated``.
+            precision: as in ``jax.lax.conv_general_dilated``.
+            **changes: strides, padding, dilation or input_dilation in place of the layer's own.
+        """
+        own = dataclasses.replace(self, **changes)
         spatial = self.axes[:-2]
-        return (step or jax.lax.conv_general_dilated)(
+        return (step if callable(step) else dense_step(step))(
             inputs,
             kernel,
-            own["strides"],
-            own["padding"],
-            lhs_dilation=own["input_dilation"],
-            rhs_dilation=own["kernel_dilation"],
+            own.strides,
+            own.padding,
+            lhs_dilation=own.input_dilation,
+            rhs_dilation=own.dilation,
             dimension_numbers=(f"N{spatial}C", self.axes, f"N{spatial}C"),
             feature_group_count=self.groups,
+            precision=precision,
         )
 
     def run(
-        self, program: str, first: str, inputs: jax.Array, one: jax.Array, two: jax.Array
-    ) -> jax.Array:
-        """Runs the two factors by one of `programs`.
+        self,
+        algorithm: str,
+        first_axis: str,
+        inputs: Float[Array, "n *space c"],
+        first: Float[Array, "*taps i k"],
+        second: Float[Array, "*other_taps k o"],
+        precision: Any = None,
+    ) -> Float[Array, "n *out o"]:
+        """Runs the two factors by one of `algorithms_of`.
 
         Args:
-            program: its name.
-            first: which axis the first factor has.
-            inputs: array of the shape ``inputs``.
-            one, two: the factors, as `Separable` lays them out.
+            algorithm: its name.
+            first_axis: the axis of the first factor, "vertical" or "horizontal".
+            inputs: array.
+            first, second: the factors, as `Separable` lays them out.
+            precision: as in ``jax.lax.conv_general_dilated``.
+
+        Raises:
+            ValueError: the algorithm is not known.
         """
-        if program in MERGED:
-            return self.convolve(inputs, merge(one, two, self.axes), dense_step(MERGED[program]))
-        if program == "fused":
-            return fuse(inputs, one, two, None, self.strides, self.padding, first)
-        one, two = padded(one, two) if program == "padded" else (one, two)
-        for half, kernel, step in zip(self.halves(first), (one, two), steps(program), strict=True):
-            inputs = half(inputs, kernel, step)
+        if algorithm in MERGED:
+            kernel = merge(first, second, self.axes)
+            return self.convolve(inputs, kernel, MERGED[algorithm], precision=precision)
+        if algorithm == "fused":
+            where = (self.strides, self.padding, first_axis)
+            return fuse(inputs, first, second, None, *where, precision=precision)
+        pair = padded(first, second) if algorithm == "padded" else (first, second)
+        halves = self.halves(first_axis)
+        for half, kernel, step in zip(halves, pair, steps(algorithm), strict=True):
+            inputs = half(inputs, kernel, step, precision=precision)
         return inputs
 
-    def halves(self, first: str) -> tuple[Callable, Callable]:
-        """The two convolutions, each a function of inputs, kernel and, if not a plain convolution,
-        the step."""
-        whole = dict(strides=self.strides, padding=self.padding, kernel_dilation=self.dilation)
-        pair = split_options(self.size, first, whole | {"input_dilation": self.input_dilation})
-        own = [
-            {name: value for name, value in options.items() if name != "kernel_size"}
-            for options in pair
-        ]
-        return functools.partial(self.convolve, **own[0]), functools.partial(
-            self.convolve, **own[1]
-        )
+    def halves(self, first_axis: str) -> tuple[Callable, Callable]:
+        """The convolutions of the two factors: functions of inputs, kernel and a step."""
+        names = ("strides", "padding", "dilation", "input_dilation")
+        one, two = factor_options(first_axis, {name: getattr(self, name) for name in names})
+        return functools.partial(self.convolve, **one), functools.partial(self.convolve, **two)
 
 
-def programs(layer: Layer, rank: int | None) -> list[str]:
-    """Names of the programs that can run a layer at a rank, or dense; the first is always possible.
+def plain(scheme: Separable | None) -> str:
+    """The algorithm of a layer for which nothing was measured."""
+    return PLAIN_DENSE if scheme is None else PLAIN
+
+
+def algorithms_of(layer: Layer, rank: int | None) -> list[str]:
+    """Names of the algorithms that can run a layer at a rank, or dense. The first is the plain one.
 
     Example:
         >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
-        >>> programs(layer, 3)[:3], len(programs(layer, 8))
-        (['convolve+convolve', 'convolve+shift', 'convolve+gather'], 19)
-        >>> programs(layer, None)
-        ['convolve', 'gather', 'winograd']
+        >>> algorithms_of(layer, 3)[:3], len(algorithms_of(layer, 8))
+        (['convolve+convolve', 'convolve+kn2row', 'convolve+im2col'], 19)
+        >>> algorithms_of(layer, None)
+        ['convolve', 'im2col', 'winograd']
     """
-    cut = layer.groups == 1 and len(layer.size) == 2 and set(layer.input_dilation) == {1}
+    sliced = layer.groups == 1 and len(layer.size) == 2 and set(layer.input_dilation) == {1}
     if rank is None:
-        return ["convolve", *(["gather", "winograd"] if cut else [])]
-    if not cut:
+        return [PLAIN_DENSE, *(["im2col", "winograd"] if sliced else [])]
+    if not sliced:
         return [PLAIN, "merged"]
-    pairs = [f"{one}+{two}" for one in STEPS for two in STEPS]
     fits = jax.default_backend() == "gpu" and set(layer.dilation) == {1}
-    return [*pairs, *(["padded"] if rank % MULTIPLE else []), *(["fused"] if fits else []), *MERGED]
+    return [*PAIRS, *["padded"] * bool(rank % MULTIPLE), *["fused"] * fits, *MERGED]
 
 
 def fuse(
-    inputs: jax.Array,
-    one: jax.Array,
-    two: jax.Array,
-    bias: Any,
+    inputs: Float[Array, "n h w c"],
+    first: Float[Array, "*taps c k"],
+    second: Float[Array, "*other_taps k o"],
+    bias: Float[Array, " o"] | None,
     strides: Any,
     padding: Any,
-    first: str,
-) -> Any:
-    """The layer as one kernel; its module, which needs a backend of Pallas, is imported where it is
-    used."""
-    from lowrank_jax.tuning.experimental.fused import separable_conv
+    first_axis: str,
+    precision: Any = None,
+) -> Float[Array, "n h2 w2 o"]:
+    """The layer as one kernel. Its module needs a backend of Pallas, so it is imported here."""
+    from lowrank_jax.tuning.experimental.fused import HIGHEST, separable_conv
 
-    return separable_conv(
-        inputs, one, two, bias, strides=strides, padding=padding, first_axis=first
-    )
+    where = {"strides": strides, "padding": padding, "first_axis": first_axis}
+    return separable_conv(inputs, first, second, bias, precision=precision or HIGHEST, **where)
 
 
-def steps(program: str) -> tuple[Callable, Callable]:
-    """The functions of the two factors, each with the arguments of
-    ``jax.lax.conv_general_dilated``.
+def steps(algorithm: str) -> tuple[Callable, Callable]:
+    """The functions of the two factors, with the arguments of ``jax.lax.conv_general_dilated``.
 
     Raises:
-        ValueError: the name is unknown, or that of a program with one step.
+        ValueError: the name is unknown, or that of an algorithm with one step.
     """
-    names = ["convolve"] * 2 if program == "padded" else program.split("+")
+    names = ["convolve"] * 2 if algorithm == "padded" else algorithm.split("+")
     if len(names) != 2 or not set(names) <= set(STEPS):
-        known = f"two of {', '.join(STEPS)} joined by '+', 'padded', 'fused', {', '.join(map(repr, MERGED))}"
-        raise ValueError(f"The program {program!r} is not known; give {known}.")
+        raise ValueError(
+            f"The algorithm {algorithm!r} is not known for a separable layer; give two of "
+            f"{', '.join(STEPS)} joined by '+', 'padded', 'fused', {', '.join(map(repr, MERGED))}."
+        )
     return STEPS[names[0]], STEPS[names[1]]
 
 
-def dense_step(program: str) -> Callable:
+def dense_step(algorithm: str) -> Callable:
     """The function that runs a dense layer, with the arguments of
-    ``jax.lax.conv_general_dilated``."""
-    if program not in STEPS:
+    ``jax.lax.conv_general_dilated``.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if algorithm not in STEPS:
         raise ValueError(
-            f"The program {program!r} is not known for a dense layer; give one of {', '.join(STEPS)}."
+            f"The algorithm {algorithm!r} is not known for a dense layer; give one of "
+            f"{', '.join(STEPS)}."
         )
-    return STEPS[program]
+    return STEPS[algorithm]
 
 
 def chosen(choose: Choose) -> Callable:
-    """A convolution that runs by the program chosen for its layer when its inputs are known.
+    """A convolution that runs by the algorithm chosen for its layer when its inputs are known.
 
     Takes the arguments of ``jax.lax.conv_general_dilated``, channels last, so that a Flax layer can
     have it as its own function.
@@ -208,35 +238,44 @@ def chosen(choose: Choose) -> Callable:
     def convolve(
         inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
     ) -> jax.Array:
-        size, ones = kernel.shape[:-2], (1,) * (kernel.ndim - 2)
-        dilation, spread = (
-            tuple(options.get(name) or ones) for name in ("rhs_dilation", "lhs_dilation")
-        )
-        pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation, spread)
-        groups, dtype = options.get("feature_group_count", 1), jnp.result_type(inputs, kernel).name
-        layer = Layer(
-            inputs.shape,
-            kernel.shape[-1],
-            size,
-            tuple(strides),
-            pads,
-            dilation,
-            spread,
-            groups,
-            dtype,
-        )
+        layer = _described(inputs, kernel, strides, padding, options)
         return dense_step(choose(layer, None))(inputs, kernel, strides, padding, **options)
 
     return convolve
 
 
-def padded(one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same factors of one group, with zeros up to a rank that is a multiple of `MULTIPLE`."""
-    extra = -two.shape[-2] % MULTIPLE
-    still = [(0, 0)] * (one.ndim - 2)
-    return jnp.pad(one, [*still, (0, 0), (0, extra)]), jnp.pad(two, [*still, (0, extra), (0, 0)])
+def _described(
+    inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, options: dict[str, Any]
+) -> Layer:
+    size, ones = kernel.shape[:-2], (1,) * (kernel.ndim - 2)
+    dilation = tuple(options.get("rhs_dilation") or ones)
+    spread = tuple(options.get("lhs_dilation") or ones)
+    pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation, spread)
+    return Layer(
+        inputs=inputs.shape,
+        features=kernel.shape[-1],
+        size=size,
+        strides=tuple(strides),
+        padding=pads,
+        dilation=dilation,
+        input_dilation=spread,
+        groups=options.get("feature_group_count", 1),
+        dtype=jnp.result_type(inputs, kernel).name,
+    )
 
 
-def factors(layer: Layer, rank: int, first: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def padded(
+    first: Float[Array, "*taps i k"], second: Float[Array, "*other_taps k o"]
+) -> tuple[Float[Array, "*taps i k2"], Float[Array, "*other_taps k2 o"]]:
+    """The factors of one group, with zeros up to a rank that is a multiple of `MULTIPLE`."""
+    extra = -second.shape[-2] % MULTIPLE
+    still = [(0, 0)] * (first.ndim - 2)
+    columns, rows = [*still, (0, 0), (0, extra)], [*still, (0, extra), (0, 0)]
+    return jnp.pad(first, columns), jnp.pad(second, rows)
+
+
+def factor_shapes(
+    layer: Layer, rank: int, first_axis: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two factors of a layer."""
-    return Separable(rank, layer.groups, layer.axes, first).shapes(layer.kernel)
+    return Separable(rank, layer.groups, layer.axes, first_axis).shapes(layer.kernel)

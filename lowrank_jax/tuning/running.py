@@ -14,7 +14,7 @@ from lowrank_jax.program.interpreter import Found, Rule
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading, factor_axes
 from lowrank_jax.program.transform import with_rule
-from lowrank_jax.tuning.algorithms import PLAIN, Choose, Layer, dense_step
+from lowrank_jax.tuning.algorithms import PLAIN, PLAIN_DENSE, Choose, Layer
 
 
 def with_algorithms(apply: Callable, choose: Choose) -> Callable:
@@ -33,7 +33,7 @@ def with_algorithms(apply: Callable, choose: Choose) -> Callable:
         >>> from flax import linen as nn
         >>> model, x = nn.Conv(16, (3, 3)), jnp.ones((1, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), x)
-        >>> with_algorithms(model.apply, lambda layer, scheme: "gather")(variables, x).shape
+        >>> with_algorithms(model.apply, lambda layer, scheme: "im2col")(variables, x).shape
         (1, 8, 8, 16)
     """
     return with_rule(apply, Algorithms(choose), dense_too=True)
@@ -73,10 +73,10 @@ class Algorithms(Rule):
     def _run_dense(self, reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:
         layer = layer_of(reading, x)
         name = self.choose(layer, None)
-        if name == "convolve" or kernel.value is None:
+        if name == PLAIN_DENSE or kernel.value is None:
             return None
         weights = _channels_last(reading, kernel.value)
-        return _outputs(reading, layer.convolve(_inputs(reading, x), weights, dense_step(name)))
+        return _outputs(reading, layer.convolve(_inputs(reading, x), weights, name))
 
 
 def _is_plain(reading: Reading) -> bool:

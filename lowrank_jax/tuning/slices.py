@@ -1,19 +1,30 @@
 """The slices of an array that a convolution multiplies, one for each tap along an axis."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+Pads = tuple[tuple[int, int], ...]
+
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """Slices of an array along one of its axes, one for each tap."""
+class Taps:
+    """The taps of a kernel along one axis of an array.
+
+    Attributes:
+        axis: of the array.
+        count: number of taps.
+        padding: (before, after).
+        dilation: from one tap to the next.
+        stride: from one output to the next.
+        outputs: number of outputs.
+    """
 
     axis: int
-    taps: int
+    count: int
     padding: tuple[int, int]
     dilation: int
     stride: int
@@ -22,44 +33,49 @@ class Cut:
     @property
     def idle(self) -> bool:
         """Whether the one slice is the whole array."""
-        return (self.taps, self.stride, self.padding) == (1, 1, (0, 0))
+        return (self.count, self.stride, self.padding) == (1, 1, (0, 0))
 
     def pad(self, x: jax.Array) -> jax.Array:
-        """The array with zeros before and after, joined to it: XLA's CPU loop for a padding asks at
-        each element."""
-        zeros = [
-            jnp.zeros((*x.shape[: self.axis], n, *x.shape[self.axis + 1 :]), x.dtype)
-            for n in self.padding
-        ]
-        return jnp.concatenate([zeros[0], x, zeros[1]], self.axis) if any(self.padding) else x
+        """The array with zeros before and after.
 
-    def tap(self, x: jax.Array, index: int) -> jax.Array:
+        They are joined to it, because XLA's CPU loop for a padding asks at each element.
+        """
+        if not any(self.padding):
+            return x
+        shapes = [(*x.shape[: self.axis], n, *x.shape[self.axis + 1 :]) for n in self.padding]
+        before, after = (jnp.zeros(shape, x.dtype) for shape in shapes)
+        return jnp.concatenate([before, x, after], self.axis)
+
+    def slice_of(self, x: jax.Array, index: int) -> jax.Array:
+        """What the tap of an index multiplies."""
         start = index * self.dilation
         stop = start + (self.outputs - 1) * self.stride + 1
         return jax.lax.slice_in_dim(x, start, stop, self.stride, self.axis)
 
 
-def cut_axes(
-    inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, options: dict[str, Any]
-) -> list[Cut]:
-    """How to cut the inputs along each of the two axes; none where that does not give the
-    convolution."""
-    size, dilation = (
-        kernel.shape[:-2],
-        tuple(options.get("rhs_dilation") or (1,) * (kernel.ndim - 2)),
-    )
-    plain = options.get("feature_group_count", 1) == 1 and set(
-        options.get("lhs_dilation") or (1,)
-    ) == {1}
-    if len(size) != 2 or not plain:
+def taps_of(
+    inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, options: Mapping[str, Any]
+) -> list[Taps]:
+    """The taps along each of the two axes; none where slices do not give the convolution.
+
+    Args:
+        inputs: (batch, height, width, channels).
+        kernel: (height, width, channels, features).
+        strides, padding, options: as in ``jax.lax.conv_general_dilated``.
+    """
+    size = kernel.shape[:-2]
+    dilation = tuple(options.get("rhs_dilation") or (1,) * len(size))
+    spread = options.get("lhs_dilation") or (1,)
+    if len(size) != 2 or options.get("feature_group_count", 1) != 1 or set(spread) != {1}:
         return []
     pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation)
     reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
     outputs = [(inputs.shape[1 + i] + sum(pads[i]) - reach[i]) // strides[i] + 1 for i in (0, 1)]
     if min(min(pair) for pair in pads) < 0 or min(outputs) < 1:
         return []
-    cuts = [Cut(1 + i, size[i], pads[i], dilation[i], strides[i], outputs[i]) for i in (0, 1)]
-    return [] if all(cut.idle for cut in cuts) and product_as_convolution(inputs, kernel) else cuts
+    taps = [Taps(1 + i, size[i], pads[i], dilation[i], strides[i], outputs[i]) for i in (0, 1)]
+    product = all(one.idle for one in taps)
+    return [] if product and product_as_convolution(inputs, kernel) else taps
 
 
 def padding_as_numbers(
@@ -69,13 +85,17 @@ def padding_as_numbers(
     strides: Any,
     dilation: Any,
     input_dilation: Any = None,
-) -> tuple[tuple[int, int], ...]:
+) -> Pads:
     """(before, after) for each spatial axis, of a padding that may be "SAME" or "VALID".
 
     Args:
         padding: a name or pairs.
         extent, size: of the inputs and of the kernel along each spatial axis.
         strides, dilation, input_dilation: one entry for each spatial axis; 1 without the last.
+
+    Example:
+        >>> padding_as_numbers("SAME", extent=(8, 8), size=(3, 2), strides=(1, 1), dilation=(1, 1))
+        ((1, 1), (0, 1))
     """
     if not isinstance(padding, str):
         return tuple((before, after) for before, after in padding)
@@ -83,6 +103,34 @@ def padding_as_numbers(
     pairs = ((extent, spread), (size, dilation))
     whole, reach = ([(n - 1) * d + 1 for n, d in zip(*pair, strict=True)] for pair in pairs)
     return tuple(jax.lax.padtype_to_pads(whole, reach, strides, padding))
+
+
+def factor_options(first: str, options: Mapping[str, Sequence]) -> tuple[dict, dict]:
+    """The options of the convolutions of the first and of the second factor.
+
+    Each factor has the entries of its own axes. Along the others it has stride 1, dilation 1 and no
+    padding.
+
+    Args:
+        first: the axis of the first factor, "vertical" (axis 0) or "horizontal" (the others).
+        options: some of ``strides``, ``padding``, ``dilation``, ``input_dilation``, each with one
+            entry for each spatial axis.
+
+    Example:
+        >>> factor_options("vertical", {"strides": (2, 3), "padding": ((1, 1), (0, 2))})[1]
+        {'strides': (1, 3), 'padding': ((0, 0), (0, 2))}
+    """
+    vertical = _along(options, vertical=True)
+    horizontal = _along(options, vertical=False)
+    return (vertical, horizontal) if first == "vertical" else (horizontal, vertical)
+
+
+def _along(options: Mapping[str, Sequence], vertical: bool) -> dict[str, tuple]:
+    def own(name: str, values: Sequence) -> tuple:
+        nothing = (0, 0) if name == "padding" else 1
+        return tuple(x if (axis == 0) == vertical else nothing for axis, x in enumerate(values))
+
+    return {name: own(name, values) for name, values in options.items()}
 
 
 def product_as_convolution(x: jax.Array, weights: jax.Array) -> bool:

@@ -1,9 +1,7 @@
-"""Times of layers on this device, measured once: the fastest program of each, and tables for the
-planner."""
+"""Times of layers on this device, measured once: the fastest algorithms, a table for plans."""
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,41 +11,44 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.factorization.separable import FACTORS, Separable, max_rank
-from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.tuning.algorithms import MERGED, PLAIN, Layer, factors, programs
+from lowrank_jax.tuning.algorithms import (
+    MERGED,
+    PAIRS,
+    PLAIN,
+    Layer,
+    algorithms_of,
+    factor_shapes,
+)
+from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.experimental.pools import POOLS, Pool
 from lowrank_jax.tuning.steps import STEPS
-from lowrank_jax.tuning.timing import race
+from lowrank_jax.tuning.timer_file import DENSE, Times, add_times, key_of, read_times
+from lowrank_jax.tuning.timing import Program, measure, reason
 
-DENSE = "dense"
-LEAST, MOST = (
-    0.01,
-    2.0,
-)  # seconds: shorter turns are mostly noise, longer comparisons are not worth it
-MARGIN = 1.1  # by which a program with "winograd" has to be faster: see `Timer.fastest`
-POINTS = (
-    0.125,
-    0.25,
-    0.375,
-    0.5,
-    0.75,
-)  # of the rank at which the factors have as many weights as the kernel
+LEAST, MOST = 0.01, 2.0  # seconds: shorter turns are mostly noise, longer measurements too dear
+MARGIN = 1.1  # by which an algorithm with "winograd" has to be faster: see `Timer.fastest`
+# Of the rank at which the factors have as many weights as the kernel.
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 
 
 class Timer:
     """Measures layers on the default device and remembers what it found.
 
-    All programs of a layer run in turn, so that a change of the machine's speed meets them alike.
-    Inputs and weights
-    are made up: on the shapes alone depends how long they take.
+    All algorithms of a layer run in turn, so that a change of the machine's speed meets them alike.
+    Inputs and weights are made up, because the time depends on the shapes alone. An algorithm that
+    does not compile or run is left out.
 
     Args:
-        options: compiler options, as of ``jax.jit``; one of
-            `lowrank_jax.compiling.candidate_options`.
-        rounds: runs of each program that is close to the fastest; their median is taken.
-        path: JSON file to start from and to keep up to date; measured times of other devices in it
-            stay.
+        options: compiler options, as of ``jax.jit``; one of `candidate_options`.
+        rounds: runs of each algorithm that is near the fastest; their median is taken.
+        path: JSON file to start from and to keep up to date. Times belong to a device, processor,
+            number of cores and release of JAX, and those of others stay. Processes may share the
+            file.
+
+    Attributes:
+        times: seconds by layer and algorithm.
+        failed: algorithms that did not compile or run, to the reason.
 
     Raises:
         ValueError: the file holds something else.
@@ -68,137 +69,154 @@ class Timer:
     ) -> None:
         self.options, self.rounds = dict(options or {}), rounds
         self.path = None if path is None else Path(path)
-        self.times: dict[str, dict[str, float]] = (
-            _read(self.path) if self.path and self.path.exists() else {}
-        )
+        self.times: Times = read_times(self.path) if self.path else {}
+        self.failed: dict[str, str] = {}
 
     def fastest(self, layer: Layer, scheme: Separable | None) -> str:
-        """Name of the fastest program of a layer; for `lowrank(apply, programs=timer.fastest)`.
+        """Name of the fastest algorithm of a layer; for `with_algorithms(apply, timer.fastest)`.
 
-        One with "winograd", which has many small operations, has to be faster than the others by a
-            margin: within a
-        network, beside other layers, these cost more than alone.
+        "winograd" has many small operations. Within a network, beside other layers, these cost more
+        than alone, so that an algorithm with it has to be faster than the others by a margin.
         """
-        names = programs(layer, None if scheme is None else scheme.rank)
+        names = algorithms_of(layer, None if scheme is None else scheme.rank)
         if len(names) == 1:
             return names[0]
-        times = {
-            name: seconds for name, seconds in self.measure(layer, scheme).items() if name != DENSE
-        }
+        found = self.measure(layer, scheme)
+        times = {name: seconds for name, seconds in found.items() if name != DENSE}
         best, other = _least(times), _least(times, without="winograd")
         return best if times[best] * MARGIN < times[other] else other
 
     def measure(
         self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()
     ) -> Mapping[str, float]:
-        """Seconds of a layer by the name of the program, with those of the fastest dense one under
-        "dense".
+        """Seconds of a layer by algorithm, with those of the fastest dense one under "dense".
 
         Args:
             layer: the dense layer.
-            scheme: its decomposition; without one, the programs of the dense layer are measured.
-            names: the programs; without them all but those of two steps, and of these two
-                convolutions and the pairs of the steps that are fastest alone, with and without
-                "winograd"; a merged kernel as the dense one is fastest.
+            scheme: its decomposition. Without one, the algorithms of the dense layer are measured.
+            names: the algorithms. Without them all are measured, but of pairs only two convolutions
+                and the pairs of the steps that are fastest alone, with and without "winograd", and
+                of merged kernels only the algorithm that is fastest for the dense one.
         """
-        return self._known(self._key(layer, scheme, names), lambda: self._run(layer, scheme, names))
+        how = (scheme.rank, scheme.first) if scheme else (None, None)
+        key = self._key(dataclasses.astuple(layer), *how, *names)
+        if scheme is None:
+            return self._known(key, lambda: self._dense(layer))
+        return self._known(key, lambda: self._factored(layer, scheme, names))
 
     def fastest_pool(self, pool: Pool) -> str:
-        """Name of the fastest program of a pooling, for `lowrank_jax.pools.pooled`."""
+        """Name of the fastest algorithm of a pooling, for `pooled`."""
 
         def run() -> dict[str, float]:
             x = jnp.full(pool.inputs, 0.5, pool.dtype)
-            return self._time({name: (functools.partial(pool.run, name), x) for name in POOLS})
+            runs = {name: (functools.partial(pool.run, name), x) for name in POOLS}
+            return self._time(runs, [POOLS[0]])
 
-        return _least(self._known(self._line(dataclasses.astuple(pool)), run))
+        return _least(self._known(self._key(dataclasses.astuple(pool)), run))
+
+    def _key(self, *what: Any) -> str:
+        return key_of(Device.here(), self.options, *what)
 
     def _known(self, key: str, run: Callable[[], dict[str, float]]) -> Mapping[str, float]:
         if key not in self.times:
-            with (
-                jax.ensure_compile_time_eval()
-            ):  # works while a program that asks for it is being traced, too
+            with jax.ensure_compile_time_eval():  # while a program is traced, too
                 self.times[key] = run()
             if self.path:
-                _write(self.path, self.times)
+                self.times |= add_times(self.path, {key: self.times[key]})
         return self.times[key]
 
-    def _key(self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()) -> str:
-        how = (scheme.rank, scheme.first) if scheme else (None, None)
-        return self._line(dataclasses.astuple(layer), *how, *names)
+    def _dense(self, layer: Layer) -> dict[str, float]:
+        names = algorithms_of(layer, None)
+        times = self._time({name: _dense_run(layer, name) for name in names}, names[:1])
+        return times | {DENSE: min(times.values())}
 
-    def _line(self, *what: Any) -> str:
-        return json.dumps(
-            [jax.devices()[0].device_kind, jax.__version__, sorted(self.options.items()), *what]
-        )
+    def _factored(self, layer: Layer, scheme: Separable, names: Sequence[str]) -> dict[str, float]:
+        shapes = factor_shapes(layer, scheme.rank, scheme.first)
+        arrays = [jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, *shapes)]
+        dense = self.fastest(layer, None)
+        names = names or self._worth(layer, scheme, arrays, dense)
+        runs = {name: (_factored_run(layer, scheme, name), *arrays) for name in names}
+        times = self._time(runs | {DENSE: _dense_run(layer, dense)}, [names[0], DENSE])
+        return {name: times[name] for name in (*names, DENSE) if name in times}
 
-    def _run(
-        self, layer: Layer, scheme: Separable | None, names: Sequence[str]
-    ) -> dict[str, float]:
-        x, kernel = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, layer.kernel))
-        whole = programs(layer, None) if scheme is None else [self.fastest(layer, None)]
-        dense = {
-            name: (functools.partial(layer.convolve, step=STEPS[name]), x, kernel) for name in whole
-        }
-        if scheme is None:
-            times = self._time(dense)
-            return times | {DENSE: min(times.values())}
-        shapes = factors(layer, scheme.rank, scheme.first)
-        one, two = (jnp.full(shape, 0.5, layer.dtype) for shape in shapes)
-        if not names and len(names := programs(layer, scheme.rank)) > 2:
-            best = self._best_steps(layer, scheme, x, one, two)
-            others = [
-                name for name in names[len(STEPS) ** 2 :] if MERGED.get(name, whole[0]) == whole[0]
-            ]
-            names = list(dict.fromkeys([PLAIN, *best, *others]))
-
-        def pair(name: str) -> Any:
-            return lambda x, one, two: layer.run(name, scheme.first, x, one, two)
-
-        times = self._time({name: (pair(name), x, one, two) for name in names} | dense)
-        return {name: times[name] for name in names} | {DENSE: times[whole[0]]}
-
-    def _best_steps(
-        self, layer: Layer, scheme: Separable, x: jax.Array, one: jax.Array, two: jax.Array
+    def _worth(
+        self, layer: Layer, scheme: Separable, arrays: Sequence[jax.Array], dense: str
     ) -> list[str]:
+        """The algorithms worth measuring for a whole separable layer."""
+        names = algorithms_of(layer, scheme.rank)
+        if len(names) == 2:
+            return names
+        whole = [name for name in names if name not in PAIRS]
+        whole = [name for name in whole if MERGED.get(name, dense) == dense]
+        return list(dict.fromkeys([PLAIN, *self._best_pairs(layer, scheme, *arrays), *whole]))
+
+    def _best_pairs(
+        self, layer: Layer, scheme: Separable, x: jax.Array, first: jax.Array, second: jax.Array
+    ) -> list[str]:
+        """The steps that are fastest alone, joined, with and without "winograd"."""
         halves = layer.halves(scheme.first)
-        between = jax.eval_shape(halves[0], x, one)
+        between = jax.eval_shape(halves[0], x, first)
         inputs = (x, jnp.full(between.shape, 0.5, between.dtype))
         best, others = [], []
-        for half, given, kernel in zip(halves, inputs, (one, two), strict=True):
-            runs = {
-                name: (lambda a, b, h=half, s=step: h(a, b, s), given, kernel)
-                for name, step in STEPS.items()
-            }
-            times = self._time(runs)
+        for half, given, kernel in zip(halves, inputs, (first, second), strict=True):
+            runs = {name: (functools.partial(half, step=name), given, kernel) for name in STEPS}
+            times = self._time(runs, [next(iter(STEPS))])
             best.append(_least(times))
             others.append(_least(times, without="winograd"))
         return ["+".join(best), "+".join(others)]
 
-    def _time(self, runs: Mapping[str, tuple]) -> dict[str, float]:
-        """Seconds of functions with their arguments; those that are the same program run once."""
-        lowered = {
-            name: jax.jit(fn, compiler_options=self.options).lower(*args)
-            for name, (fn, *args) in runs.items()
+    def _time(self, runs: Mapping[str, tuple], needed: Sequence[str]) -> dict[str, float]:
+        """Seconds of functions with their arguments; those that are the same program run once.
+
+        Args:
+            runs: name to (function, *arrays).
+            needed: names whose errors are raised. Other functions that fail are left out.
+        """
+        texts, programs, errors = dict[str, str](), dict[str, Program](), dict[str, Exception]()
+        for name, (fn, *args) in runs.items():
+            try:
+                lowered = jax.jit(fn, compiler_options=self.options).lower(*args)
+                texts[name] = lowered.as_text()
+                if texts[name] not in programs:
+                    programs[texts[name]] = _bound(lowered.compile(), args)
+            except Exception as error:  # of any type, as XLA and the function raise it
+                errors[name] = error
+        late: dict[str, Exception] = {}
+        times = measure(programs, self.rounds, LEAST, MOST, late)
+        errors |= {name: late[text] for name, text in texts.items() if text in late}
+        for name in needed:
+            if name in errors:
+                raise errors[name]
+        self.failed |= {
+            _described(name, runs, self.options): reason(errors[name]) for name in errors
         }
-        seen: dict[str, str] = {}
-        same = {name: seen.setdefault(program.as_text(), name) for name, program in lowered.items()}
+        return {name: times[text] for name, text in texts.items() if text in times}
 
-        def bind(name: str) -> Callable:
-            compiled, args = lowered[name].compile(), runs[name][1:]
-            return lambda: jax.block_until_ready(compiled(*args))
 
-        times = race({name: bind(name) for name in seen.values()}, self.rounds, LEAST, MOST)
-        return {name: times[first] for name, first in same.items()}
+def _described(name: str, runs: Mapping[str, tuple], options: Mapping[str, Any]) -> str:
+    return f"{name} of arrays {[x.shape for x in runs[name][1:]]} with {dict(options)}"
+
+
+def _bound(compiled: Any, args: Sequence[jax.Array]) -> Program:
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _dense_run(layer: Layer, name: str) -> tuple:
+    x, kernel = (jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, layer.kernel))
+    return functools.partial(layer.convolve, step=name), x, kernel
+
+
+def _factored_run(layer: Layer, scheme: Separable, name: str) -> Callable:
+    return functools.partial(layer.run, name, scheme.first)
 
 
 def layer_seconds(
     trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1
 ) -> dict[str, dict[Separable | None, float]]:
-    """Times of every layer dense and at a few ranks in both orders: the table for
-    `lowrank_jax.ranks.latency`.
+    """Times of every layer, dense and at a few ranks in both orders: the table for a latency plan.
 
-    The time of a layer at a rank is that of its fastest program; kernels that run several times
-    count each time.
+    The time of a layer at a rank is the time of its fastest algorithm. A kernel that runs more than
+    once counts each time.
 
     Args:
         trace: `lowrank_jax.trace` of the forward pass, at the batch size that is to be fast.
@@ -218,8 +236,7 @@ def layer_seconds(
 
 
 def _row(layer: Layer, timer: Timer, schemes: list[Separable]) -> dict[Separable | None, float]:
-    """Times of one layer, dense and by schemes; which program suits an order is found out at its
-    middle rank."""
+    """Times of one layer, dense and by schemes; the middle rank of an order tells the algorithm."""
     row: dict[Separable | None, float] = {}
     for first in dict.fromkeys(scheme.first for scheme in schemes):
         own = [scheme for scheme in schemes if scheme.first == first]
@@ -232,40 +249,19 @@ def _row(layer: Layer, timer: Timer, schemes: list[Separable]) -> dict[Separable
 
 
 def _grid(use: KernelUse, multiple: int) -> list[Separable]:
-    size = max(
-        s
-        for letter, s in zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True)
-        if letter not in "IO"
-    )
+    """Schemes of a few ranks, in each order that differs."""
+    sizes = zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True)
+    size = max(size for letter, size in sizes if letter not in "IO")
     found = []
     for first in FACTORS if size > 1 else ["vertical"]:
         even = use.parameters // use.parameters_at(use.scheme(1, first))
         limit = min(even, max_rank(use.kernel_shape, use.groups, use.axes, first))
-        ranks = {multiple * round(share * even / multiple) for share in POINTS}
+        ranks = {multiple * round(share * even / multiple) for share in SHARES}
         found += [use.scheme(rank, first) for rank in sorted(ranks) if 1 <= rank <= limit]
     return found
 
 
 def _least(times: Mapping[str, float], without: str | None = None) -> str:
     """Name of the least of some times, of those that do not have a word in their name."""
-    return min(
-        (name for name in times if without is None or without not in name),
-        key=lambda name: times[name],
-    )
-
-
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    try:
-        found = json.loads(path.read_text())
-        return {
-            str(key): {str(k): float(v) for k, v in times.items()} for key, times in found.items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no measured times: {error}. Remove it, or name another file."
-        ) from error
-
-
-def _write(path: Path, times: Mapping[str, Mapping[str, float]]) -> None:
-    with whole_file(path) as part:
-        part.write_text(json.dumps(times, indent=0) + "\n")
+    names = [name for name in times if without is None or without not in name]
+    return min(names, key=lambda name: times[name])

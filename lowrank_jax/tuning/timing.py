@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lowrank_jax.program.compiler import candidate_options
-from lowrank_jax.tuning.agreement import right, rounding
+from lowrank_jax.tuning.agreement import agreeing, rounding
 
-LAPPED = 3.0  # times the fastest: slower programs run once
-LONG = 1.0  # seconds: a run that takes so long needs none before it that is not counted
-CLOSE = 1.3  # times the fastest: within it noise or another program beside it could make a program first
+BEATEN = 3.0  # times the fastest: slower programs run once
+NEAR = 1.3  # times the fastest: noise, or another program beside it, could hide the fastest here
+LONG = 1.0  # seconds: a run that takes so long needs no run before it that is not counted
 Program = Callable[[], Any]
 
 
@@ -37,8 +37,7 @@ class Throughput:
         return _quartiles([self.items / value for value in self.seconds[name]])
 
     def ratio(self, name: str, base: str) -> tuple[float, float, float]:
-        """How many times faster a program is than the base, round by round: quartiles as in
-        `rate`."""
+        """How many times faster a program is than the base, round by round: the quartiles."""
         pairs = zip(self.seconds[base], self.seconds[name], strict=True)
         return _quartiles([slow / fast for slow, fast in pairs])
 
@@ -49,34 +48,43 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def compile_fastest(fn: Callable, *args: Any) -> Program:
-    """Compiles a function ahead of time under each of `candidate_options` and keeps the fastest
-    program.
+    """Compiles a function under each of `candidate_options` and keeps the fastest program.
 
-    A program whose outputs are not those of most programs, to rounding, is left out.
+    A program that does not compile or run is left out, and so is one whose outputs are not those of
+    most programs, to rounding.
 
     Args:
         fn: function of arrays.
-        *args: its arguments; they stay on the device and are used at every run.
+        *args: its arguments. They stay on the device, and every run takes them.
 
     Returns:
         A program without arguments that runs to completion.
+
+    Raises:
+        Exception: no program compiles and runs; the error of the first one.
     """
     args = jax.device_put(args)
+    programs: dict[str, Program] = {}
+    outputs, errors = dict[str, Any](), list[Exception]()
+    for index, options in enumerate(candidate_options()):
+        try:
+            program = _compiled(fn, args, options)
+            outputs[str(index)] = program()
+            programs[str(index)] = program
+        except Exception as error:  # of any type, as XLA and the function raise it
+            errors.append(error)
+    if not programs:
+        raise errors[0]
+    names = agreeing(outputs, rounding(jax.make_jaxpr(fn)(*args)))
+    if len(names) == 1:
+        return programs[names[0]]
+    times = throughput({name: programs[name] for name in names}, items=1, rounds=3)
+    return programs[max(names, key=lambda name: times.rate(name)[1])]
 
-    def bind(options):
-        compiled = jax.jit(fn, compiler_options=options).lower(*args).compile()
-        return lambda: jax.block_until_ready(compiled(*args))
 
-    programs = {str(index): bind(options) for index, options in enumerate(candidate_options())}
-    if len(programs) > 1:
-        outputs = {key: program() for key, program in programs.items()}
-        programs = {
-            key: programs[key] for key in right(outputs, rounding(jax.make_jaxpr(fn)(*args)))
-        }
-    if len(programs) == 1:
-        return next(iter(programs.values()))
-    times = throughput(programs, items=1, rounds=3)
-    return programs[max(programs, key=lambda key: times.rate(key)[1])]
+def _compiled(fn: Callable, args: Any, options: Mapping[str, Any]) -> Program:
+    compiled = jax.jit(fn, compiler_options=dict(options)).lower(*args).compile()
+    return lambda: jax.block_until_ready(compiled(*args))
 
 
 def throughput(
@@ -94,8 +102,11 @@ def throughput(
         items: how many items one run handles.
         rounds: counted runs of each program, at least 2.
         warmup: runs of each before, not counted.
-        least: seconds of a turn; a program that is done sooner runs several times, and its mean
-            counts.
+        least: seconds of a turn. A program that takes less runs more than once in a turn, and the
+            mean counts.
+
+    Raises:
+        ValueError: there is no program, or a number is too small.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,64 +117,84 @@ def throughput(
     """
     if not programs or rounds < 2 or items < 1:
         raise ValueError(
-            f"throughput needs a program, items >= 1 and rounds >= 2; got {items=}, {rounds=}, {list(programs)}."
+            f"throughput needs a program, items >= 1 and rounds >= 2; "
+            f"got {items=}, {rounds=}, {list(programs)}."
         )
-    seconds: dict[str, list[float]] = {key: [] for key in programs}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     repeats = dict.fromkeys(programs, 1)
     for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=None):
-        names = list(programs)
-        for key in np.roll(names, turn):
-            elapsed = _mean(programs[str(key)], repeats[str(key)])
+        for name in map(str, np.roll(list(programs), turn)):
+            elapsed = _mean(programs[name], repeats[name])
             if turn >= warmup:
-                seconds[str(key)].append(elapsed)
+                seconds[name].append(elapsed)
             elif least > elapsed:
-                repeats[str(key)] = math.ceil(least / elapsed)
+                repeats[name] = math.ceil(least / elapsed)
     return Throughput(items, seconds)
 
 
-def race(
-    programs: Mapping[str, Program], rounds: int, least: float = 0.0, seconds: float = math.inf
+def measure(
+    programs: Mapping[str, Program],
+    rounds: int,
+    least: float = 0.0,
+    seconds: float = math.inf,
+    errors: dict[str, Exception] | None = None,
 ) -> dict[str, float]:
-    """Seconds of each program; only those that can be the fastest run often.
+    """Seconds of each program. Only those that can be the fastest run often.
 
-    After one run each, those up to `LAPPED` times the fastest run twice more, in turn, unless one
-    run of each of them takes longer than the last runs may; and of these those up to `CLOSE` times
-    the fastest as often as is asked. Medians of the last runs of each. A first run of a second or
-    more counts, of a shorter one the next.
+    After one run each, those up to `BEATEN` times the fastest run twice more, in turn. Of these,
+    those up to `NEAR` times the fastest run as often as is asked. The median of a program's last
+    runs counts. A first run of a second or more counts, of a shorter one the next.
 
     Args:
         programs: as in `throughput`.
         rounds: last runs of each program, at least 2.
         least: seconds of a turn, as in `throughput`.
-        seconds: that the last runs may take together; there are fewer of them, but 2, where they
-            are long.
+        seconds: that the last runs may take together. Long programs have fewer rounds, but 2; and
+            none where no time is left at all.
+        errors: takes the errors of programs whose first run fails, which are then left out. Without
+            it they are raised.
 
     Example:
-        >>> times = race({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}, rounds=2)
-        >>> times["short"] < times["long"]
-        True
+        >>> programs = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.01)}
+        >>> sorted(measure(programs, rounds=2))
+        ['long', 'short']
     """
-    times = {name: _once(program, least) for name, program in programs.items()}
-    for margin, most in ((LAPPED, 2), (CLOSE, rounds)):
-        near = {
-            name: call
-            for name, call in programs.items()
-            if times[name] <= margin * min(times.values())
-        }
-        fitting = seconds / sum(times[name] for name in near)
-        if margin == LAPPED and fitting < 1:
+    times = _first_times(programs, least, errors)
+    for margin, most in ((BEATEN, 2), (NEAR, rounds)):
+        near = [name for name in times if times[name] <= margin * min(times.values())]
+        fitting = seconds / sum(times[name] for name in near) if near else 0
+        if fitting <= 0 or (margin == BEATEN and fitting < 1):
             continue
+        short = any(times[name] < least for name in near)  # their repeats have to be found
         count = max(2, int(min(most, fitting)))
-        short = any(
-            times[name] < least for name in near
-        )  # the round that is not counted finds how often these run
-        found = throughput(near, items=1, rounds=count, warmup=int(short), least=least).seconds
+        chosen = {name: programs[name] for name in near}
+        found = throughput(chosen, items=1, rounds=count, warmup=int(short), least=least).seconds
         times |= {name: statistics.median(values) for name, values in found.items()}
     return times
 
 
+def _first_times(
+    programs: Mapping[str, Program], least: float, errors: dict[str, Exception] | None
+) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for name, program in programs.items():
+        try:
+            times[name] = _once(program, least)
+        except Exception as error:  # of any type, as XLA and the function raise it
+            if errors is None:
+                raise
+            errors[name] = error
+    return times
+
+
+def reason(error: Exception) -> str:
+    """An error in one line, not longer than a few lines of the screen."""
+    return f"{type(error).__name__}: {error}"[:300].replace("\n", " ")
+
+
 def _once(program: Program, least: float) -> float:
-    if (first := _mean(program, 1)) >= LONG:
+    first = _mean(program, 1)
+    if first >= LONG:
         return first
     elapsed = _mean(program, 1)
     return elapsed if elapsed >= least else _mean(program, math.ceil(least / elapsed))

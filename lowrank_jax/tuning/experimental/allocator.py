@@ -1,5 +1,4 @@
-"""Freed memory that the process keeps, so that the arrays of the next run of a network do not wait
-for new pages."""
+"""Freed memory that the process keeps: the arrays of the next run do not wait for new pages."""
 
 import ctypes
 
@@ -16,11 +15,10 @@ def keep_memory() -> bool:
 
     The GNU allocator maps arrays of more than 32 MiB anew each time, those of threads above 64 MiB
     in any case, and gives free memory at the end of its heap back. A network on the CPU whose
-    arrays meet either pays for fresh, zeroed pages in every run, and whether smaller ones do
-    depends on what else the process holds. Call this once, before JAX
-    computes anything: then nothing is mapped, nothing given back, and threads share one heap. The
-        process may grow to
-    three times the memory that it held without.
+    arrays meet either pays for fresh, zeroed pages in every run. Whether smaller arrays do depends
+    on what else the process holds. Call this once, before JAX computes anything: then nothing is
+    mapped, nothing given back, and threads share one heap. The process may grow to three times the
+    memory that it held without.
 
     Returns:
         Whether the C library has these settings and took them. It is False, and nothing has

@@ -1,13 +1,12 @@
 """A separable convolution in one GPU kernel, which keeps the channels between the two convolutions
 on the chip.
 
-Two convolutions write the rank-K intermediate to memory and read it again, and at a small rank that
+Two convolutions write the rank-K intermediate to memory and read it again. At a small rank that
 traffic, not the arithmetic, is most of the layer's time. Here a program holds a column of output
-lines, walks along the second factor's axis, and keeps the last taps of the intermediate in
-registers: a sliding window, so that nothing is shifted and, but for the first positions of a strip,
-    nothing is computed twice. Written in Pallas for its Triton backend, which
-runs on GPUs from Ampere on and which JAX 0.11 deprecates with a warning. Elsewhere Pallas
-interprets it, for tests.
+lines, moves along the second factor's axis, and keeps the last taps of the intermediate in
+registers. This sliding window shifts nothing, and computes nothing twice but the first positions of
+a strip. Written in Pallas for its Triton backend, which runs on GPUs from Ampere on and which JAX
+0.11 deprecates with a warning. Elsewhere Pallas interprets it, for tests.
 """
 
 import dataclasses
@@ -52,16 +51,17 @@ def separable_conv(
 ) -> jax.Array:
     """Computes what `two_convolutions` does, to rounding, in one kernel.
 
-    Sums are float32. The intermediate is rounded to the arrays' type, as that of two convolutions
-    is, so that half precision stays on the tensor cores. Differentiable in reverse mode, by the
-    gradients of the two convolutions.
+    Sums are float32. The intermediate is rounded to the arrays' type, as in two convolutions, so
+    that half precision stays on the tensor cores. Differentiable in reverse mode, by the gradients
+    of the two convolutions.
 
     Args:
         x: images (N, H, W, C), float32, bfloat16 or float16, and after promotion so are the others.
         first: kernel (h, 1, C, K), or (1, w, C, K) where the horizontal convolution is first.
         second: kernel (1, w, K, n), or (h, 1, K, n).
         bias: (n,), or None.
-        strides, padding: (vertical, horizontal) and ((top, bottom), (left, right)).
+        strides: (vertical, horizontal).
+        padding: (before, after) for the vertical and for the horizontal axis.
         first_axis: "vertical" or "horizontal", the axis of ``first``.
         groups, dilation: 1, or refused.
         precision: HIGHEST computes float32 in float32, None in TensorFloat-32 on a GPU's tensor
@@ -79,9 +79,9 @@ def separable_conv(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from lowrank_jax import Separable
-        >>> vertical, horizontal = Separable(2).factor(jax.random.normal(jax.random.key(0), (3, 3, 4, 8)))
-        >>> separable_conv(jnp.ones((1, 6, 6, 4)), vertical, horizontal, padding=((1, 1), (1, 1))).shape
+        >>> x, pads = jnp.ones((1, 6, 6, 4)), ((1, 1), (1, 1))
+        >>> vertical, horizontal = jnp.ones((3, 1, 4, 2)), jnp.ones((1, 3, 2, 8))
+        >>> separable_conv(x, vertical, horizontal, padding=pads).shape
         (1, 6, 6, 8)
     """
     for name, value in (("groups", groups), ("dilation", dilation)):
@@ -92,11 +92,13 @@ def separable_conv(
     arrays = promoted(x, first, second, bias)
     if arrays[0].dtype.name not in DTYPES:
         raise ValueError(
-            f"dtype {arrays[0].dtype} is not allowed; give one of {DTYPES}, or call two_convolutions."
+            f"dtype {arrays[0].dtype} is not allowed; give one of {DTYPES}, or call "
+            "two_convolutions."
         )
     if bias is not None and bias.shape != second.shape[-1:]:
         raise ValueError(
-            f"bias of shape {bias.shape} is not allowed; give {second.shape[-1:]}, the output channels."
+            f"bias of shape {bias.shape} is not allowed; give {second.shape[-1:]}, the output "
+            "channels."
         )
     layer = sizes_of(x.shape, first.shape, second.shape, strides, padding, first_axis)
     if 0 in (*x.shape, *first.shape, *second.shape, *layer.result):
@@ -111,8 +113,7 @@ def separable_conv(
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a program of the kernel computes: ``positions`` along the second factor's axis of a
-    number of lines.
+    """What a program of the kernel computes: positions along the second factor's axis of lines.
 
     Attributes:
         lines: of the output, over all images: the height of every product.
@@ -145,22 +146,16 @@ def _block(size: int) -> int:
 
 
 def _tile(layer: Sizes, itemsize: int) -> Tile:
-    """A tile whose sums and window fit in registers, in strips short enough for a few programs a
-    processor."""
+    """A tile whose sums and window fit in registers, in strips for a few programs a processor."""
     inputs, rank, outputs = layer.channels
     width = min(64, _block(outputs))
-    line = (
-        _block(rank) * (layer.taps[1] * itemsize + 4) + width * 4
-    )  # bytes; for sm_90, 64 lines of 1024 spill
-    lines = next((size for size in (64, 32) if size * line <= 3 * 2**14), 16)
-    strips = min(
-        pl.cdiv(512, pl.cdiv(layer.images * layer.result[0], lines)),
-        pl.cdiv(layer.result[1], layer.taps[1]),
-    )
-    pairs = next(
-        (size for size in (64, 32, 16) if inputs % size == 0),
-        min(32, _block(layer.taps[0] * inputs)),
-    )
+    line = _block(rank) * (layer.taps[1] * itemsize + 4) + width * 4  # bytes
+    fitting = (size for size in (64, 32) if size * line <= 3 * 2**14)  # for sm_90, 64 of 1024 spill
+    lines = next(fitting, 16)
+    blocks = pl.cdiv(layer.images * layer.result[0], lines)
+    strips = min(pl.cdiv(512, blocks), pl.cdiv(layer.result[1], layer.taps[1]))
+    dividing = (size for size in (64, 32, 16) if inputs % size == 0)
+    pairs = next(dividing, min(32, _block(layer.taps[0] * inputs)))
     return Tile(lines, pl.cdiv(layer.result[1], strips), pairs, width)
 
 
@@ -221,21 +216,17 @@ def _program(
 
 
 def _between(layer: Sizes, dot: Callable, x_ref, first_ref, width: int, line, b):
-    """The intermediate (lines, K) at position b, zero outside of the image as the padding of the
-    second factor is."""
+    """The intermediate (lines, K) at position b; outside of the image zero, as padding is."""
     image, a_result = _divide(line, layer.result[0])
     inside = (line < layer.images * layer.result[0]) & (b >= 0) & (b < layer.shape[1])
     channels, columns = layer.channels[0], lax.iota(jnp.int32, width)[None, :]
 
     def step(i, total):
-        # Where blocks divide the channels the tap is a scalar, and Triton sees that the loads are
-        # contiguous.
-        begin, rest = (
-            (jnp.int32(i) * width, columns)
-            if channels % width == 0
-            else (jnp.int32(i) * width + columns, 0)
-        )
-        tap, channel = _divide(begin, channels)
+        # Where blocks divide the channels, the tap is a scalar. Triton then knows that the loads
+        # are contiguous.
+        begin, whole = jnp.int32(i) * width, channels % width == 0
+        tap, channel = _divide(begin if whole else begin + columns, channels)
+        rest = columns if whole else 0
         a = a_result * layer.strides[0] - layer.padding[0][0] + tap
         mask = inside & (a >= 0) & (a < layer.shape[0]) & (tap < layer.taps[0])
         patch = triton.load(
@@ -269,7 +260,6 @@ def _emit(
 
 
 def _divide(value, divisor: int):
-    """Quotient and remainder of numbers that are not negative, without the corrections that
-    `divmod` makes for them."""
+    """Quotient and remainder of numbers that are not negative, without `divmod`'s corrections."""
     by = lax.full_like(value, divisor)
     return lax.div(value, by), lax.rem(value, by)

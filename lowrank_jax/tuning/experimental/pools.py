@@ -1,5 +1,7 @@
-"""Poolings inside a network as maxima or sums of slices: XLA's own loop over the windows is slow on
-a CPU."""
+"""Poolings inside a network as maxima or sums of slices.
+
+XLA's own loop over the windows is slow on a CPU.
+"""
 
 import dataclasses
 import functools
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lowrank_jax.program.jaxprs import opened, programs
 from lowrank_jax.program.rewriting import Part, rewritten
@@ -48,61 +51,55 @@ class Pool:
         """The pooling of an equation; None if it is no such pooling, or one of too many slices."""
         if eqn.primitive.name not in _KINDS:
             return None
-        aval, own = eqn.invars[0].aval, eqn.params
+        own, dtype = eqn.params, eqn.invars[0].aval.dtype
         dilated = {*own["base_dilation"], *own["window_dilation"]} != {1}
         many = math.prod(own["window_dimensions"]) > MOST_PLACES
-        if (
-            dilated
-            or many
-            or not jnp.issubdtype(aval.dtype, jnp.floating)
-            or 0 in eqn.outvars[0].aval.shape
-        ):
+        empty = 0 in eqn.outvars[0].aval.shape
+        if dilated or many or empty or not jnp.issubdtype(dtype, jnp.floating):
             return None
-        window, strides = tuple(own["window_dimensions"]), tuple(own["window_strides"])
-        padding = tuple((before, after) for before, after in own["padding"])
         return cls(
-            aval.shape, window, strides, padding, _KINDS[eqn.primitive.name], aval.dtype.name
+            inputs=eqn.invars[0].aval.shape,
+            window=tuple(own["window_dimensions"]),
+            strides=tuple(own["window_strides"]),
+            padding=tuple((before, after) for before, after in own["padding"]),
+            kind=_KINDS[eqn.primitive.name],
+            dtype=dtype.name,
         )
 
-    def run(self, program: str, x: jax.Array) -> jax.Array:
-        """Runs the pooling by one of `POOLS`: XLA's loop over the windows, or one slice for each
-        place of a window.
+    def run(self, algorithm: str, x: Float[Array, "*shape"]) -> Float[Array, "*pooled"]:
+        """Runs the pooling by one of `POOLS`.
 
-        Slices are compared or summed in float32 or wider, because XLA's CPU compiler rounds after
-        every operation in half precision, which is slow as well.
+        "window" is XLA's loop over the windows. "slices" takes one slice for each place of a
+        window. Slices are compared or summed in float32 or wider, because XLA's CPU compiler rounds
+        after every operation in half precision, which is slow as well.
 
         Raises:
-            ValueError: the program is unknown.
+            ValueError: the algorithm is unknown.
         """
-        operation, start = (jax.lax.max, -jnp.inf) if self.kind == "max" else (jax.lax.add, 0.0)
-        if program == "window":
-            return jax.lax.reduce_window(
-                x, start, operation, self.window, self.strides, self.padding
-            )
-        if program != "slices":
+        if algorithm not in POOLS:
             raise ValueError(
-                f"The program {program!r} of a pooling is not known; give one of {', '.join(POOLS)}."
+                f"The algorithm {algorithm!r} of a pooling is not known; give one of "
+                f"{', '.join(POOLS)}."
             )
+        where = (self.window, self.strides, self.padding)
+        operation, start = (jax.lax.max, -jnp.inf) if self.kind == "max" else (jax.lax.add, 0.0)
+        if algorithm == "window":
+            return jax.lax.reduce_window(x, start, operation, *where)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide = jax.lax.pad(
-            wide, jnp.asarray(start, wide.dtype), [(*pair, 0) for pair in self.padding]
-        )
-        counts = [
-            (n - w) // s + 1 for n, w, s in zip(wide.shape, self.window, self.strides, strict=True)
-        ]
+        edges = [(before, after, 0) for before, after in self.padding]
+        padded = jax.lax.pad(wide, jnp.asarray(start, wide.dtype), edges)
+        return functools.reduce(operation, self._slices(padded)).astype(x.dtype)
 
-        def part(place: tuple[int, ...]) -> jax.Array:
-            stops = [
-                p + (n - 1) * s + 1 for p, n, s in zip(place, counts, self.strides, strict=True)
-            ]
-            return jax.lax.slice(wide, place, stops, self.strides)
-
-        parts = map(part, itertools.product(*map(range, self.window)))
-        return functools.reduce(operation, parts).astype(x.dtype)
+    def _slices(self, padded: jax.Array) -> Iterator[jax.Array]:
+        sizes = zip(padded.shape, self.window, self.strides, strict=True)
+        spans = [(n - w) // s * s + 1 for n, w, s in sizes]
+        for place in itertools.product(*map(range, self.window)):
+            stops = [start + span for start, span in zip(place, spans, strict=True)]
+            yield jax.lax.slice(padded, place, stops, self.strides)
 
 
 def pools(program: Any) -> Iterator[Pool]:
-    """The poolings of a program that `pooled` can run by another program."""
+    """The poolings of a program that `pooled` can run by another algorithm."""
     for eqn in opened(program).eqns:
         if pool := Pool.of(eqn):
             yield pool
@@ -111,10 +108,9 @@ def pools(program: Any) -> Iterator[Pool]:
 
 
 def pooled(fn: Callable, choose: Callable[[Pool], str]) -> Callable:
-    """A function that computes what another one does, each pooling by the program that is chosen
-    for it.
+    """A function that computes what another one does, each pooling by the algorithm chosen for it.
 
-    Those inside loops and branches stay as they are, see `rewritten`.
+    Poolings inside loops and branches stay as they are, see `rewritten`.
 
     Args:
         fn: function of trees of arrays that gives a tree of arrays.

@@ -1,5 +1,4 @@
-"""Sizes of a separable layer with two spatial axes, its two convolutions, and the least time that
-it can take."""
+"""Sizes of a separable layer with two spatial axes, its two convolutions, and its least time."""
 
 from collections.abc import Sequence
 from math import prod
@@ -11,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax.factorization.separable import FACTORS
-from lowrank_jax.modules.linen import split_options
+from lowrank_jax.tuning.slices import factor_options
 
 HIGHEST = lax.Precision.HIGHEST
 ONES, UNPADDED = (1, 1), ((0, 0), (0, 0))
@@ -50,19 +49,11 @@ def two_convolutions(
         (1, 2, 4, 8)
     """
     x, first, second, bias = promoted(x, first, second, bias)
-    options = {"strides": strides, "padding": padding, "kernel_dilation": dilation}
     check_axes(strides, padding, first_axis)
-    for kernel, own in zip(
-        (first, second), split_options((1, 1), first_axis, options), strict=True
-    ):
-        geometry = (
-            own["strides"],
-            own["padding"],
-            None,
-            own["kernel_dilation"],
-            ("NHWC", "HWIO", "NHWC"),
-            groups,
-        )
+    options = {"strides": strides, "padding": padding, "dilation": dilation}
+    names = ("NHWC", "HWIO", "NHWC")
+    for kernel, own in zip((first, second), factor_options(first_axis, options), strict=True):
+        geometry = (own["strides"], own["padding"], None, own["dilation"], names, groups)
         x = lax.conv_general_dilated(x, kernel, *geometry, precision=precision)
     return x if bias is None else x + bias
 
@@ -88,8 +79,9 @@ def roofline(
     padding: Padding = UNPADDED,
     first_axis: str = "vertical",
 ) -> tuple[Bound, Bound]:
-    """Counts the work of `separable_conv` and of `two_convolutions`, and bounds their times
-    (Williams et al., 2009).
+    """Counts the work of `separable_conv` and of `two_convolutions`, and bounds their times.
+
+    The bound is the roofline of Williams et al. (2009).
 
     Args:
         x_shape, first_shape, second_shape, strides, padding, first_axis: as in `separable_conv`.
@@ -106,7 +98,8 @@ def roofline(
         ValueError: shapes that do not fit.
 
     Example:
-        >>> roofline((1, 8, 8, 4), (1, 1, 4, 2), (1, 1, 2, 4), "float32", flops_per_s=1e6, bytes_per_s=1e6)[1]
+        >>> shapes = (1, 8, 8, 4), (1, 1, 4, 2), (1, 1, 2, 4)
+        >>> roofline(*shapes, "float32", flops_per_s=1e6, bytes_per_s=1e6)[1]
         Bound(flops=2048, bytes=3136, seconds=0.003136)
     """
     layer = sizes_of(x_shape, first_shape, second_shape, strides, padding, first_axis)
@@ -128,8 +121,10 @@ def roofline(
 
 
 class Sizes(NamedTuple):
-    """One layer's static sizes; a pair is of the axis of the first factor, a, and that of the
-    second, b."""
+    """One layer's static sizes.
+
+    A pair is of the axis of the first factor, a, and of the axis of the second, b.
+    """
 
     first_axis: str
     images: int
@@ -142,12 +137,10 @@ class Sizes(NamedTuple):
     @property
     def result(self) -> tuple[int, ...]:
         sizes = zip(self.shape, self.taps, self.strides, self.padding, strict=True)
-        return tuple(
-            max(0, (size + sum(pad) - taps) // stride + 1) for size, taps, stride, pad in sizes
-        )
+        return tuple(max(0, (n + sum(pad) - k) // stride + 1) for n, k, stride, pad in sizes)
 
     def ordered(self, pair: tuple) -> tuple:
-        """A pair as (vertical, horizontal), or the other way round."""
+        """A pair of (a, b) as (vertical, horizontal), and back."""
         return pair if self.first_axis == "vertical" else pair[::-1]
 
     def row(self, size: tuple[int, ...], image, a, b):
@@ -163,8 +156,9 @@ def sizes_of(x, first, second, strides, padding, first_axis: str) -> Sizes:
     fit = len(x) == len(first) == len(second) == 4 and first[1 - one] == second[1 - two] == 1
     if not fit or (x[3], first[3]) != (first[2], second[2]):
         raise ValueError(
-            f"kernels {first} and {second} with first_axis={first_axis!r} do not fit x of shape {x}; give (h, 1, C, K) "
-            "and (1, w, K, n), or (1, w, C, K) and (h, 1, K, n) for the horizontal one first, and x (N, H, W, C)."
+            f"kernels {first} and {second} with first_axis={first_axis!r} do not fit x of shape "
+            f"{x}; give (h, 1, C, K) and (1, w, K, n), or (1, w, C, K) and (h, 1, K, n) for the "
+            "horizontal one first, and x (N, H, W, C)."
         )
     shape, steps = ((pair[one], pair[two]) for pair in (x[1:3], strides))
     pads = ((padding[one][0], padding[one][1]), (padding[two][0], padding[two][1]))
@@ -183,7 +177,7 @@ def check_axes(strides, padding, first_axis: str) -> tuple[int, int]:
         )
     if not isinstance(padding, Sequence) or [np.shape(pair) for pair in padding] != [(2,), (2,)]:
         raise ValueError(
-            f"padding={padding!r} is not allowed; give ((top, bottom), (left, right)) in ints."
+            f"padding={padding!r} is not allowed; give (before, after) in ints for both axes."
         )
     return (0, 1) if first_axis == "vertical" else (1, 0)
 

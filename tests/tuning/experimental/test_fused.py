@@ -211,8 +211,14 @@ def test_gradients_are_those_of_two_convolutions(dtype, first_axis, count):
     chex.assert_trees_all_close(found, expected, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-5)
 
 
-@pytest.mark.parametrize("transform, axes", [(jax.jit, (0, None, None, None)), (jax.jit, (0, 0, None, 0)),
-                                             (lambda run: run, (None, None, 0, None))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("transform", "axes"),
+    [
+        (jax.jit, (0, None, None, None)),
+        (jax.jit, (0, 0, None, 0)),
+        (lambda run: run, (None, None, 0, None)),
+    ],
+)
 def test_maps_over_any_argument(transform, axes):
     arrays = [
         array if axis is None else jnp.stack([array, -array])
@@ -251,9 +257,16 @@ def test_two_convolutions_have_groups_and_dilation():
         x, first, second, groups=2, dilation=(2, 3), strides=(2, 1), padding=SAME
     )
     halves = [
-        two_convolutions(x[..., i : i + 2], first[..., j : j + 3], second[..., k : k + 4], dilation=(2, 3),
-                         strides=(2, 1), padding=SAME) for i, j, k in ((0, 0, 0), (2, 3, 4))
-    ]  # fmt: skip
+        two_convolutions(
+            x[..., i : i + 2],
+            first[..., j : j + 3],
+            second[..., k : k + 4],
+            dilation=(2, 3),
+            strides=(2, 1),
+            padding=SAME,
+        )
+        for i, j, k in ((0, 0, 0), (2, 3, 4))
+    ]
     chex.assert_trees_all_close(found, jnp.concatenate(halves, -1), atol=1e-4)
 
 

@@ -1,0 +1,177 @@
+"""What `fast` found: a compiled network that is called, saved and loaded."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.transform import lowrank
+from lowrank_jax.tuning.algorithms import Layer
+from lowrank_jax.tuning.candidate import Candidate, Configuration, Network
+from lowrank_jax.tuning.device import Device
+from lowrank_jax.tuning.experimental.pools import Pool
+from lowrank_jax.tuning.result_file import read_result, write_result
+from lowrank_jax.tuning.running import with_algorithms
+
+Elsewhere = Literal["plain", "keep", "error"]
+
+
+def network_of(apply: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Network:
+    """The network of a function of (variables, inputs, *args, **kwargs), with these arguments."""
+
+    def call(variables: Any, inputs: Any) -> Any:
+        return apply(variables, inputs, *args, **kwargs)
+
+    return lambda choose: lowrank(call) if choose is None else with_algorithms(call, choose)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fast:
+    """A network as `fast` found it fastest: a compiled function of (variables, inputs).
+
+    It takes any batch and image size, and measures nothing. Layers of a size that was not measured
+    run by their plain algorithm.
+
+    Attributes:
+        run: the function, under ``jax.jit``. ``run.__wrapped__`` is the same without, to be
+            exported or to run within other programs, where ``options`` belong to the outer one.
+        candidate: what was chosen.
+        device: on which it was measured.
+        seconds: every candidate that was measured, to the median of its time.
+        left_out: every candidate and algorithm that was not, to the reason: it failed, its outputs
+            are others, or there was no time.
+        frozen: whether the variables are part of the program.
+    """
+
+    run: Callable
+    candidate: Candidate
+    device: Device
+    seconds: Mapping[str, float]
+    left_out: Mapping[str, str]
+    frozen: bool = False
+
+    def __call__(self, variables: Any, inputs: Any) -> Any:
+        if self.frozen and variables is not None:
+            raise ValueError(
+                "The variables are part of this program: give None for them, or search without "
+                "freeze."
+            )
+        return self.run(variables, inputs)
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Compiler options."""
+        return self.candidate.configuration.options
+
+    @property
+    def size(self) -> int | None:
+        """Images that run through the network at a time; None for all of them."""
+        return self.candidate.configuration.size
+
+    @property
+    def algorithms(self) -> Mapping[tuple[Layer, Separable | None], str]:
+        """Layers, with their scheme or None if dense, to algorithms; none if all are plain."""
+        return self.candidate.choices.algorithms
+
+    @property
+    def pools(self) -> Mapping[Pool, str]:
+        """Poolings to algorithms; none if all are plain."""
+        return self.candidate.choices.pools
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what was found as JSON, without the network and its variables.
+
+        Args:
+            path: of the file, which appears whole or not at all.
+        """
+        write_result(path, vars(self))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        apply: Callable,
+        *args: Any,
+        variables: Any = None,
+        elsewhere: Elsewhere = "plain",
+        **kwargs: Any,
+    ) -> "Fast":
+        """Restores what `save` wrote, without a search.
+
+        Args:
+            path: of the file.
+            apply: the function that `fast` was given.
+            *args, **kwargs: its arguments after the inputs, as they were given to `fast`.
+            variables: those of a search with ``freeze``, which become constants again.
+            elsewhere: what happens, after a warning, if the file was measured on another device, or
+                with another release of JAX: "plain" runs the plain network, "keep" what was found
+                there. "error" raises.
+
+        Raises:
+            FileNotFoundError: there is nothing at the path.
+            ValueError: the file holds something else, was measured elsewhere, or was searched for
+                with ``freeze`` and the variables are not given.
+
+        Example:
+            >>> import tempfile, jax, jax.numpy as jnp
+            >>> from flax import linen as nn
+            >>> from lowrank_jax import fast
+            >>> model, images = nn.Sequential([nn.Conv(16, (3, 3))]), jnp.ones((4, 8, 8, 8))
+            >>> variables = model.init(jax.random.key(0), images)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     fast(model.apply, variables, images, rounds=2).save(f"{folder}/net.json")
+            ...     run = Fast.load(f"{folder}/net.json", model.apply)
+            >>> run(variables, images).shape
+            (4, 8, 8, 16)
+        """
+        return restored(path, network_of(apply, args, kwargs), variables, elsewhere)
+
+
+def restored(
+    path: str | os.PathLike, network: Network, variables: Any = None, elsewhere: Elsewhere = "plain"
+) -> Fast:
+    """What `Fast.load` does, for any network.
+
+    Args:
+        path: of the file.
+        network: as in `search`.
+        variables: of a frozen network; None if the function takes them.
+        elsewhere: as in `Fast.load`.
+    """
+    if elsewhere not in ("plain", "keep", "error"):
+        raise ValueError(f"{elsewhere=} is not allowed; give 'plain', 'keep' or 'error'.")
+    facts = read_result(path)
+    if facts["frozen"] and variables is None:
+        raise ValueError(f"{path} was searched for with freeze; give the variables, too.")
+    if differences := facts["device"].differences(Device.here()):
+        facts |= _elsewhere(path, differences, elsewhere)
+    facts["frozen"] = variables is not None
+    network = frozen(network, variables) if facts["frozen"] else network
+    return Fast(run=facts["candidate"].compiled(network), **facts)
+
+
+def frozen(network: Network, variables: Any) -> Network:
+    """A network whose variables are constants: a function of (None, inputs)."""
+
+    def made(choose: Any) -> Callable[[Any, Any], Any]:
+        run = network(choose)
+        return lambda _, inputs: run(variables, inputs)
+
+    return made
+
+
+def _elsewhere(
+    path: str | os.PathLike, differences: list[str], elsewhere: Elsewhere
+) -> dict[str, Any]:
+    """What is other than in a file that was measured on another device."""
+    runs = "What was found there" if elsewhere == "keep" else "The plain network"
+    message = f"{path} was measured elsewhere: {'; '.join(differences)}"
+    if elsewhere == "error":
+        raise ValueError(f"{message}. Search anew, or load it with elsewhere='plain' or 'keep'.")
+    warnings.warn(f"{message}. {runs} runs. Search anew on this device with fast.", stacklevel=4)
+    if elsewhere == "keep":
+        return {}
+    return {"candidate": Candidate(Configuration(default_options())), "seconds": {}}
