@@ -11,11 +11,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 
 from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.layout import from_pair, split_axes
@@ -28,6 +30,7 @@ Gap = tuple[Float[Array, "b r"], Float[Array, "n"]]
 SHRINKAGES = tuple(10.0**power for power in range(-4, 3))  # lambda by the mean variance of patches
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
 LIKELY = 3.0  # a likely shrinkage, times the samples for each dimension
+ONE_CORE = 1024  # dimensions of a patch up to which one core is enough
 PLAIN = math.inf  # the shrinkage of the plain factors
 UNIMPORTANT = 1e-6  # of the most important output; outputs below count as this
 
@@ -79,6 +82,11 @@ def fit_layer(
         sweeps: alternating refinements of the two factors.
     """
     layer = _Layer(np.asarray(kernel, np.float64), scheme, scale)
+    with _cores(layer.own[0][..., 0].size):
+        return _fitted(layer, folds, sweeps)
+
+
+def _fitted(layer: "_Layer", folds: Sequence[Moments], sweeps: int) -> Fit:
     trial, plain = _Trial(layer, folds), layer.plain()
     limit = trial.error(plain)
     shrinkage, held_out = trial.choose() if len(folds) > 1 else (PLAIN, limit)
@@ -212,6 +220,21 @@ def _error(target: Target, second: Float[Array, "b K n"], gap: Gap) -> float:
     dx, dy = gap
     missed = dy - np.einsum("xk,xkn->n", dx, second)
     return target.error(second) + float(missed @ missed)
+
+
+def _cores(size: int) -> AbstractContextManager:
+    """One core for patches of few dimensions.
+
+    There more threads gain nothing, and those of two libraries, or of two programs, wait for each
+    other most of the time.
+    """
+    return nullcontext() if size > ONE_CORE else _libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    """The numerical libraries of this process."""
+    return ThreadpoolController()
 
 
 def _without(folds: Sequence[Moments], index: int) -> Moments:

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from lowrank_jax.factorization.layout import AXES
+from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.modules.surgery import rebuilt
 from lowrank_jax.nnx.functional import functional
@@ -17,6 +19,7 @@ from lowrank_jax.tree.decomposing import reconstruct as reconstruct_tree
 from lowrank_jax.tree.rules import Rules
 
 Model = TypeVar("Model")
+CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
 
 
 def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
@@ -61,23 +64,27 @@ def decompose(model: Model, rules: Rules | None = None, trace: Trace | None = No
         ((3, 1, 8, 3), (1, 3, 3, 16))
     """
     variables = variables_of(model)
-    schemes = find_schemes(variables, rules, trace=trace, groups=_groups(model))
+    schemes = find_schemes(variables, rules, trace=trace, units=_units(model))
     return rebuilt(model, factored(variables, schemes))
 
 
-def _groups(model: Any) -> dict[str, int]:
-    """The feature groups of the layers that tell them."""
+def _units(model: Any) -> dict[str, Separable]:
+    """The schemes of rank 1 of the layers that tell their groups and axes."""
     nodes = dict(nnx.iter_graph(model))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model), is_leaf=_is_variable)
     paths = [path for path, _ in leaves]
     holders = [nodes.get(tuple(key.key for key in path[:-1])) for path in paths]
     pairs = zip(names_of(paths), holders, strict=True)
-    told = [(name, getattr(holder, "feature_group_count", None)) for name, holder in pairs]
-    return {name: groups for name, groups in told if groups is not None}
+    return {name: _unit(layer) for name, layer in pairs if isinstance(layer, CONVOLUTIONS)}
 
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
+
+
+def _unit(layer: Any) -> Separable:
+    groups = getattr(layer, "feature_group_count", 1)
+    return Separable(1, groups, AXES.get(len(layer.kernel_size), AXES[2]))
 
 
 def reconstruct(model: Model) -> Model:

@@ -97,15 +97,26 @@ def _scan(eqn: Any, values: list, rule: Rule) -> Found:
     params, (start, end) = eqn.params, scan_parts(eqn)
     fixed, init = values[:start], [dense(value) for value in values[start:end]]
     parts = [_unstacked(value) for value in values[end:]]
+    same: list[int | None] = []
 
     def step(carry: list, part: list) -> tuple[list, tuple[list, Notes]]:
         outputs, notes = interpret(params["jaxpr"], [*fixed, *carry, *part], rule)
-        outputs = [dense(value) for value in outputs]
-        return outputs[: len(init)], (outputs[len(init) :], notes)
+        rest = outputs[len(init) :]
+        same[:] = handed_on(rest, part)
+        own = [dense(x) if index is None else None for x, index in zip(rest, same, strict=True)]
+        return [dense(value) for value in outputs[: len(init)]], (own, notes)
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
     carry, (stacked, notes) = jax.lax.scan(step, init, parts, **options)
-    return [*carry, *stacked], _over_steps(notes, parts)
+    pairs = zip(stacked, same, strict=True)
+    rest = [x if index is None else values[end + index] for x, index in pairs]
+    return [*carry, *rest], _over_steps(notes, parts)
+
+
+def handed_on(outputs: Sequence[Any], parts: Sequence[Any]) -> list[int | None]:
+    """For each output of a loop's body the part of a stack that it is, if that is a kernel."""
+    places = {x.source: i for i, x in enumerate(parts) if isinstance(x, Kernel)}
+    return [places.get(x.source) if isinstance(x, Kernel) else None for x in outputs]
 
 
 def _unstacked(value: Any) -> Any:

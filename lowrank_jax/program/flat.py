@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax.program.control_flow import handed_on
 from lowrank_jax.program.interpreter import CALLS, Found, Rule, bind, interpret
 from lowrank_jax.program.jaxprs import scan_parts
 from lowrank_jax.program.kernel import Kernel, dense
@@ -58,16 +59,18 @@ class _Open(Rule):
         params, (start, end) = eqn.params, scan_parts(eqn)
         fixed, carry, parts = values[:start], values[start:end], values[end:]
         carry = [dense(value) for value in carry]
-        rows = []
+        rows, same = [], list[int | None]()
         order = range(params["length"])
         for index in reversed(order) if params["reverse"] else order:
             own = [_entry(part, index) for part in parts]
             outputs, _ = interpret(params["jaxpr"], [*fixed, *carry, *own], self)
+            same = handed_on(outputs[len(carry) :], own)
             outputs = [dense(value) for value in outputs]
             carry, row = outputs[: len(carry)], outputs[len(carry) :]
             rows.append(row)
         rows = rows[::-1] if params["reverse"] else rows
-        stacked = [jax.numpy.stack(column) for column in zip(*rows, strict=True)]
+        columns = zip(same, zip(*rows, strict=True), strict=True)
+        stacked = [jax.numpy.stack(x) if index is None else parts[index] for index, x in columns]
         return [*carry, *stacked], {}
 
 

@@ -101,12 +101,8 @@ class Survey:
     def _loop(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
         params, results = eqn.params, []
         if eqn.primitive.name == "scan":
-            start, end = scan_parts(eqn)
-            carry = self._as_numbers(inputs[start:end], "the carry of a scan")
-            parts = [self._entry(s) for s in inputs[end:]]
-            inside = [*inputs[:start], *carry, *parts]
-            results += self._follow(params["jaxpr"], inside, repeats * params["length"], count)
-        elif eqn.primitive.name == "while":
+            return self._scan(eqn, inputs, repeats, count)
+        if eqn.primitive.name == "while":
             test, body = params["cond_nconsts"], params["body_nconsts"]
             carry = self._as_numbers(inputs[test + body :], "the carry of a while")
             self._follow(params["cond_jaxpr"], inputs[:test] + carry, repeats, count)
@@ -117,6 +113,19 @@ class Survey:
                 results += self._follow(branch, inputs[1:], repeats, count)
         self._touch(results, eqn.primitive.name)
         return [None] * len(eqn.outvars)
+
+    def _scan(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
+        """What the body hands on of each part of a stack is the stack again."""
+        params, (start, end) = eqn.params, scan_parts(eqn)
+        carry = self._as_numbers(inputs[start:end], "the carry of a scan")
+        parts = [self._entry(s) for s in inputs[end:]]
+        inside = [*inputs[:start], *carry, *parts]
+        results = self._follow(params["jaxpr"], inside, repeats * params["length"], count)
+        whole = dict(zip(parts, inputs[end:], strict=True))
+        outputs = [*[None] * len(carry), *map(whole.get, results[len(carry) :])]
+        changed = [s for s, same in zip(results, outputs, strict=True) if same is None]
+        self._touch(changed, "scan")
+        return outputs
 
     def _as_numbers(self, sources: Sources, operation: str) -> Sources:
         """What an operation gives that takes numbers, not a kernel."""

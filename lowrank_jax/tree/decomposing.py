@@ -109,7 +109,7 @@ def find_schemes(
     rules: Rules | None,
     axes: str = "HWIO",
     trace: Trace | None = None,
-    groups: Mapping[str, int] | None = None,
+    units: Mapping[str, Separable] | None = None,
 ) -> dict[str, Separable]:
     """The scheme of every layer that a table names, checked against the kernels and the trace.
 
@@ -118,14 +118,14 @@ def find_schemes(
         rules: as in `decompose`.
         axes: layout of the kernels where there is no trace.
         trace: of the program.
-        groups: of the layers where they are known without a trace.
+        units: as in `resolve`.
     """
     leaves = named_leaves(tree)
     table = _half(trace) if rules is None else as_table(rules)
     for path in [key for key in table if key in leaves and table[key] is not None]:
         check_kernel(path, leaves[path])
     shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
-    schemes = resolve(table, shapes if trace is None else trace, axes=axes, groups=groups)
+    schemes = resolve(table, shapes if trace is None else trace, axes=axes, units=units)
     for path in schemes:
         check_kernel(path, find_leaf(path, leaves))
     return schemes

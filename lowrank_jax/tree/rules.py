@@ -59,7 +59,7 @@ def resolve(
     *,
     axes: str = "HWIO",
     measure: Measure = "parameters",
-    groups: Mapping[str, int] | None = None,
+    units: Mapping[str, Separable] | None = None,
 ) -> dict[str, Separable]:
     """The scheme of every layer that a table of rules decomposes.
 
@@ -85,7 +85,8 @@ def resolve(
             layer path to kernel shape; the layers then have one group, or those of the `Separable`.
         axes: layout of the kernels where there is no trace, such as "OIHW".
         measure: of a share, "parameters" or "macs"; macs need a trace.
-        groups: layer path to feature groups, where they are known without a trace.
+        units: layer path to the scheme of rank 1, where groups and layout are known without a
+            trace.
 
     Returns:
         Path to scheme, in the order of the layers.
@@ -105,7 +106,7 @@ def resolve(
     if isinstance(layers, Trace):
         known = _traced(layers, measure)
     else:
-        known = _stored(layers, axes, measure, groups or {})
+        known = _stored(layers, axes, measure, units or {})
     schemes: dict[str, Separable | None] = {}
     for key, value in table.items():
         schemes |= _apply(key, value, [known[path] for path in _decided(key, known, schemes)])
@@ -155,23 +156,24 @@ def _of_calls(path: str, calls: Sequence[KernelUse], measure: Measure) -> _Layer
 
 
 def _stored(
-    shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure, groups: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure, units: Mapping[str, Separable]
 ) -> dict[str, _Layer]:
     if measure != "parameters":
         raise ValueError(f"measure={measure!r} needs a trace; give one, or 'parameters'.")
     return {
-        path: _of_shape(path, tuple(shape), axes, groups.get(path, 0))
+        path: _of_shape(path, tuple(shape), axes, units.get(path))
         for path, shape in shapes.items()
     }
 
 
-def _of_shape(path: str, shape: tuple[int, ...], axes: str, groups: int) -> _Layer:
+def _of_shape(path: str, shape: tuple[int, ...], axes: str, unit: Separable | None) -> _Layer:
     if len(shape) < 3 or 0 in shape:
         return _Layer(path=path, shape=shape, reason=f"{shape} is no kernel of a convolution")
-    own = fit_axes(axes, len(shape))
-    unit = Separable(1, groups or 1, own).parameters(shape)
-    dense = math.prod(shape[-len(own) :])
-    return _Layer(path=path, shape=shape, axes=own, groups=groups, dense=dense, unit=unit)
+    groups = unit.groups if unit else 0
+    unit = unit or Separable(1, axes=fit_axes(axes, len(shape)))
+    dense = math.prod(shape[-len(unit.axes) :])
+    costs = {"dense": dense, "unit": unit.parameters(shape)}
+    return _Layer(path=path, shape=shape, axes=unit.axes, groups=groups, **costs)
 
 
 def _decided(key: str, known: Mapping[str, _Layer], before: Collection[str]) -> list[str]:
