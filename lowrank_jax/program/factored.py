@@ -103,7 +103,8 @@ def arranged(reading: Reading, kernel: Kernel, index: int) -> jax.Array:
     letters = [reading.letters[axis] for axis in range(len(reading.letters))]
     named = [*layout.stack, *(places[x] for x in letters)]
     kept = [axis for axis in source.kept() if axis in named]
-    array = array.squeeze([i for i, axis in enumerate(source.kept()) if axis not in named])
+    dropped = tuple(i for i, axis in enumerate(source.kept()) if axis not in named)
+    array = jnp.squeeze(array, dropped)
     array = array.transpose([kept.index(axis) for axis in named])
     count = len(layout.stack)
     if not count:

@@ -17,8 +17,8 @@ def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] = is_factors) -> list[s
     """The name of every leaf, in the order in which JAX flattens the tree.
 
     A name is the leaf's path without the collection "params" and without a last part that says
-    "kernel", "weight" or "w". Where two leaves would have the same name, both have their whole
-    path. A box or a variable around an array leaves no trace.
+    "kernel", "weight" or "w"; an array alone is named "kernel". Where two leaves would have the
+    same name, both have their whole path. A box or a variable around an array leaves no trace.
 
     Example:
         >>> leaf_names({"params": {"stem": {"kernel": 1, "bias": 2}}, "state": {"mean": 3}})
@@ -70,4 +70,4 @@ def _short(parts: list[str]) -> str:
     if len(own) > 2 and own[-2] in KERNELS and is_factor_key(own[-1]):
         return "/".join([*own[:-2], own[-1]])
     own = own[:-1] if len(own) > 1 and own[-1] in KERNELS else own
-    return "/".join(own)
+    return "/".join(own) or KERNELS[0]

@@ -89,7 +89,7 @@ def moved(eqn: Any, source: Source) -> Source | None:
         None if the operation does more than that.
     """
     operation, dims = eqn.primitive.name, source.dims
-    if dims is None:
+    if dims is None or len(eqn.outvars) != 1:
         return None
     if operation in UNALTERED:
         return source if _keeps_floating(eqn) else None

@@ -121,7 +121,8 @@ class Survey:
         parts = [self._entry(s) for s in inputs[end:]]
         inside = [*inputs[:start], *carry, *parts]
         results = self._follow(params["jaxpr"], inside, repeats * params["length"], count)
-        whole = dict(zip(parts, inputs[end:], strict=True))
+        pairs = zip(parts, inputs[end:], strict=True)
+        whole = {part: s for part, s in pairs if part is not None and part.dims is not None}
         outputs = [*[None] * len(carry), *map(whole.get, results[len(carry) :])]
         changed = [s for s, same in zip(results, outputs, strict=True) if same is None]
         self._touch(changed, "scan")
