@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from turns import quartiles, write
 
 from lowrank_jax.program.compiler import candidate_options
-from lowrank_jax.tuning.algorithms import PLAIN, Layer, factors, programs
+from lowrank_jax.tuning.algorithms import PLAIN, Layer
 from lowrank_jax.tuning.experimental.roofline import roofline
 from lowrank_jax.tuning.timing import throughput
 
@@ -76,14 +76,14 @@ def peaks(dtype: str) -> tuple[float, float]:
 
 def row(name: str, own: Layer, rank: int, rates: tuple[float, float], rounds: int) -> dict:
     """Seconds of every program under each set of compiler options, in turn."""
-    shapes = factors(own, rank, "vertical")
+    shapes = factor_shapes(own, rank, "vertical")
     x, one, two, dense = (
         jnp.full(shape, 0.5, own.dtype) for shape in (own.inputs, *shapes, own.kernel)
     )
     runs = {}
     for index, options in enumerate(candidate_options()):
         end = f" ({index})" if index else ""
-        for how in programs(own, rank):
+        for how in algorithms_of(own, rank):
             run = lambda x, one, two, how=how: own.run(how, "vertical", x, one, two)  # noqa: E731
             runs[how + end] = compiled(run, x, one, two, options=options)
         runs["dense" + end] = compiled(own.convolve, x, dense, options=options)

@@ -12,9 +12,9 @@ from lowrank_jax.modules.linen import SeparableConv
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.program.transform import lowrank
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.tracing import trace
+from lowrank_jax.program.transform import lowrank
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 
 if TYPE_CHECKING:

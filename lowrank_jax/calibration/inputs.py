@@ -138,7 +138,7 @@ def images(arguments: tuple) -> int:
             "arrays with the same number of images, at least one, along the first axis."
         )
     [count] = sizes
-    return int(count)
+    return int(count)  # type: ignore[arg-type]
 
 
 def shapes_of(arguments: tuple, count: int) -> tuple:

@@ -103,7 +103,7 @@ def patch_sums(
     turns = jnp.asarray(turn, jnp.int32) * count + jnp.arange(count)
 
     def part(own: tuple) -> Sums:
-        return _sums_of_grid(geometry, *own, step)
+        return _sums_of_grid(geometry, *own, step)  # type: ignore[call-arg]
 
     return jax.tree.map(lambda a: a.sum(0), jax.lax.map(part, (*parts, turns)))
 
@@ -187,13 +187,13 @@ def _products(geometry: Geometry, x: jax.Array, outputs: jax.Array) -> Sums:
     y = jnp.flip(y, 3) if len(geometry.sizes) + 1 in geometry.flips else y
     x = x.reshape(rows, 1 if geometry.shared else stack, groups, -1)
     high = {"precision": jax.lax.Precision.HIGHEST}
-    xx = jnp.einsum("rsgp,rsgq->sgpq", x, x, **high)
+    xx = jnp.einsum("rsgp,rsgq->sgpq", x, x, **high)  # type: ignore[call-overload]
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
         "y": y.sum(0),
         "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
-        "xy": jnp.einsum("rsgp,rsgm->sgpm", every, y, **high),
+        "xy": jnp.einsum("rsgp,rsgm->sgpm", every, y, **high),  # type: ignore[call-overload]
         "yy": (y * y).sum(0),
     }

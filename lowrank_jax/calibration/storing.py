@@ -28,7 +28,7 @@ def write_moments(
         kernels: the kernel of every layer.
         images: how many images there were.
     """
-    entries, arrays = [], {}
+    entries, arrays = [], {}  # type: ignore[var-annotated]
     for layer, slices in moments.items():
         for index, folds in slices.items():
             for fold in folds:

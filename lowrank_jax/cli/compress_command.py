@@ -54,7 +54,7 @@ def compressed(job: Job, args: argparse.Namespace) -> tuple[Plan, Any, dict]:
     if args.plan:
         chosen = Plan.load(args.plan)
         given = (job.apply, job.variables, job.images, chosen)
-        return chosen, *compress(*given, **options, **job.kwargs)
+        return chosen, *compress(*given, **options, **job.kwargs)  # type: ignore[misc]
     found = job.calibrate()
     chosen = planner(found, args)(**args.budget)
     return chosen, *compress(found, chosen, **options)

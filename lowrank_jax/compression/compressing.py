@@ -59,7 +59,7 @@ def compress(
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise ValueError(f"sweeps={sweeps!r} is not allowed; give an int of 0 or more.")
     known = isinstance(source, Calibration)
-    job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)
+    job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)  # type: ignore[arg-type]
     run = Reconstruction(job, sweeps, match_means)
     tree = run.fit()
     return (tree, run.fits) if return_fits else tree

@@ -27,7 +27,7 @@ def fit_note(outline: Outline, place: int) -> Note:
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
-        return _fit_sums(geometry, x, y, turn // FOLDS)
+        return _fit_sums(geometry, x, y, turn // FOLDS)  # type: ignore[arg-type]
 
     return note
 

@@ -164,6 +164,6 @@ def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
     found = {}
     for place, reading in sorted(outline.readings.items()):
         known = reading.source is not None and not reading.reason
-        if known and reading.is_convolution and reading.source.path in schemes:
-            found[place] = reading.source.path
+        if known and reading.is_convolution and reading.source.path in schemes:  # type: ignore[union-attr]
+            found[place] = reading.source.path  # type: ignore[union-attr]
     return found

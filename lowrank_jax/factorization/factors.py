@@ -93,7 +93,8 @@ def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
     shapes = [tuple(factor.shape) for factor in pair]
     if not _fit(shapes[0], shapes[1], axes):
         raise ValueError(
-            f"{path}: factors of shapes {shapes[0]} and {shapes[1]} do not fit together in the layout "
+            f"{path}: factors of shapes {shapes[0]} and {shapes[1]} do not fit together in the "
+            "layout "
             f"{axes}: one of them has the taps of each spatial axis and the other size 1, and the "
             "outputs of the first are the inputs of the second, times the groups. Decompose the "
             "parameters of this very model."
@@ -101,7 +102,8 @@ def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
     types = [np.dtype(factor.dtype) for factor in pair]
     if not all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in types):
         raise ValueError(
-            f"{path}: factors of types {types[0]} and {types[1]} are not allowed; give floating-point "
+            f"{path}: factors of types {types[0]} and {types[1]} are not allowed; give "
+            "floating-point "
             "arrays, as decompose makes them."
         )
 

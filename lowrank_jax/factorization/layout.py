@@ -123,7 +123,8 @@ def split_axes(axes: str, first: str) -> tuple[str, str]:
     spatial = axes.replace("I", "").replace("O", "")
     if len(set(axes)) != len(axes) or len(spatial) != len(axes) - 2 or not spatial:
         raise ValueError(
-            f"axes={axes!r} is not allowed; name every axis once, with I and O, such as 'HWIO' or 'OIHW'."
+            f"axes={axes!r} is not allowed; name every axis once, with I and O, such as 'HWIO' "
+            "or 'OIHW'."
         )
     if first not in ("vertical", "horizontal"):
         raise ValueError(f"first={first!r} is not allowed; give 'vertical' or 'horizontal'.")

@@ -23,6 +23,7 @@ from lowrank_jax.factorization.layout import (
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.truncated import truncated
 
+
 @dataclasses.dataclass(frozen=True)
 class Separable:
     """A vertical (h x 1) and a horizontal (1 x w) kernel in place of an (h x w) one.
@@ -114,7 +115,8 @@ class Separable:
         channels = self._sizes(shape, where)["O"]
         if self.groups < 1 or channels % self.groups:
             raise ValueError(
-                f"{where}: groups={self.groups} must be at least 1 and divide the {channels} outputs."
+                f"{where}: groups={self.groups} must be at least 1 and divide the {channels} "
+                "outputs."
             )
         return check_rank(
             self.rank,
@@ -230,7 +232,8 @@ def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], group
         value = 0
     if not 1 <= value <= limit:
         raise ValueError(
-            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller side of the "
+            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller "
+            "side of the "
             f"matrix of one of the {groups} group(s) of the kernel {tuple(shape)}."
         )
     return value

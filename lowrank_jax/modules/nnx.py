@@ -27,7 +27,7 @@ class Factors(nnx.Pytree):
     """
 
     def __init__(self, kernel: nnx.Variable, arrays: Mapping[str, jax.Array]) -> None:
-        (one, two), axes, _ = read_factors(arrays, "kernel")
+        (one, two), axes, _ = read_factors(arrays, "kernel")  # noqa: RUF059
         places = {letter: index - len(axes) for index, letter in enumerate(axes)}
         for name, array in arrays.items():
             between = places["O"] if array is one else places["I"]
@@ -124,8 +124,8 @@ def _same(one: Any, two: Any) -> bool:
 @functools.cache
 def separable_class(cls: type) -> type:
     """The subclass of a module's class that runs factors."""
-    own = {"__module__": cls.__module__, "_pytree__nodes": cls._pytree__nodes, "dense_class": cls}
-    bases, is_pytree = (SeparableConv, cls), cls._pytree__is_pytree
+    own = {"__module__": cls.__module__, "_pytree__nodes": cls._pytree__nodes, "dense_class": cls}  # type: ignore[attr-defined]
+    bases, is_pytree = (SeparableConv, cls), cls._pytree__is_pytree  # type: ignore[attr-defined]
     return type(cls)(f"Separable{cls.__name__}", bases, own, pytree=is_pytree)
 
 
@@ -146,7 +146,7 @@ def dense_form(model: Any) -> Any:
     factors = [node for node in nodes if isinstance(node, Factors)]
     for node in nodes:
         if isinstance(node, SeparableConv):
-            node.__class__ = node.dense_class
+            node.__class__ = node.dense_class  # type: ignore[attr-defined]
     return swap(model, {id(node): node.variable(abstract=True) for node in factors})
 
 

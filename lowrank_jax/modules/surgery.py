@@ -60,7 +60,7 @@ def _retyped(model: Model) -> Model:
     nodes = dict(nnx.iter_graph(model))
     for node in nodes.values():
         if isinstance(node, SeparableConv):
-            node.__class__ = node.dense_class
+            node.__class__ = node.dense_class  # type: ignore[attr-defined]
     for path, node in nodes.items():
         owner = next(_owners(path, nodes), None) if _holds_factors(node) else None
         if owner is not None and not isinstance(owner, SeparableConv):

@@ -2,7 +2,7 @@
 
 from lowrank_jax.modules.nnx import Factors, SeparableConv
 from lowrank_jax.nnx.data import calibrate, compress, fast, plan, reestimate
-from lowrank_jax.nnx.functional import functional
+from lowrank_jax.nnx.forms import functional
 from lowrank_jax.nnx.trees import decompose, reconstruct, trace
 
 __all__ = [

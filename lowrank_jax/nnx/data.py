@@ -12,7 +12,7 @@ from lowrank_jax.calibration.inputs import Inputs
 from lowrank_jax.compression.compressing import compress as compress_function
 from lowrank_jax.modules.nnx import dense_form, raw_value, variables_of
 from lowrank_jax.modules.surgery import rebuilt
-from lowrank_jax.nnx.functional import Call, evaluated, functional
+from lowrank_jax.nnx.forms import Call, evaluated, functional
 from lowrank_jax.planning.planner import plan as plan_function
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.transform import lowrank
@@ -126,7 +126,7 @@ def reestimate(model: Model, inputs: Any, *args: Any, **kwargs: Any) -> Model:
         >>> reestimate(model, 3 * jnp.ones((2, 8, 8, 4))).layers[0].mean[...].round(5).tolist()
         [3.0, 3.0, 3.0, 3.0]
     """
-    training = evaluated(model, normalise_by_batch=True)
+    training = evaluated(model, normalise_by_batch=True)  # type: ignore[arg-type]
     graphdef, variables = nnx.graphdef(dense_form(training)), variables_of(training)
     old = _statistics(training)
     if not old:

@@ -9,7 +9,7 @@ from lowrank_jax.factorization.layout import AXES
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.modules.surgery import rebuilt
-from lowrank_jax.nnx.functional import functional
+from lowrank_jax.nnx.forms import functional
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.tracing import trace as trace_function

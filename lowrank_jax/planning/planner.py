@@ -84,7 +84,8 @@ def plan(
         source = calibrate(source, variables, inputs, *args, **kwargs)
     elif variables is not None or kwargs:
         raise ValueError(
-            "plan of a calibration takes a budget alone, plan(calibration, macs=0.5); the arguments "
+            "plan of a calibration takes a budget alone, plan(calibration, macs=0.5); the "
+            "arguments "
             "of the model were given to calibrate."
         )
     table = candidates(source.trace, calibrated_spectra(source), multiple)
@@ -136,7 +137,7 @@ def calibrated_spectra(found: Calibration) -> Spectra:
 def _spectra(found: Calibration) -> Spectra:
     unseen = [path for path in found.trace.safe_paths() if path not in found.moments]
     values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
-    jobs, sizes = {}, []
+    jobs, sizes = {}, []  # type: ignore[var-annotated]
     for path, first, kernel, moments in _matrices(found):
         use, scale = found.trace.at(path)[0], found.importance.get(path)
         jobs[len(jobs), path, first] = functools.partial(

@@ -123,7 +123,7 @@ class Survey:
         results = self._follow(params["jaxpr"], inside, repeats * params["length"], count)
         pairs = zip(parts, inputs[end:], strict=True)
         whole = {part: s for part, s in pairs if part is not None and part.dims is not None}
-        outputs = [*[None] * len(carry), *map(whole.get, results[len(carry) :])]
+        outputs = [*[None] * len(carry), *map(whole.get, results[len(carry) :])]  # type: ignore[arg-type]
         changed = [s for s, same in zip(results, outputs, strict=True) if same is None]
         self._touch(changed, "scan")
         return outputs

@@ -122,7 +122,7 @@ def find_schemes(
     """
     leaves = named_leaves(tree)
     table = _half(trace) if rules is None else as_table(rules)
-    for path in [key for key in table if key in leaves and table[key] is not None]:
+    for path in [key for key in table if key in leaves and table[key] is not None]:  # type: ignore[index, union-attr]
         check_kernel(path, leaves[path])
     shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
     schemes = resolve(table, shapes if trace is None else trace, axes=axes, units=units)
@@ -154,7 +154,8 @@ def check_kernel(path: str, kernel: Any) -> Any:
     """The kernel of a layer, or an error that says why it cannot be decomposed."""
     if is_factors(kernel):
         raise ValueError(
-            f"{path!r} is decomposed already; call reconstruct(tree) first to cut it to another rank."
+            f"{path!r} is decomposed already; call reconstruct(tree) first to cut it to another "
+            "rank."
         )
     if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
         raise ValueError(f"{path}: the kernel is a {type(kernel).__name__}; give an array.")
@@ -165,7 +166,8 @@ def check_kernel(path: str, kernel: Any) -> Any:
         )
     if not jnp.issubdtype(kernel.dtype, jnp.floating) or kernel.dtype.itemsize < 2:
         raise ValueError(
-            f"{path}: the kernel has type {kernel.dtype}; allowed are float16, bfloat16, float32 and "
+            f"{path}: the kernel has type {kernel.dtype}; allowed are float16, bfloat16, float32 "
+            "and "
             "float64. Convert the kernel first."
         )
     if isinstance(kernel, jax.ShapeDtypeStruct):
@@ -174,7 +176,8 @@ def check_kernel(path: str, kernel: Any) -> Any:
         )
     if not isinstance(kernel, jax.core.Tracer) and not _finite(kernel):
         raise ValueError(
-            f"{path}: the kernel holds NaN or infinite values; repair the weights before decomposing."
+            f"{path}: the kernel holds NaN or infinite values; repair the weights before "
+            "decomposing."
         )
     return kernel
 

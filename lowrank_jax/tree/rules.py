@@ -161,8 +161,7 @@ def _stored(
     if measure != "parameters":
         raise ValueError(f"measure={measure!r} needs a trace; give one, or 'parameters'.")
     return {
-        path: _of_shape(path, tuple(shape), axes, units.get(path))
-        for path, shape in shapes.items()
+        path: _of_shape(path, tuple(shape), axes, units.get(path)) for path, shape in shapes.items()
     }
 
 
@@ -173,7 +172,7 @@ def _of_shape(path: str, shape: tuple[int, ...], axes: str, unit: Separable | No
     unit = unit or Separable(1, axes=fit_axes(axes, len(shape)))
     dense = math.prod(shape[-len(unit.axes) :])
     costs = {"dense": dense, "unit": unit.parameters(shape)}
-    return _Layer(path=path, shape=shape, axes=unit.axes, groups=groups, **costs)
+    return _Layer(path=path, shape=shape, axes=unit.axes, groups=groups, **costs)  # type: ignore[arg-type]
 
 
 def _decided(key: str, known: Mapping[str, _Layer], before: Collection[str]) -> list[str]:

@@ -17,7 +17,6 @@ from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.nnx import Factors, SeparableConv, decompose, reconstruct
 from lowrank_jax.tree.paths import named_leaves
 
-
 RNGS = nnx.Rngs(0)
 
 

@@ -412,7 +412,10 @@ def with_kernel(change):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: nnx.Dict(layer=nnx.Linear(4, 8, rngs=nnx.Rngs(0))), "not the kernel of a convolution"),
+        (
+            lambda: nnx.Dict(layer=nnx.Linear(4, 8, rngs=nnx.Rngs(0))),
+            "not the kernel of a convolution",
+        ),
         (lambda: with_kernel(lambda kernel: kernel * jnp.nan), "NaN or infinite"),
         (lambda: with_kernel(lambda kernel: kernel.astype(jnp.int8)), "the kernel has type int8"),
         (lambda: nnx.eval_shape(lambda: nnx.Dict(layer=make_conv())), "a shape but no values"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, SeparableConv, decompose, trace
+from lowrank_jax import Separable, SeparableConv, compress, decompose, lowrank, trace
 from lowrank_jax.models import NIN
 
 X = jnp.zeros((2, 8, 8, 4))
@@ -135,6 +135,29 @@ def test_convolutions_in_nested_calls_and_scans_are_found():
 def test_a_kernel_shared_by_all_iterations_counts_each_use():
     (use,) = traced(loop(variable_broadcast="params", split_rngs={"params": False}))
     assert (use.uses, use.kernel_shape, use.safe) == (3, (3, 3, 4, 4), True)
+
+
+def handing_on(tree, x):
+    """Two scans over one stack of kernels; the body of the first gives each kernel back."""
+
+    def step(carry, kernel):
+        return jnp.tanh(conv(carry, kernel)), (kernel, carry.sum())
+
+    carry, (kernels, sums) = jax.lax.scan(step, x, tree["stack"])
+    return jax.lax.scan(step, carry, kernels)[0] + sums.sum()
+
+
+def test_a_kernel_that_the_body_of_a_scan_hands_on_is_still_the_kernel():
+    tree = {"stack": weights(3, 3, 3, 4, 4)}
+    (use,) = trace(handing_on, tree, X)
+    assert (use.path, use.uses, use.safe) == ("stack", 6, True)
+    small = decompose(tree, {"stack": 12})
+    program = str(jax.make_jaxpr(lowrank(handing_on))(small, weights(*X.shape)))
+    assert program.count("conv_general_dilated[") == 4
+    found, expected = (f(t, X + 1) for f, t in ((lowrank(handing_on), small), (handing_on, tree)))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    fitted = compress(handing_on, tree, weights(4, 8, 8, 4), {"stack": 12})
+    np.testing.assert_allclose(lowrank(handing_on)(fitted, X + 1), expected, atol=1e-2)
 
 
 def test_the_kernels_of_a_vmapped_layer_are_a_stack():

@@ -1,4 +1,5 @@
-"""What `fast` found is frozen: it serves any batch, measures nothing, and is restored from a file."""
+"""What `fast` found is frozen: it serves any batch, measures nothing, and is restored from a
+file."""
 
 import subprocess
 import sys
