@@ -130,6 +130,16 @@ def test_a_table_without_a_trace_takes_the_layout_that_it_is_told():
     assert resolve({"two": grouped}, shapes, axes="OIHW") == {"two": grouped}
 
 
+def test_groups_and_layouts_may_be_known_without_a_trace():
+    shapes = {"conv": (3, 3, 2, 8), "cube": (3, 3, 3, 2, 8)}
+    units = {"conv": Separable(1, 2), "cube": Separable(1, axes="DHWIO")}
+    found = resolve({"conv": 3, "cube": 0.5}, shapes, units=units)
+    assert found["conv"] == Separable(3, 2)
+    assert found["cube"].axes == "DHWIO"
+    with pytest.raises(ValueError, match="does not fit the program, where groups=2"):
+        resolve({"conv": Separable(3)}, shapes, units=units)
+
+
 def test_a_plan_is_a_table():
     costs = dict(parameters=(9, 6), macs=(9, 6), bytes=(9, 6), error=0.1)
     layers = (Choice(path="stem", scheme=Separable(2), **costs),)
