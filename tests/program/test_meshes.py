@@ -67,7 +67,12 @@ X = normal(8, 6, 6, 4)
 def case_kernels_on_a_mesh_are_decomposed(kind):
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
-        for spec in (P(), P(None, None, None, "model"), P(None, None, "data"), P(None, None, "data", "model")):  # noqa: E501
+        for spec in (
+            P(),
+            P(None, None, None, "model"),
+            P(None, None, "data"),
+            P(None, None, "data", "model"),
+        ):  # noqa: E501
             tree = put(mesh, params(), spec)
             small = lr.decompose(tree, {"kernel": RANK})
             dense = lr.reconstruct(small)["kernel"]
