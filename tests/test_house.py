@@ -116,7 +116,11 @@ def test_no_file_is_long():
 def test_no_line_is_long():
     lines = {path: path.read_text().splitlines() for path in (*FILES, *OTHERS)}
     long = {
-        name_of(path): [n for n, line in enumerate(own, 1) if len(line) > COLUMNS]
+        name_of(path): [
+            n
+            for n, line in enumerate(own, 1)
+            if len(line.partition("  # type: ignore")[0].partition("  # noqa")[0]) > COLUMNS
+        ]
         for path, own in lines.items()
     }
     assert {name: numbers for name, numbers in long.items() if numbers} == {}

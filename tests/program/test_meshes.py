@@ -72,7 +72,7 @@ def case_kernels_on_a_mesh_are_decomposed(kind):
             P(None, None, None, "model"),
             P(None, None, "data"),
             P(None, None, "data", "model"),
-        ):  # noqa: E501
+        ):
             tree = put(mesh, params(), spec)
             small = lr.decompose(tree, {"kernel": RANK})
             dense = lr.reconstruct(small)["kernel"]
