@@ -27,7 +27,7 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
     own = prepare(args.network, args.batch, args.dtype)
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:
-        timers = lambda options: Timer(options, path=args.times)
+        timers = lambda options: Timer(options, path=args.times)  # noqa: E731
         begin = time.perf_counter()
         run = fast(
             own.model.apply, tree, own.images[: args.search], timers=timers, freeze=args.freeze

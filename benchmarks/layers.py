@@ -84,7 +84,7 @@ def row(name: str, own: Layer, rank: int, rates: tuple[float, float], rounds: in
     for index, options in enumerate(candidate_options()):
         end = f" ({index})" if index else ""
         for how in algorithms_of(own, rank):
-            run = lambda x, one, two, how=how: own.run(how, "vertical", x, one, two)
+            run = lambda x, one, two, how=how: own.run(how, "vertical", x, one, two)  # noqa: E731
             runs[how + end] = compiled(run, x, one, two, options=options)
         runs["dense" + end] = compiled(own.convolve, x, dense, options=options)
     found = throughput(runs, items=1, rounds=rounds)

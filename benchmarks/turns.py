@@ -44,7 +44,7 @@ class Worker:
     ) -> None:
         self.command = list(command)
         # A file: a pipe that nobody reads would block the process.
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 self.command, cwd=cwd, env={**os.environ, **(env or {})}, text=True,

@@ -90,7 +90,7 @@ def write_safetensors(file: BinaryIO, variables: Mapping[str, Any]) -> None:
 
 def _need_safetensors() -> None:
     try:
-        import safetensors
+        import safetensors  # noqa: F401
     except ImportError as error:
         raise ImportError(
             ".safetensors needs the extra 'safetensors': pip install 'lowrank-jax[safetensors]'."

@@ -27,7 +27,7 @@ class Factors(nnx.Pytree):
     """
 
     def __init__(self, kernel: nnx.Variable, arrays: Mapping[str, jax.Array]) -> None:
-        (one, two), axes, _ = read_factors(arrays, "kernel")
+        (one, two), axes, _ = read_factors(arrays, "kernel")  # noqa: RUF059
         places = {letter: index - len(axes) for index, letter in enumerate(axes)}
         for name, array in arrays.items():
             between = places["O"] if array is one else places["I"]

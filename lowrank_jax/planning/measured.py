@@ -67,7 +67,7 @@ def listed(candidates: Candidates, divergences: Divergences) -> Candidates:
         ValueError: a path is unknown, a divergence is no finite number, or nothing in the table is
             a candidate.
     """
-    is_pair = lambda key: isinstance(key, tuple) and len(key) == 2
+    is_pair = lambda key: isinstance(key, tuple) and len(key) == 2  # noqa: E731
     _check(candidates, divergences, "divergences", is_pair)
 
     def kept(path: str, layer: tuple[Candidate, ...]) -> tuple[Candidate, ...]:

@@ -74,7 +74,7 @@ def divergences(
     kernels = {path: check_kernel(path, find_leaf(path, leaves)) for path in candidates}
     bases = _bases(kernels, known, candidates)
     parts = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images), batch)]
-    call = lambda variables, x: apply(variables, x, *args, **kwargs)
+    call = lambda variables, x: apply(variables, x, *args, **kwargs)  # noqa: E731
     program = jax.jit(call, compiler_options=default_options())
 
     def outputs(new: Mapping[str, jax.Array]) -> np.ndarray:

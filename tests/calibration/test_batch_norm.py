@@ -62,7 +62,7 @@ def test_normalisations_in_a_scan_have_statistics_of_their_own():
         @nn.compact
         def __call__(self, x, train):
             axes = {"params": 0, "batch_stats": 0}
-            body = lambda norm, x, _: (2 * norm(x) + 1, None)
+            body = lambda norm, x, _: (2 * norm(x) + 1, None)  # noqa: E731
             scan = nn.scan(body, variable_axes=axes, split_rngs={"params": True}, length=2)
             return scan(nn.BatchNorm(not train, name="norm"), x, None)[0]
 

@@ -33,7 +33,7 @@ def vector(size, dtype):
 
 def arguments(name: str, dtype: str) -> dict:
     """Arguments that a routine takes, by Fortran's names."""
-    ints = lambda size: vector(size, np.intc)
+    ints = lambda size: vector(size, np.intc)  # noqa: E731
     a, b, c = matrix(M, K, dtype), matrix(K, N, dtype), matrix(M, N, dtype)
     square, info = matrix(N, N, dtype), ints(1)
     d, e, work = vector(N, dtype), vector(N - 1, dtype), vector(5 * N, dtype)

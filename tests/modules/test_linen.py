@@ -158,7 +158,7 @@ def test_the_precision_reaches_both_convolutions(precision):
     assert [eqn.params["precision"] for eqn in found] == [wanted] * 2
 
 
-def test_the_vertical_convolution_carries_the_vertical_options_and_the_horizontal_one_the_horizontal():
+def test_the_vertical_convolution_carries_the_vertical_options_and_the_horizontal_one_the_horizontal():  # noqa: E501
     x = normal((1, 9, 9, 4))
     layer = SeparableConv(
         8, (3, 5), 2, strides=(2, 3), kernel_dilation=(1, 2), padding=[(1, 0), (2, 3)]

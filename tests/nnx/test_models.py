@@ -233,7 +233,7 @@ class Stack(nnx.Module):
 
     def __init__(self):
         make = functools.partial(nnx.Conv, 4, 4, (3, 3), feature_group_count=2)
-        make_one = lambda rngs: nnx.Sequential(make(rngs=rngs), nnx.tanh)
+        make_one = lambda rngs: nnx.Sequential(make(rngs=rngs), nnx.tanh)  # noqa: E731
         self.layers = nnx.vmap(make_one, in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))
 
     def __call__(self, x):
@@ -262,7 +262,7 @@ class Ensemble(nnx.Module):
     """Heads under vmap, which all read the same images."""
 
     def __init__(self):
-        make = lambda rngs: nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        make = lambda rngs: nnx.Conv(4, 4, (3, 3), rngs=rngs)  # noqa: E731
         self.heads = nnx.vmap(make, in_axes=0, out_axes=0)(nnx.Rngs(0).split(2))
 
     def __call__(self, x):

@@ -120,7 +120,7 @@ def test_no_singular_vectors_are_computed_and_a_pointwise_kernel_is_done_once(mo
     monkeypatch.setattr(np.linalg, "svd", None)
     monkeypatch.setattr(np.linalg, "eigh", None)
     sizes, eigenvalues = [], np.linalg.eigvalsh
-    record = lambda gram: (sizes.append(gram.shape[-1]), eigenvalues(gram))[1]
+    record = lambda gram: (sizes.append(gram.shape[-1]), eigenvalues(gram))[1]  # noqa: E731
     monkeypatch.setattr(np.linalg, "eigvalsh", record)
     chex.assert_trees_all_equal(spectra(params, program).values, before.values)
     assert sorted(sizes) == [8, 12, 12, 12, 12]

@@ -81,7 +81,7 @@ CASES = [
     conv("2-D, 1x1", (1, 1)),
     conv("2-D, even: 2x4", (2, 4)),
     conv("3-D", (3, 3, 3), (2, 5, 4, 5, 4)),
-    conv("3-D, strided and dilated, 2x3x1", (2, 3, 1), (2, 5, 6, 5, 4), strides=(1, 2, 2), kernel_dilation=(2, 1, 1)),
+    conv("3-D, strided and dilated, 2x3x1", (2, 3, 1), (2, 5, 6, 5, 4), strides=(1, 2, 2), kernel_dilation=(2, 1, 1)),  # noqa: E501
     conv("strides (2, 2)", strides=(2, 2)),
     conv("strides (2, 1)", strides=(2, 1)),
     conv("strides (1, 3)", (3, 4), strides=(1, 3)),
@@ -89,7 +89,7 @@ CASES = [
       ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", 2, (1, 2), ((1, 2), (0, 3)))),
     conv("kernel dilation (2, 3)", kernel_dilation=(2, 3)),
     conv("kernel dilation, circular padding", kernel_dilation=(2, 1), padding="CIRCULAR"),
-    conv("input dilation (2, 1), asymmetric padding", input_dilation=(2, 1), padding=((1, 2), (0, 3))),
+    conv("input dilation (2, 1), asymmetric padding", input_dilation=(2, 1), padding=((1, 2), (0, 3))),  # noqa: E501
     conv("groups: 2 of 4 channels", feature_group_count=2),
     conv("groups, strided, 3x5", (3, 5), feature_group_count=2, strides=(2, 1)),
     conv("depthwise", feature_group_count=4),
@@ -100,13 +100,13 @@ CASES = [
            nn.Conv(8, (3, 3), dtype=dtype, param_dtype=jnp.dtype(param)), dtype=x)
       for param, x, dtype in [("float16", "float32", None), ("bfloat16", "float32", None),
                               ("float32", "bfloat16", None), ("float32", "float32", "bfloat16"),
-                              ("float32", "float32", "float16"), ("bfloat16", "bfloat16", "float32")]),
+                              ("float32", "float32", "float16"), ("bfloat16", "bfloat16", "float32")]),  # noqa: E501
     Case("float64", nn.Conv(8, (3, 3), param_dtype=jnp.dtype("float64")), dtype="float64"),
     conv("precision 'highest'", precision="highest"),
     conv("promote_dtype of one's own", promote_dtype=to_bfloat16),
     Case("ConvTranspose, strides (2, 2)", nn.ConvTranspose(8, (3, 3), strides=(2, 2))),
-    Case("ConvTranspose, VALID, 4x3, dilated", nn.ConvTranspose(8, (4, 3), (2, 1), "VALID", kernel_dilation=(1, 2))),
-    Case("ConvTranspose, circular padding", nn.ConvTranspose(8, (4, 4), strides=(2, 2), padding="CIRCULAR")),
+    Case("ConvTranspose, VALID, 4x3, dilated", nn.ConvTranspose(8, (4, 3), (2, 1), "VALID", kernel_dilation=(1, 2))),  # noqa: E501
+    Case("ConvTranspose, circular padding", nn.ConvTranspose(8, (4, 4), strides=(2, 2), padding="CIRCULAR")),  # noqa: E501
     Case("ConvTranspose, explicit padding, no bias",
          nn.ConvTranspose(8, (3, 3), (2, 2), padding=((1, 2), (0, 1)), use_bias=False)),
     Case("ConvTranspose, 1-D", nn.ConvTranspose(8, (3,), (2,)), (2, 9, 4)),

@@ -56,7 +56,7 @@ def assert_same(found, wanted):
     np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-4)
 
 
-def put(mesh, tree, kernel=P(), bias=P()):
+def put(mesh, tree, kernel=P(), bias=P()):  # noqa: B008
     specs = {"kernel": kernel, "bias": bias}
     return jax.device_put(tree, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
 

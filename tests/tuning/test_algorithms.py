@@ -72,13 +72,13 @@ def test_every_algorithm_computes_the_two_convolutions(
     x, one, two = arrays(own, 3, first)
     wanted = own.run(PLAIN, first, x, one, two)
     for name in algorithms_of(own, 3):
-        run = lambda x, one, two, name=name: own.run(name, first, x, one, two)
+        run = lambda x, one, two, name=name: own.run(name, first, x, one, two)  # noqa: E731
         found = (jax.jit(run) if compiled else run)(x, one, two)
         assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
         assert gap(wanted, found) <= TOLERANCE[dtype], name
     kernel = jnp.asarray(np.random.default_rng(1).standard_normal(own.kernel), dtype)
     for name in algorithms_of(own, None):
-        run = lambda x, kernel, name=name: own.convolve(x, kernel, dense_step(name))
+        run = lambda x, kernel, name=name: own.convolve(x, kernel, dense_step(name))  # noqa: E731
         found = (jax.jit(run) if compiled else run)(x, kernel)
         assert found.dtype == dtype and gap(own.convolve(x, kernel), found) <= TOLERANCE[dtype], (
             name

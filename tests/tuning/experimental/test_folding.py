@@ -109,7 +109,7 @@ def test_what_is_no_scale_of_channels_or_not_worth_it_stays_as_it_is(fn):
 
 def test_scales_of_zero_give_zero_and_others_than_numbers_no_numbers():
     scale = jnp.asarray([0.0, jnp.inf, -jnp.inf, jnp.nan, 1.0, 1e-30])
-    fn = lambda x, kernel: convolve(x, kernel) * scale
+    fn = lambda x, kernel: convolve(x, kernel) * scale  # noqa: E731
     one, two = (np.asarray(run(X, KERNEL)) for run in (folded(fn), fn))
     # The order decides what is infinite and what is no number: infinity times a zero of the padding
     # is none.
@@ -119,7 +119,7 @@ def test_scales_of_zero_give_zero_and_others_than_numbers_no_numbers():
 
 def test_a_nested_jit_is_folded_and_gradients_are_the_same():
     inner = jax.jit(lambda x, kernel: jax.jit(lambda y: y + 1)(convolve(x, kernel) * SCALE))
-    fn = lambda x, kernel: jnp.sin(inner(x, kernel)).sum()
+    fn = lambda x, kernel: jnp.sin(inner(x, kernel)).sum()  # noqa: E731
     assert scaled_outputs(fn, X, KERNEL) == 1 and scaled_outputs(folded(fn), X, KERNEL) == 0
     for one, two in zip(
         *(jax.grad(run, (0, 1))(X, KERNEL) for run in (folded(fn), fn)), strict=True
@@ -165,7 +165,7 @@ def test_a_low_rank_residual_network_gives_the_same(dtype):
 
 def test_batch_statistics_of_training_stay_as_they_are():
     model = nn.Sequential([nn.Conv(6, (3, 3)), nn.BatchNorm(use_running_average=False)])
-    run = lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])
+    run = lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])  # noqa: E731
     variables = model.init(jax.random.key(0), X)
     chex.assert_trees_all_equal(jax.jit(folded(run))(variables, X), jax.jit(run)(variables, X))
 
@@ -174,7 +174,7 @@ def test_an_nnx_network_gives_the_same():
     norm = nnx.BatchNorm(6, use_running_average=True, rngs=nnx.Rngs(1))
     graph, state = nnx.split(nnx.Sequential(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)), norm))
     state = noisy(state)
-    fn = lambda state, x: nnx.merge(graph, state)(x)
+    fn = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
     assert scaled_outputs(folded(fn), state, X) == 0 < scaled_outputs(fn, state, X)
     np.testing.assert_allclose(folded(fn)(state, X), fn(state, X), **CLOSE)
 

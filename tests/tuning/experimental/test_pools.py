@@ -122,7 +122,7 @@ def test_a_network_with_slices_gives_its_own_outputs(jit):
 @pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
 def test_gradients_go_through_both_programs(pool, program):
     x = random((1, 6, 6, 2))
-    loss = lambda x: (pool(jnp.sin(x), (3, 3), (2, 2), "SAME") ** 2).sum()
+    loss = lambda x: (pool(jnp.sin(x), (3, 3), (2, 2), "SAME") ** 2).sum()  # noqa: E731
     np.testing.assert_allclose(
         jax.grad(pooled(loss, lambda pool: program))(x), jax.grad(loss)(x), rtol=1e-5
     )

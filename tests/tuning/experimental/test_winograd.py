@@ -67,7 +67,7 @@ def test_any_kernel_gives_the_convolution(size, strides, dilation, padding, exte
         for n, p, k, d in zip(extent, padding, size, dilation, strict=True)
     ):
         return  # no output at all
-    run = lambda step: lambda x, kernel: step(x, kernel, strides, padding, rhs_dilation=dilation)
+    run = lambda step: lambda x, kernel: step(x, kernel, strides, padding, rhs_dilation=dilation)  # noqa: E731
     found = (jax.jit(run(reduced)) if compiled else run(reduced))(x, kernel)
     # Up to 108 products of order one, whose sums a transform multiplies by up to 21 and divides
     # again.
@@ -152,7 +152,7 @@ def test_no_number_stays_within_its_tile():
 def test_kernels_are_not_transformed_before_their_inputs_are_there():
     def held(layers):
         kernels = [random(i, 3, 3, 64, 64) for i in range(layers)]
-        chain = lambda x, kernels: [x := reduced(x, kernel) for kernel in kernels][-1]
+        chain = lambda x, kernels: [x := reduced(x, kernel) for kernel in kernels][-1]  # noqa: E731
         options = default_options()
         program = (
             jax.jit(chain, compiler_options=options)
