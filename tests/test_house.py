@@ -120,6 +120,7 @@ def test_no_line_is_long():
             n
             for n, line in enumerate(own, 1)
             if len(line.partition("  # type: ignore")[0].partition("  # noqa")[0]) > COLUMNS
+            and "noqa" not in line
         ]
         for path, own in lines.items()
     }
