@@ -108,6 +108,19 @@ def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
         )
 
 
+def check_floating(dtype: Any, where: str) -> None:
+    """Refuses a kernel of integers or of a floating type of one byte.
+
+    Raises:
+        ValueError: names what was given and the remedy.
+    """
+    if not jax.numpy.issubdtype(dtype, jax.numpy.floating) or np.dtype(dtype).itemsize < 2:
+        raise ValueError(
+            f"{where}: the kernel has type {np.dtype(dtype)}; allowed are float16, bfloat16, "
+            "float32 and float64. Convert the kernel first, with its scale if it is quantised."
+        )
+
+
 def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
     if len(one) != len(two) or len(one) < len(axes) or 0 in (*one, *two):
         return False

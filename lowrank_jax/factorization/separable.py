@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.factors import FACTORS as FACTORS
+from lowrank_jax.factorization.factors import check_floating
 from lowrank_jax.factorization.layout import (
     Array,
     from_matrix,
@@ -21,6 +21,16 @@ from lowrank_jax.factorization.layout import (
     to_pair,
 )
 from lowrank_jax.factorization.parallel import side_by_side
+from lowrank_jax.factorization.placement import (
+    dense_sharding,
+    factor_sharding,
+    gathered,
+    place_of,
+    placed,
+    typed_sharding,
+)
+from lowrank_jax.factorization.ranks import check_rank
+from lowrank_jax.factorization.ranks import max_rank as max_rank
 from lowrank_jax.factorization.truncated import truncated
 
 
@@ -79,9 +89,19 @@ class Separable:
         return factor_all([self], [kernel])[0]
 
     def _factors(self, kernel: Array, wide: Any) -> tuple[Array, Array]:
-        matrix = to_matrix(to_pair(kernel.astype(wide), self.axes, self.first), self.groups)
-        first, second = self.fold(*truncated(matrix, int(self.rank)), kernel.shape)
-        return first.astype(kernel.dtype), second.astype(kernel.dtype)
+        whole = gathered(kernel).astype(wide)
+        matrix = to_matrix(to_pair(whole, self.axes, self.first), self.groups)
+        pair = self.fold(*truncated(matrix, int(self.rank)), kernel.shape)
+        places = self.shardings(typed_sharding(kernel), kernel.ndim)
+        first, second = (
+            placed(x.astype(kernel.dtype), y) for x, y in zip(pair, places, strict=True)
+        )
+        return first, second
+
+    def shardings(self, sharding: Any, ndim: int) -> tuple[Any, Any]:
+        """Those of both factors of a kernel with this one: the same along the axes they share."""
+        one, two = (factor_sharding(sharding, ndim, self.axes, self.first, i) for i in (0, 1))
+        return one, two
 
     def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
         """Turns the factors of the matrix of each group into the two kernels.
@@ -149,8 +169,9 @@ def factor_all(
     kernels = [
         jnp.asarray(kernel) for kernel in kernels
     ]  # a float64 NumPy one takes the widest type that is enabled
-    places, jobs = list(map(on_one_device, kernels)), []
+    places, jobs = list(map(place_of, kernels)), []
     for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
+        check_floating(kernel.dtype, "Separable")
         scheme.check(kernel.shape, "Separable")
         given: Any = np.asarray(kernel) if where else kernel
         jobs.append(
@@ -158,18 +179,13 @@ def factor_all(
         )
 
     def place(index: int, pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-        return jax.device_put(pair, where) if (where := places[index]) else pair
+        if (where := places[index]) is None:
+            return pair
+        scheme, ndim = schemes[index], kernels[index].ndim
+        return jax.device_put(pair, scheme.shardings(where, ndim))
 
     cores = None if all(places) else 1  # what JAX traces belongs to this thread
     return side_by_side(jobs, [kernel.size for kernel in kernels], place, cores)
-
-
-def on_one_device(array: jax.Array) -> jax.sharding.Sharding | None:
-    """Where an array with values is, if that is one device: to compute on the host and put the
-    result back there."""
-    if isinstance(array, jax.core.Tracer) or len(array.devices()) > 1:
-        return None
-    return array.sharding
 
 
 def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
@@ -191,7 +207,8 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     channels = [axes.index(letter) - len(axes) for letter in "IO"]
     dtype = jnp.result_type(first, second)
     wide = jnp.promote_types(dtype, jnp.float32)
-    left, right = (jnp.moveaxis(x.astype(wide), channels, (-2, -1)) for x in (first, second))
+    pair = (gathered(x).astype(wide) for x in (first, second))
+    left, right = (jnp.moveaxis(x, channels, (-2, -1)) for x in pair)
     rank = right.shape[-2]
     left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
     right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
@@ -199,44 +216,8 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     # other.
     product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
     dense = product.reshape(*product.shape[:-2], -1)
-    return jnp.moveaxis(dense, (-2, -1), channels).astype(dtype)
-
-
-def max_rank(
-    shape: Sequence[int], groups: int = 1, axes: str = "HWIO", first: str = "vertical"
-) -> int:
-    """The largest useful rank of a kernel: that at which the factors reproduce it.
-
-    Args:
-        shape: kernel shape (..., h, w, c, n), with c input channels per group.
-        groups: number of feature groups.
-        axes, first: as in `Separable`.
-
-    Returns:
-        min(h * c, w * n / groups), the smaller side of the matrix of one group.
-
-    Example:
-        >>> max_rank((5, 5, 96, 192))
-        480
-    """
-    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
-    taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
-    return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))
-
-
-def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:
-    """Returns the rank as an int, or raises an error that names where it was given."""
-    try:
-        value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
-    except TypeError:
-        value = 0
-    if not 1 <= value <= limit:
-        raise ValueError(
-            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller "
-            "side of the "
-            f"matrix of one of the {groups} group(s) of the kernel {tuple(shape)}."
-        )
-    return value
+    kernel = jnp.moveaxis(dense, (-2, -1), channels).astype(dtype)
+    return placed(kernel, dense_sharding((first, second), axes))
 
 
 def spectrum(
@@ -259,5 +240,6 @@ def spectrum(
         >>> [round(value) for value in spectrum(jnp.ones((3, 3, 2, 2)))[0].tolist()]
         [6, 0, 0, 0, 0, 0]
     """
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    check_floating(kernel.dtype, "spectrum")
+    wide = gathered(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
     return jnp.linalg.svd(to_matrix(to_pair(wide, axes, first), groups), compute_uv=False)

@@ -10,7 +10,7 @@ from jax.extend.core import Literal
 
 from lowrank_jax.program.interpreter import CALLS
 from lowrank_jax.program.jaxprs import opened, programs, scan_parts
-from lowrank_jax.program.provenance import EACH, Source, moved
+from lowrank_jax.program.provenance import EACH, UNALTERED, Source, moved
 from lowrank_jax.program.reading import READERS, Reading
 
 LOOPS = {"scan": "exact", "while": "per iteration", "cond": "at most"}
@@ -145,14 +145,20 @@ class Survey:
                 self.touched[source.path].append(operation)
 
     def _change(self, eqn: Any, inputs: Sources) -> Sources:
-        """Any other operation: what is as large as the parameter may be its altered kernel."""
+        """Any other operation: what is as large as a kernel may be that kernel, altered."""
         operation = eqn.primitive.name
         self._touch(inputs, operation)
-        known = [source for source in inputs if source is not None]
+        known = [(v, s) for v, s in zip(eqn.invars, inputs, strict=True) if s is not None]
         return [_altered(var, known, operation) for var in eqn.outvars]
 
 
-def _altered(var: Any, sources: list[Source], operation: str) -> Source | None:
-    size = math.prod(getattr(var.aval, "shape", ()))
-    same = [source for source in sources if math.prod(source.shape) == size]
-    return same[0].after(operation) if same and len(same[0].shape) > 1 else None
+def _altered(var: Any, known: list[tuple[Any, Source]], operation: str) -> Source | None:
+    size, ndim = _size(var), len(getattr(var.aval, "shape", ()))
+    same = [source for operand, source in known if _size(operand) == size and ndim > 1]
+    if not same:
+        return None
+    return same[0] if operation in UNALTERED and same[0].dims is None else same[0].after(operation)
+
+
+def _size(var: Any) -> int:
+    return math.prod(getattr(var.aval, "shape", ()))

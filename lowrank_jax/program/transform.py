@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
+from lowrank_jax.factorization.placement import dense_sharding
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
 from lowrank_jax.program.jaxprs import Program, is_array
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.names import names_of
-from lowrank_jax.program.placement import dense_sharding
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.survey import Survey
@@ -134,7 +134,7 @@ def abstract(kernel: Kernel) -> jax.ShapeDtypeStruct:
     """The dense kernel that factors stand for, without values."""
     assert kernel.factors is not None
     dtype = jax.numpy.result_type(*kernel.factors)
-    sharding = dense_sharding(kernel.factors, kernel.axes, kernel.first)
+    sharding = dense_sharding(kernel.factors, kernel.axes)
     return jax.ShapeDtypeStruct(kernel.source.shape, dtype, sharding=sharding)
 
 

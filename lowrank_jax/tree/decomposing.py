@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.factorization.factors import factor_keys, is_factors, read_factors
+from lowrank_jax.factorization.factors import (
+    check_floating,
+    factor_keys,
+    is_factors,
+    read_factors,
+)
 from lowrank_jax.factorization.separable import Separable, factor_all, merge
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
@@ -132,7 +137,10 @@ def find_schemes(
 
 
 def _is_kernel(leaf: Any) -> bool:
-    return getattr(leaf, "ndim", 0) > 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Whether a rule may mean a leaf; quantised kernels are kernels, which are refused by name."""
+    if getattr(leaf, "ndim", 0) < 3:
+        return False
+    return jnp.issubdtype(leaf.dtype, jnp.floating) or np.dtype(leaf.dtype).itemsize == 1
 
 
 def _half(trace: Trace | None) -> Rules:
@@ -164,12 +172,7 @@ def check_kernel(path: str, kernel: Any) -> Any:
             f"{path}: not the kernel of a convolution, which is (h, w, in, out); "
             f"its shape is {kernel.shape}. Leave it out of the table."
         )
-    if not jnp.issubdtype(kernel.dtype, jnp.floating) or kernel.dtype.itemsize < 2:
-        raise ValueError(
-            f"{path}: the kernel has type {kernel.dtype}; allowed are float16, bfloat16, float32 "
-            "and "
-            "float64. Convert the kernel first."
-        )
+    check_floating(kernel.dtype, path)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         raise ValueError(
             f"{path}: the kernel has a shape but no values; call decompose within jax.eval_shape."

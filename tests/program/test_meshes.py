@@ -82,11 +82,11 @@ def case_kernels_on_a_mesh_are_decomposed(kind):
             jitted = jax.jit(lambda t: lr.reconstruct(lr.decompose(t, {"kernel": RANK})))(tree)
             assert_same(jitted["kernel"], plain)
             factors = small["kernel"]
-            assert factors["vertical"].sharding.is_fully_replicated or spec
             want = tree["kernel"].sharding.spec
             pad = (*want, *[None] * (4 - len(want)))
-            found = [(*f.sharding.spec, *[None] * 4)[:4] for f in factors.values()]
-            assert found == [(None, None, None, pad[3]), (None, None, pad[2], None)]
+            specs = {name: (*f.sharding.spec, *[None] * 4)[:4] for name, f in factors.items()}
+            assert specs["vertical"] == (None, None, pad[2], None)
+            assert specs["horizontal"] == (None, None, None, pad[3])
 
 
 def case_data_parallel(kind):
@@ -132,7 +132,8 @@ def case_kernels_put_on_devices_by_the_function(kind):
 
     small = lr.decompose(params(), {"kernel": RANK})
     assert_same(lr.lowrank(apply)(small, X), expected(X))
-    assert_same(jax.jit(lr.lowrank(apply))(small, X), expected(X))
+    host = jax.tree.map(np.asarray, small)  # arrays of no device, which jax.jit may put anywhere
+    assert_same(jax.jit(lr.lowrank(apply))(host, X), expected(X))
     other = jax.devices()[3]
 
     def move(p, x):
@@ -206,7 +207,7 @@ def case_shard_map_with_parts_of_kernels(kind):
         small = lr.decompose(tree, {"kernel": RANK})
         x = jax.device_put(X, NamedSharding(mesh, P("data")))
         (use,) = lr.trace(apply, tree, x)
-        assert "shard_map" in use.reason
+        assert "shard_map" in use.reason, use.reason
         assert_same(jax.jit(lr.lowrank(apply))(small, x), expected(X))
 
 
@@ -237,7 +238,7 @@ def case_a_boxed_linen_model(kind):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, None, None, "model"))
     model = nn.Conv(8, (3, 3), kernel_init=init)
     variables = model.init(jax.random.key(0), X)
-    small = lr.decompose(variables, {"kernel": 12})
+    small = jax.tree.map(np.asarray, lr.decompose(variables, {"kernel": 12}))
     with jax.set_mesh(mesh) if kind == "auto" else jax.set_mesh(mesh_of("auto")):
         found = jax.jit(lr.lowrank(model.apply))(small, X)
     assert_same(found, model.apply(variables, X))
@@ -260,7 +261,7 @@ def run_all():
             globals()[f"case_{case}"](kind)
             results[name] = ""
         except Exception:
-            results[name] = traceback.format_exc(limit=-12)
+            results[name] = traceback.format_exc(limit=-4)
     return results
 
 

@@ -1,0 +1,44 @@
+"""The ranks that the matrices of a kernel can have."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+from lowrank_jax.factorization.layout import split_axes
+
+
+def max_rank(
+    shape: Sequence[int], groups: int = 1, axes: str = "HWIO", first: str = "vertical"
+) -> int:
+    """The largest useful rank of a kernel: that at which the factors reproduce it.
+
+    Args:
+        shape: kernel shape (..., h, w, c, n), with c input channels per group.
+        groups: number of feature groups.
+        axes, first: as in `Separable`.
+
+    Returns:
+        min(h * c, w * n / groups), the smaller side of the matrix of one group.
+
+    Example:
+        >>> max_rank((5, 5, 96, 192))
+        480
+    """
+    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
+    return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))
+
+
+def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:
+    """Returns the rank as an int, or raises an error that names where it was given."""
+    try:
+        value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        value = 0
+    if not 1 <= value <= limit:
+        raise ValueError(
+            f"{where}: rank {rank!r} is not allowed; give an int from 1 to {limit}, the smaller "
+            "side of the "
+            f"matrix of one of the {groups} group(s) of the kernel {tuple(shape)}."
+        )
+    return value
