@@ -44,15 +44,14 @@ def conv_of(*sizes, **options):
 
 
 class LinenNet(nn.Module):
-    """Strided, grouped and circular convolutions, with and without normalisation and bias."""
+    """A strided and a grouped, circular convolution, with and without bias."""
 
     @nn.compact
     def __call__(self, x, train=False):
         norm = functools.partial(nn.BatchNorm, not train)
         x = nn.Conv(8, (3, 3), 2, use_bias=False, name="strided")(x)
         x = nn.relu(norm(name="norm0")(x))
-        x = nn.relu(nn.Conv(8, (3, 5), padding="CIRCULAR", name="circular")(x))
-        x = nn.Conv(8, (3, 3), feature_group_count=2, name="grouped")(x)
+        x = nn.Conv(8, (3, 3), padding="CIRCULAR", feature_group_count=2, name="grouped")(x)
         x = nn.relu(norm(name="norm1")(x))
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
@@ -62,15 +61,13 @@ class Net(nnx.Module):
 
     def __init__(self):
         self.strided = conv_of(4, 8, (3, 3), strides=2, use_bias=False)
-        self.circular = conv_of(8, 8, (3, 5), padding="CIRCULAR")
-        self.grouped = conv_of(8, 8, (3, 3), feature_group_count=2)
+        self.grouped = conv_of(8, 8, (3, 3), padding="CIRCULAR", feature_group_count=2)
         self.norm0, self.norm1 = (nnx.BatchNorm(8, rngs=nnx.Rngs(0)) for _ in range(2))
         self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
         self.head = nnx.Linear(8, 3, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
         x = nnx.relu(self.norm0(self.strided(x)))
-        x = nnx.relu(self.circular(x))
         x = nnx.relu(self.norm1(self.grouped(inputs=x)))
         return self.head(self.dropout(x.mean((1, 2))))
 
@@ -121,7 +118,7 @@ def gap(model, small, x):
     return float(jnp.linalg.norm(found - dense) / jnp.linalg.norm(dense))
 
 
-CUT = {"strided": 3, "circular": 5, "grouped": Separable(2, 2)}
+CUT = {"strided": 3, "grouped": Separable(2, 2)}
 # The same functions on the same arrays: only the order of float32 sums may differ, by some 1e-7 of
 # the terms, which least squares amplify by up to 1e3.
 SAME = {"rtol": 1e-4, "atol": 1e-5}
@@ -140,9 +137,8 @@ def cut():
 def test_linen_and_nnx_give_the_same_plan_and_the_same_network():
     (variables, _), x = pair(), images()
     linen = lowrank_jax.calibrate(LinenNet().apply, variables, x)
-    for budget in ({"macs": 0.5}, {"parameters": 0.4, "multiple": 2}):
-        one, two = lowrank_jax.plan(linen, **budget), plan(calibrated(), **budget)
-        assert one.ranks == two.ranks and one.total("macs") == two.total("macs")
+    one, two = lowrank_jax.plan(linen, macs=0.5), plan(calibrated(), macs=0.5)
+    assert one.ranks == two.ranks and one.total("macs") == two.total("macs")
     small = lowrank_jax.compress(linen, CUT)
     chex.assert_trees_all_close(tree(cut()), joined(small), **SAME)
     run, other = lowrank_jax.lowrank(LinenNet().apply), images(seed=7)
@@ -150,11 +146,13 @@ def test_linen_and_nnx_give_the_same_plan_and_the_same_network():
 
 
 def test_the_short_forms_give_what_the_calibration_gives():
-    x, ranks = images(), plan(calibrated(), macs=0.5).ranks
-    assert plan(net(), x, macs=0.5).ranks == ranks
-    found, fits = compress(net(), x, CUT, return_fits=True)
-    chex.assert_trees_all_close(tree(found), tree(cut()), **SAME)
-    assert set(fits) == set(CUT)
+    model, x = nnx.Sequential(conv_of(4, 8, (3, 3)), nnx.relu), images()
+    found = calibrate(model, x)
+    ranks = plan(found, macs=0.5)
+    assert plan(model, x, macs=0.5).ranks == ranks.ranks
+    small, fits = compress(model, x, ranks, return_fits=True)
+    chex.assert_trees_all_close(tree(small), tree(compress(found, ranks)), **SAME)
+    assert set(fits) == {"layers/0"}
 
 
 def test_linen_and_nnx_give_the_same_reestimated_statistics():
@@ -166,10 +164,10 @@ def test_linen_and_nnx_give_the_same_reestimated_statistics():
 
 def test_at_full_rank_the_network_computes_what_it_did():
     shapes = {path: getattr(net(), path).kernel.shape for path in CUT}
-    groups = {"strided": 1, "circular": 1, "grouped": 2}
+    groups = {"strided": 1, "grouped": 2}
     ranks = {p: Separable(max_rank(shapes[p], groups[p]), groups[p]) for p in CUT}
     small = compress(calibrated(), ranks)
-    assert gap(net(), small, images(seed=7)) < 1e-3  # the shrinkage and float32, over three layers
+    assert gap(net(), small, images(seed=7)) < 1e-3  # the shrinkage and float32, over two layers
 
 
 def test_it_is_nearer_to_the_dense_network_than_the_plain_factors():
@@ -180,7 +178,7 @@ def test_it_is_nearer_to_the_dense_network_than_the_plain_factors():
 def test_what_is_not_named_is_the_same_array_and_all_shapes_are_those_of_decompose():
     assert cut().head.kernel.get_value() is net().head.kernel.get_value()
     chex.assert_trees_all_equal_shapes_and_dtypes(tree(cut()), tree(decompose(net(), CUT)))
-    assert isinstance(cut().circular, SeparableConv)
+    assert isinstance(cut().grouped, SeparableConv)
 
 
 def test_the_model_given_is_untouched_and_its_mode_is_kept():
@@ -194,7 +192,7 @@ def test_the_model_given_is_untouched_and_its_mode_is_kept():
     for other in (model, *results):
         assert other.norm0.use_running_average is False and other.dropout.deterministic is False
     chex.assert_trees_all_close(tree(results[0]), tree(cut()), **SAME)  # as in evaluation
-    results[0].circular.bias[...] += 1
+    results[0].grouped.bias[...] += 1
     results[1].norm0.mean[...] += 1
     chex.assert_trees_all_equal(arrays(model), before)
 
@@ -212,8 +210,9 @@ class Switched(nnx.Module):
 def test_arguments_of_the_model_are_passed_to_it():
     model, x = Switched(), images()
     small = compress(model, x, plan(model, x, macs=0.5, train=False), train=False)
-    means = (small(x, False) - model(x, False)).mean((0, 1, 2))
-    np.testing.assert_allclose(means, 0, atol=1e-5)
+    plain = decompose(model, plan(model, x, macs=0.5, train=False))
+    far, near = (jnp.abs((m(x, False) - model(x, False)).mean((0, 1, 2))) for m in (plain, small))
+    assert near.max() < 0.2 * far.max()
     found = reestimate(small, x, train=True)
     expected = small.conv(x).mean((0, 1, 2))
     np.testing.assert_allclose(found.norm.mean[...], expected, atol=1e-5)
@@ -237,13 +236,13 @@ def test_a_model_may_read_the_attributes_of_its_layers():
 
 
 class Within(nnx.Module):
-    """A layer under ``nnx.jit``, a stack in ``nnx.scan``, and a layer that runs twice."""
+    """A layer under ``nnx.jit``, and a stack in ``nnx.scan``."""
 
     def __init__(self):
         def make(rngs):
             return nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
 
-        self.jitted, self.twice = conv_of(4, 4, (3, 3)), conv_of(4, 4, (3, 3), use_bias=False)
+        self.jitted = conv_of(4, 4, (3, 3))
         self.layers = nnx.vmap(make, in_axes=0, out_axes=0)(nnx.Rngs(0).split(2))
 
     def __call__(self, x):
@@ -251,11 +250,10 @@ class Within(nnx.Module):
             return nnx.relu(layer(x))
 
         x = nnx.relu(nnx.jit(lambda layer, x: layer(x))(self.jitted, x))
-        x = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
-        return self.twice(nnx.relu(self.twice(x)))
+        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
 
-WITHIN = {"jitted": 3, "layers/layers/0": 3, "twice": 3}
+WITHIN = {"jitted": 3, "layers/layers/0": 3}
 
 
 @functools.cache
@@ -265,7 +263,7 @@ def within():
     return model
 
 
-def test_layers_in_transformations_and_shared_ones_are_fitted_like_others():
+def test_layers_in_transformations_are_fitted_like_others():
     small, fits = compress(within(), images(), WITHIN, return_fits=True)
     plain = decompose(within(), WITHIN)
     assert {path: len(own) for path, own in fits.items()} == {p: 1 + ("/" in p) for p in WITHIN}
@@ -282,16 +280,11 @@ def kernel_at(model, path):
     return node.kernel[...]
 
 
-def test_a_plan_has_the_layers_in_transformations_and_the_shared_ones():
-    assert set(plan(within(), images(), macs=0.6).ranks) <= set(WITHIN)
-
-
 def test_normalisations_in_a_scan_are_reestimated():
     model, x = within(), images()
     found = reestimate(model, x).layers.layers[1].mean[...]
     first = nnx.relu(model.jitted(x))
-    layers = [nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0)) for _ in range(2)]
-    conv = layers[0]
+    conv = conv_of(4, 4, (3, 3))
     kernel, bias = (v[...][0] for v in (model.layers.layers[0].kernel, model.layers.layers[0].bias))
     conv.kernel[...], conv.bias[...] = kernel, bias
     np.testing.assert_allclose(found[0], conv(first).mean((0, 1, 2)), atol=1e-5)
@@ -333,34 +326,19 @@ class Tied(nnx.Module):
         return self.biased(nnx.relu(self.other(x)))
 
 
-@functools.cache
-def tied():
-    return calibrate(Tied(), images())
-
-
-def test_shared_kernels_and_biases_stay_shared_and_full_ranks_are_exact():
-    full = max_rank((3, 3, 4, 4))
-    path = next(p for p in ("same", "twice") if p in tied().moments)
-    small = compress(tied(), {path: full, "other": full})
+def test_shared_kernels_and_biases_stay_shared_and_are_fitted_once():
+    small, fits = compress(Tied(), images(), {"same": 3, "other": 2}, return_fits=True)
     assert small.same.kernel is small.twice.kernel and small.other.bias is small.biased.bias
-    assert gap(Tied(), small, images(seed=7)) < 1e-3  # the shrinkage and float32
-    assert reconstruct(small).same.kernel is not None
-
-
-def test_a_bias_that_layers_share_is_not_moved():
-    small = compress(tied(), {"other": 2})
+    assert {path: len(own) for path, own in fits.items()} == {"same": 1, "other": 1}
+    plain = decompose(Tied(), {"same": 3}).same.kernel[...]
+    assert not np.allclose(small.same.kernel[...], plain, atol=1e-3)
     np.testing.assert_array_equal(small.biased.bias[...], 1)
+    dense = reconstruct(small)
+    assert dense.same.kernel is dense.twice.kernel
 
 
-OPTIONS = [
-    {"param_dtype": jnp.bfloat16},
-    {"padding": "REFLECT"},
-    {"preferred_element_type": "float32", "dtype": "bfloat16"},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_of_a_layer_is_kept(options):
+def test_every_option_of_a_layer_is_kept():
+    options = {"padding": "REFLECT", "preferred_element_type": "float32", "dtype": "bfloat16"}
     layer, x = nnx.Sequential(conv_of(4, 8, (3, 3), **options)), images()
     full = {"layers/0": max_rank((3, 3, 4, 8))}
     small = compress(layer, x, full)
@@ -386,8 +364,7 @@ def test_statistics_of_a_compressed_model_are_those_of_its_own_layers():
 
 
 def test_a_calibration_of_a_function_is_no_calibration_of_a_model():
-    variables, _ = pair()
-    found = lowrank_jax.calibrate(LinenNet().apply, variables, images(2))
+    found = lowrank_jax.calibrate(lambda scale, x: scale * x, jnp.ones(4), images(2))
     with pytest.raises(ValueError, match="is of the function .*, not of a model of NNX"):  # noqa: RUF043
         compress(found, CUT)
 
@@ -395,7 +372,7 @@ def test_a_calibration_of_a_function_is_no_calibration_of_a_model():
 REFUSED = [
     ({"ranks": {"strided": 99}}, "strided: rank 99 is not allowed"),
     ({"ranks": {"stride": 2}}, "did you mean 'strided'"),
-    ({"ranks": {"head": 2}}, "head: cannot be decomposed"),
+    ({"ranks": {"head": 2}}, "head: not the kernel of a convolution"),
     ({"ranks": {}}, "table of ranks is empty"),
     ({"sweeps": -1}, "sweeps=-1 is not allowed"),
     ({"images": jnp.full((2, 8, 8, 4), jnp.nan)}, "strided: the activations hold NaN or infinite"),
