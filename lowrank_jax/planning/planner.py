@@ -110,7 +110,8 @@ def one_budget(**given: int | float | None) -> Budget:
 def _latencies(
     found: Calibration, batch: int, timer: "Timer | None", paths: list[str], multiple: int
 ) -> dict[str, dict[Separable | None, float]]:
-    from lowrank_jax.tuning.timer import Timer, layer_seconds  # loads with this budget alone
+    from lowrank_jax.tuning.latency import layer_seconds  # loads with this budget alone
+    from lowrank_jax.tuning.timer import Timer
 
     together = found.network.trace(shapes_of(found.inputs.first(), batch))
     return layer_seconds(together, timer or Timer(default_options()), paths, multiple)

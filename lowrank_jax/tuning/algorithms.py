@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_jax.factorization.layout import AXES
+from lowrank_jax.factorization.layout import AXES, split_options
 from lowrank_jax.factorization.separable import Separable, merge
 from lowrank_jax.program.kernel_use import KernelUse
-from lowrank_jax.tuning.slices import Pads, factor_options, padding_as_numbers
+from lowrank_jax.tuning.slices import Pads
 from lowrank_jax.tuning.steps import STEPS
 
 # The algorithm of a layer, by name. The scheme is None where the layer is dense.
@@ -142,18 +142,41 @@ class Layer:
             kernel = merge(first, second, self.axes)
             return self.convolve(inputs, kernel, MERGED[algorithm], precision=precision)
         if algorithm == "fused":
-            where = (self.strides, self.padding, first_axis)
-            return fuse(inputs, first, second, None, *where, precision=precision)
+            return self._fused(first_axis, inputs, first, second, precision)
         pair = padded(first, second) if algorithm == "padded" else (first, second)
         halves = self.halves(first_axis)
         for half, kernel, step in zip(halves, pair, steps(algorithm), strict=True):
             inputs = half(inputs, kernel, step, precision=precision)
         return inputs
 
+    def _fused(
+        self,
+        first_axis: str,
+        inputs: Float[Array, "n h w c"],
+        first: Float[Array, "*taps c k"],
+        second: Float[Array, "*other_taps k o"],
+        precision: Any,
+    ) -> Float[Array, "n h2 w2 o"]:
+        from lowrank_jax.tuning.experimental.fused import (  # needs a backend of Pallas
+            HIGHEST,
+            separable_conv,
+        )
+
+        return separable_conv(
+            inputs,
+            first,
+            second,
+            strides=self.strides,
+            padding=self.padding,
+            first_axis=first_axis,
+            precision=precision or HIGHEST,
+        )
+
     def halves(self, first_axis: str) -> tuple[Callable, Callable]:
         """The convolutions of the two factors: functions of inputs, kernel and a step."""
         names = ("strides", "padding", "dilation", "input_dilation")
-        one, two = factor_options(first_axis, {name: getattr(self, name) for name in names})
+        options = {name: getattr(self, name) for name in names}
+        one, two = split_options(self.size, first_axis, options)
         return functools.partial(self.convolve, **one), functools.partial(self.convolve, **two)
 
 
@@ -179,23 +202,6 @@ def algorithms_of(layer: Layer, rank: int | None) -> list[str]:
         return [PLAIN, "merged"]
     fits = jax.default_backend() == "gpu" and set(layer.dilation) == {1}
     return [*PAIRS, *["padded"] * bool(rank % MULTIPLE), *["fused"] * fits, *MERGED]
-
-
-def fuse(
-    inputs: Float[Array, "n h w c"],
-    first: Float[Array, "*taps c k"],
-    second: Float[Array, "*other_taps k o"],
-    bias: Float[Array, " o"] | None,
-    strides: Any,
-    padding: Any,
-    first_axis: str,
-    precision: Any = None,
-) -> Float[Array, "n h2 w2 o"]:
-    """The layer as one kernel. Its module needs a backend of Pallas, so it is imported here."""
-    from lowrank_jax.tuning.experimental.fused import HIGHEST, separable_conv
-
-    where = {"strides": strides, "padding": padding, "first_axis": first_axis}
-    return separable_conv(inputs, first, second, bias, precision=precision or HIGHEST, **where)
 
 
 def steps(algorithm: str) -> tuple[Callable, Callable]:
@@ -226,42 +232,6 @@ def dense_step(algorithm: str) -> Callable:
             f"{', '.join(STEPS)}."
         )
     return STEPS[algorithm]
-
-
-def chosen(choose: Choose) -> Callable:
-    """A convolution that runs by the algorithm chosen for its layer when its inputs are known.
-
-    Takes the arguments of ``jax.lax.conv_general_dilated``, channels last, so that a Flax layer can
-    have it as its own function.
-    """
-
-    def convolve(
-        inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
-    ) -> jax.Array:
-        layer = _described(inputs, kernel, strides, padding, options)
-        return dense_step(choose(layer, None))(inputs, kernel, strides, padding, **options)
-
-    return convolve
-
-
-def _described(
-    inputs: jax.Array, kernel: jax.Array, strides: Any, padding: Any, options: dict[str, Any]
-) -> Layer:
-    size, ones = kernel.shape[:-2], (1,) * (kernel.ndim - 2)
-    dilation = tuple(options.get("rhs_dilation") or ones)
-    spread = tuple(options.get("lhs_dilation") or ones)
-    pads = padding_as_numbers(padding, inputs.shape[1:-1], size, strides, dilation, spread)
-    return Layer(
-        inputs=inputs.shape,
-        features=kernel.shape[-1],
-        size=size,
-        strides=tuple(strides),
-        padding=pads,
-        dilation=dilation,
-        input_dilation=spread,
-        groups=options.get("feature_group_count", 1),
-        dtype=jnp.result_type(inputs, kernel).name,
-    )
 
 
 def padded(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.tuning.algorithms import Layer
+from lowrank_jax.tuning.algorithms import Choose, Layer
 from lowrank_jax.tuning.candidate import Candidate, Configuration, Network
 from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.experimental.pools import Pool
@@ -19,13 +19,25 @@ from lowrank_jax.tuning.running import with_algorithms
 Elsewhere = Literal["plain", "keep", "error"]
 
 
-def network_of(apply: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Network:
-    """The network of a function of (variables, inputs, *args, **kwargs), with these arguments."""
+def network_of(
+    apply: Callable, args: tuple, kwargs: Mapping[str, Any], constants: Any = None
+) -> Network:
+    """The network of a function of (variables, inputs, *args, **kwargs).
+
+    Args:
+        apply: the function.
+        args, kwargs: its other arguments, which become part of the program.
+        constants: the variables, if they become part of the program, too.
+    """
 
     def call(variables: Any, inputs: Any) -> Any:
         return apply(variables, inputs, *args, **kwargs)
 
-    return lambda choose: lowrank(call) if choose is None else with_algorithms(call, choose)
+    def network(choose: Choose | None) -> Callable[[Any, Any], Any]:
+        run = lowrank(call) if choose is None else with_algorithms(call, choose)
+        return run if constants is None else lambda _, inputs: run(constants, inputs)
+
+    return network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,40 +139,16 @@ class Fast:
             >>> run(variables, images).shape
             (4, 8, 8, 16)
         """
-        return restored(path, network_of(apply, args, kwargs), variables, elsewhere)
-
-
-def restored(
-    path: str | os.PathLike, network: Network, variables: Any = None, elsewhere: Elsewhere = "plain"
-) -> Fast:
-    """What `Fast.load` does, for any network.
-
-    Args:
-        path: of the file.
-        network: as in `search`.
-        variables: of a frozen network; None if the function takes them.
-        elsewhere: as in `Fast.load`.
-    """
-    if elsewhere not in ("plain", "keep", "error"):
-        raise ValueError(f"{elsewhere=} is not allowed; give 'plain', 'keep' or 'error'.")
-    facts = read_result(path)
-    if facts["frozen"] and variables is None:
-        raise ValueError(f"{path} was searched for with freeze; give the variables, too.")
-    if differences := facts["device"].differences(Device.here()):
-        facts |= _elsewhere(path, differences, elsewhere)
-    facts["frozen"] = variables is not None
-    network = frozen(network, variables) if facts["frozen"] else network
-    return Fast(run=facts["candidate"].compiled(network), **facts)
-
-
-def frozen(network: Network, variables: Any) -> Network:
-    """A network whose variables are constants: a function of (None, inputs)."""
-
-    def made(choose: Any) -> Callable[[Any, Any], Any]:
-        run = network(choose)
-        return lambda _, inputs: run(variables, inputs)
-
-    return made
+        if elsewhere not in ("plain", "keep", "error"):
+            raise ValueError(f"{elsewhere=} is not allowed; give 'plain', 'keep' or 'error'.")
+        facts = read_result(path)
+        if facts["frozen"] and variables is None:
+            raise ValueError(f"{path} was searched for with freeze; give the variables, too.")
+        if differences := facts["device"].differences(Device.here()):
+            facts |= _elsewhere(path, differences, elsewhere)
+        facts["frozen"] = variables is not None
+        run = facts["candidate"].compiled(network_of(apply, args, kwargs, variables))
+        return cls(run=run, **facts)
 
 
 def _elsewhere(
@@ -171,7 +159,7 @@ def _elsewhere(
     message = f"{path} was measured elsewhere: {'; '.join(differences)}"
     if elsewhere == "error":
         raise ValueError(f"{message}. Search anew, or load it with elsewhere='plain' or 'keep'.")
-    warnings.warn(f"{message}. {runs} runs. Search anew on this device with fast.", stacklevel=4)
+    warnings.warn(f"{message}. {runs} runs. Search anew on this device with fast.", stacklevel=3)
     if elsewhere == "keep":
         return {}
     return {"candidate": Candidate(Configuration(default_options())), "seconds": {}}

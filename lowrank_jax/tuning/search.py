@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.tuning.autotune import Autotuner, Timers
-from lowrank_jax.tuning.candidate import Candidate, Configuration, Network, batch_of
+from lowrank_jax.tuning.candidate import Candidate, Configuration, batch_of
 from lowrank_jax.tuning.device import Device
-from lowrank_jax.tuning.result import Fast, frozen, network_of
+from lowrank_jax.tuning.result import Fast, network_of
 from lowrank_jax.tuning.timer import Timer
 
 SLICES = (8, 16, 32, 64)
@@ -76,44 +76,14 @@ def fast(
         >>> run(small, images).shape
         (4, 8, 8, 16)
     """
-    return search(
-        network_of(apply, args, kwargs),
-        variables,
-        inputs,
-        slices=slices,
-        timers=timers,
-        rounds=rounds,
-        freeze=freeze,
-        limit=limit,
-    )
-
-
-def search(
-    network: Network,
-    variables: Any,
-    inputs: Any,
-    *,
-    slices: Sequence[int] = SLICES,
-    timers: Timers = Timer,
-    rounds: int = 5,
-    freeze: bool = False,
-    limit: float | None = None,
-) -> Fast:
-    """What `fast` does, for any network.
-
-    Args:
-        network: makes a function of (variables, inputs) that runs each layer by the algorithm that
-            the argument, a function of (layer, scheme) or None, chooses.
-        variables, inputs, slices, timers, rounds, freeze, limit: as in `fast`.
-    """
     _check(rounds, limit)
     inputs = jax.tree.map(jnp.asarray, inputs)
     sizes = [size for size in slices if 0 < size < batch_of(inputs)]
-    args = (None if freeze else variables, inputs)
-    network = frozen(network, variables) if freeze else network
+    given = (None if freeze else variables, inputs)
+    network = network_of(apply, args, kwargs, variables if freeze else None)
     whole = [Candidate(Configuration(options)) for options in candidate_options()]
     with tqdm(desc="fast", leave=False, disable=None) as bar:
-        tuner = Autotuner(network, args, rounds, limit, bar)
+        tuner = Autotuner(network, given, rounds, limit, bar)
         tuner.measure(whole)
         tuner.measure(tuner.with_slices(sizes))
         for candidates in tuner.with_algorithms(timers):

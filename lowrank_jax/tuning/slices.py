@@ -105,34 +105,6 @@ def padding_as_numbers(
     return tuple(jax.lax.padtype_to_pads(whole, reach, strides, padding))
 
 
-def factor_options(first: str, options: Mapping[str, Sequence]) -> tuple[dict, dict]:
-    """The options of the convolutions of the first and of the second factor.
-
-    Each factor has the entries of its own axes. Along the others it has stride 1, dilation 1 and no
-    padding.
-
-    Args:
-        first: the axis of the first factor, "vertical" (axis 0) or "horizontal" (the others).
-        options: some of ``strides``, ``padding``, ``dilation``, ``input_dilation``, each with one
-            entry for each spatial axis.
-
-    Example:
-        >>> factor_options("vertical", {"strides": (2, 3), "padding": ((1, 1), (0, 2))})[1]
-        {'strides': (1, 3), 'padding': ((0, 0), (0, 2))}
-    """
-    vertical = _along(options, vertical=True)
-    horizontal = _along(options, vertical=False)
-    return (vertical, horizontal) if first == "vertical" else (horizontal, vertical)
-
-
-def _along(options: Mapping[str, Sequence], vertical: bool) -> dict[str, tuple]:
-    def own(name: str, values: Sequence) -> tuple:
-        nothing = (0, 0) if name == "padding" else 1
-        return tuple(x if (axis == 0) == vertical else nothing for axis, x in enumerate(values))
-
-    return {name: own(name, values) for name, values in options.items()}
-
-
 def product_as_convolution(x: jax.Array, weights: jax.Array) -> bool:
     """Whether a 1x1 convolution is the better form of a product.
 

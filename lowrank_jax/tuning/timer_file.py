@@ -32,7 +32,7 @@ def read_times(path: Path) -> Times:
         return {}
     try:
         return _checked(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no measured times: {error}. Remove the file, or name another one."
         ) from error

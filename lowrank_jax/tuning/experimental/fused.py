@@ -1,17 +1,16 @@
-"""A separable convolution in one GPU kernel, which keeps the channels between the two convolutions
-on the chip.
+"""A separable convolution in one GPU kernel, which keeps the rank-K intermediate on the chip.
 
-Two convolutions write the rank-K intermediate to memory and read it again. At a small rank that
-traffic, not the arithmetic, is most of the layer's time. Here a program holds a column of output
-lines, moves along the second factor's axis, and keeps the last taps of the intermediate in
-registers. This sliding window shifts nothing, and computes nothing twice but the first positions of
-a strip. Written in Pallas for its Triton backend, which runs on GPUs from Ampere on and which JAX
-0.11 deprecates with a warning. Elsewhere Pallas interprets it, for tests.
+Two convolutions write the intermediate to memory and read it again. At a small rank that traffic,
+not the arithmetic, is most of the layer's time. Here a program holds a column of output lines,
+moves along the second factor's axis, and keeps the last taps of the intermediate in registers. This
+sliding window shifts nothing, and computes nothing twice but the first positions of a strip.
+Written in Pallas for its Triton backend, which runs on GPUs from Ampere on and which JAX 0.11
+deprecates with a warning. Elsewhere Pallas interprets it, for tests.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from lowrank_jax.tuning.experimental.roofline import (
     sizes_of,
     two_convolutions,
 )
+from lowrank_jax.tuning.experimental.tiles import Tile, block, tile_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,7 +47,7 @@ def separable_conv(
     dilation: Sequence[int] = ONES,
     precision: lax.Precision | None = HIGHEST,
     interpret: bool | None = None,
-    tile: "Tile | None" = None,
+    tile: Tile | None = None,
 ) -> jax.Array:
     """Computes what `two_convolutions` does, to rounding, in one kernel.
 
@@ -66,8 +66,7 @@ def separable_conv(
         groups, dilation: 1, or refused.
         precision: HIGHEST computes float32 in float32, None in TensorFloat-32 on a GPU's tensor
             cores.
-        interpret: whether Pallas interprets the kernel, slowly and only for tests. None: unless on
-            a GPU.
+        interpret: whether Pallas interprets the kernel, for tests. None: unless on a GPU.
         tile: see `Tile`; None chooses one.
 
     Returns:
@@ -84,22 +83,8 @@ def separable_conv(
         >>> separable_conv(x, vertical, horizontal, padding=pads).shape
         (1, 6, 6, 8)
     """
-    for name, value in (("groups", groups), ("dilation", dilation)):
-        if np.any(np.not_equal(value, 1)):
-            raise ValueError(
-                f"{name}={value!r} is not allowed; the kernel does only 1. Call two_convolutions."
-            )
     arrays = promoted(x, first, second, bias)
-    if arrays[0].dtype.name not in DTYPES:
-        raise ValueError(
-            f"dtype {arrays[0].dtype} is not allowed; give one of {DTYPES}, or call "
-            "two_convolutions."
-        )
-    if bias is not None and bias.shape != second.shape[-1:]:
-        raise ValueError(
-            f"bias of shape {bias.shape} is not allowed; give {second.shape[-1:]}, the output "
-            "channels."
-        )
+    _check(arrays, groups, dilation)
     layer = sizes_of(x.shape, first.shape, second.shape, strides, padding, first_axis)
     if 0 in (*x.shape, *first.shape, *second.shape, *layer.result):
         return two_convolutions(
@@ -107,56 +92,27 @@ def separable_conv(
         )
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
     return _fused(
-        layer, tile or _tile(layer, arrays[0].dtype.itemsize), precision, interpret, *arrays
+        layer, tile or tile_of(layer, arrays[0].dtype.itemsize), precision, interpret, *arrays
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """What a program of the kernel computes: positions along the second factor's axis of lines.
-
-    Attributes:
-        lines: of the output, over all images: the height of every product.
-        positions: fewer make more programs, each of which computes the intermediate of its first
-            ones again.
-        inputs, outputs: (tap, channel) pairs in the first product, output channels in the second.
-        warps, stages: threads in 32s, and depth of the pipelined loads.
-
-    Raises:
-        ValueError: a size of a product that is no power of two, at least 16.
-    """
-
-    lines: int
-    positions: int
-    inputs: int
-    outputs: int
-    warps: int = 4
-    stages: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("lines", "inputs", "outputs"):
-            if (size := getattr(self, name)) != _block(size):
-                raise ValueError(
-                    f"{name}={size!r} is not allowed; give a power of two, at least 16."
-                )
-
-
-def _block(size: int) -> int:
-    return max(16, pl.next_power_of_2(size))
-
-
-def _tile(layer: Sizes, itemsize: int) -> Tile:
-    """A tile whose sums and window fit in registers, in strips for a few programs a processor."""
-    inputs, rank, outputs = layer.channels
-    width = min(64, _block(outputs))
-    line = _block(rank) * (layer.taps[1] * itemsize + 4) + width * 4  # bytes
-    fitting = (size for size in (64, 32) if size * line <= 3 * 2**14)  # for sm_90, 64 of 1024 spill
-    lines = next(fitting, 16)
-    blocks = pl.cdiv(layer.images * layer.result[0], lines)
-    strips = min(pl.cdiv(512, blocks), pl.cdiv(layer.result[1], layer.taps[1]))
-    dividing = (size for size in (64, 32, 16) if inputs % size == 0)
-    pairs = next(dividing, min(32, _block(layer.taps[0] * inputs)))
-    return Tile(lines, pl.cdiv(layer.result[1], strips), pairs, width)
+def _check(arrays: Sequence[Any], groups: int, dilation: Sequence[int]) -> None:
+    for name, value in (("groups", groups), ("dilation", dilation)):
+        if np.any(np.not_equal(value, 1)):
+            raise ValueError(
+                f"{name}={value!r} is not allowed; the kernel does only 1. Call two_convolutions."
+            )
+    if arrays[0].dtype.name not in DTYPES:
+        raise ValueError(
+            f"dtype {arrays[0].dtype} is not allowed; give one of {DTYPES}, or call "
+            "two_convolutions."
+        )
+    second, bias = arrays[2:]
+    if bias is not None and bias.shape != second.shape[-1:]:
+        raise ValueError(
+            f"bias of shape {bias.shape} is not allowed; give {second.shape[-1:]}, the output "
+            "channels."
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -164,7 +120,7 @@ def _tile(layer: Sizes, itemsize: int) -> Tile:
 def _fused(layer: Sizes, tile: Tile, precision, interpret: bool, x, first, second, bias):
     inputs, rank, outputs = layer.channels
     first, second = first.reshape(-1, rank), second.reshape(-1, rank, outputs)
-    ranks, channels = (0, _block(rank) - rank), (0, -outputs % tile.outputs)
+    ranks, channels = (0, block(rank) - rank), (0, -outputs % tile.outputs)
     first = jnp.pad(first, ((0, -len(first) % tile.inputs), ranks))
     second = jnp.pad(second, ((0, 0), ranks, channels))
     bias = jnp.zeros(second.shape[-1], x.dtype) if bias is None else jnp.pad(bias, channels)

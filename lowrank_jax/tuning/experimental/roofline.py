@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lowrank_jax.factorization.layout import split_options
 from lowrank_jax.factorization.separable import FACTORS
-from lowrank_jax.tuning.slices import factor_options
 
 HIGHEST = lax.Precision.HIGHEST
 ONES, UNPADDED = (1, 1), ((0, 0), (0, 0))
@@ -52,7 +52,8 @@ def two_convolutions(
     check_axes(strides, padding, first_axis)
     options = {"strides": strides, "padding": padding, "dilation": dilation}
     names = ("NHWC", "HWIO", "NHWC")
-    for kernel, own in zip((first, second), factor_options(first_axis, options), strict=True):
+    halves = split_options((1, 1), first_axis, options)
+    for kernel, own in zip((first, second), halves, strict=True):
         geometry = (own["strides"], own["padding"], None, own["dilation"], names, groups)
         x = lax.conv_general_dilated(x, kernel, *geometry, precision=precision)
     return x if bias is None else x + bias

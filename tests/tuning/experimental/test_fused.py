@@ -153,7 +153,7 @@ def test_zero_factors_leave_the_bias():
 
 
 def test_the_padding_of_the_second_factor_is_zero_and_not_what_the_first_makes_of_it():
-    # A value that the first factor carried out of the image would be seen in the corners.
+    # A value that the first factor carried out of the image would appear in the corners.
     x, first, second = jnp.ones((1, 2, 2, 1)), jnp.ones((3, 1, 1, 1)), jnp.ones((1, 3, 1, 1))
     chex.assert_trees_all_equal(
         separable_conv(x, first, second, padding=SAME), jnp.full((1, 2, 2, 1), 4.0)
@@ -275,7 +275,7 @@ REFUSED = [
     ({"groups": 2}, r"groups=2 .* only 1\. Call two_convolutions"),
     ({"dilation": (1, 2)}, r"dilation=\(1, 2\) .* only 1\. Call two_convolutions"),
     ({"dilation": 2}, r"dilation=2 .* only 1"),
-    ({"padding": "SAME"}, r"padding='SAME' .* give \(\(top, bottom\), \(left, right\)\)"),
+    ({"padding": "SAME"}, r"padding='SAME' .* give \(before, after\)"),
     ({"padding": 1}, r"padding=1 "),
     ({"padding": ((1, 1), 1)}, r"padding=\(\(1, 1\), 1\) "),
     ({"strides": 2}, r"strides=2 .* two positive ints"),

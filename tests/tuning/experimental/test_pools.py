@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import nnx as lrx
+from lowrank_jax.tuning import autotune
 from lowrank_jax.tuning.experimental.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.tuning.search import fast
 from lowrank_jax.tuning.timer import Timer
@@ -75,7 +76,7 @@ def test_a_sum_in_half_precision_is_rounded_once():
     )  # 271 to the nearest of steps of 2; each 1 alone is lost on 256
 
 
-def test_an_unknown_program_is_named():
+def test_an_unknown_algorithm_is_named():
     with pytest.raises(
         ValueError, match="'slice' of a pooling is not known; give one of window, slices"
     ):
@@ -83,8 +84,7 @@ def test_an_unknown_program_is_named():
 
 
 class Net(nn.Module):
-    """Poolings of all sorts, in a nested jit, in a scan and beside what a trace treats in its own
-    way."""
+    """Poolings of all sorts, in a nested jit, in a scan, and beside a rematerialised function."""
 
     @nn.compact
     def __call__(self, x):
@@ -120,7 +120,7 @@ def test_a_network_with_slices_gives_its_own_outputs(jit):
 
 @pytest.mark.parametrize("program", POOLS)
 @pytest.mark.parametrize("pool", [nn.max_pool, nn.avg_pool])
-def test_gradients_go_through_both_programs(pool, program):
+def test_gradients_go_through_both_algorithms(pool, program):
     x = random((1, 6, 6, 2))
     loss = lambda x: (pool(jnp.sin(x), (3, 3), (2, 2), "SAME") ** 2).sum()  # noqa: E731
     np.testing.assert_allclose(
@@ -168,26 +168,33 @@ class Slices(Timer):
         return "slices"
 
 
-def test_fast_runs_poolings_by_slices_where_they_are_faster():
+@pytest.fixture
+def algorithms_win(monkeypatch):
+    """Makes the times up: candidates with other algorithms are the fastest."""
+
+    def made(calls, *_):
+        return {name: 0.5 if "algorithms" in name else 1.0 for name in calls}
+
+    monkeypatch.setattr(autotune, "measure", made)
+
+
+def test_fast_runs_poolings_by_slices_where_they_are_faster(algorithms_win):
     model = nn.Sequential([lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME")])
-    images = random((64, 32, 32, 32), "bfloat16")
+    images = random((4, 8, 8, 4), "bfloat16")
     run = fast(model.apply, {}, images, slices=(), timers=Slices, rounds=2)
     np.testing.assert_array_equal(run({}, images), model.apply({}, images))
-    assert set(run.pools.values()) == {"slices"}  # ten times faster here
-    assert "programs" in min(run.seconds, key=lambda name: run.seconds[name])
+    assert set(run.pools.values()) == {"slices"}
+    assert "reduce_window" not in str(jax.make_jaxpr(run.run.__wrapped__)({}, images))
 
 
-def test_an_nnx_model_runs_its_poolings_by_slices():
-    conv, images = (
-        nnx.Conv(3, 32, (3, 3), rngs=nnx.Rngs(0), dtype="bfloat16"),
-        random((32, 32, 32, 3)),
-    )
+def test_an_nnx_model_runs_its_poolings_by_slices(algorithms_win):
+    conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0), dtype="bfloat16")
+    images = random((4, 8, 8, 3))
     model = nnx.Sequential(conv, lambda x: nn.max_pool(x, (3, 3), (2, 2), "SAME"))
     run = lrx.fast(model, images, slices=(), timers=Slices, rounds=2)
     found, wanted = (
         np.asarray(y, np.float32) for y in (run(nnx.state(model), images), model(images))
     )
-    np.testing.assert_allclose(
-        found, wanted, rtol=0.03, atol=0.03
-    )  # kernels of XLA's two sets in half precision
+    # kernels of XLA's two sets in half precision
+    np.testing.assert_allclose(found, wanted, rtol=0.03, atol=0.03)
     assert set(run.pools.values()) == {"slices"}

@@ -1,0 +1,74 @@
+"""The table of measured times that a plan with a latency takes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import lowrank_jax as lr
+from lowrank_jax.planning.candidates import candidates
+from lowrank_jax.planning.selectors import latency
+from lowrank_jax.planning.spectra import spectra
+from lowrank_jax.tuning.algorithms import PLAIN
+from lowrank_jax.tuning.latency import layer_seconds
+from lowrank_jax.tuning.timer import Timer
+from lowrank_jax.tuning.timer_file import DENSE
+
+
+class Net(nn.Module):
+    """Two convolutions and a batch normalisation."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (3, 3))(x)))
+        return nn.Conv(8, (5, 5), strides=2)(x).mean((1, 2))
+
+
+class Made(Timer):
+    """Makes its times up: dense layers take 1, factors their rank over 30."""
+
+    def _dense(self, layer):
+        return {"convolve": 1.0, DENSE: 1.0}
+
+    def _factored(self, layer, scheme, names):
+        return dict.fromkeys(names or [PLAIN], scheme.rank / 30) | {DENSE: 1.0}
+
+
+@pytest.fixture(scope="module")
+def net():
+    model, images = Net(), jax.random.normal(jax.random.key(1), (6, 8, 8, 4))
+    variables = model.init(jax.random.key(0), images)
+    return variables, lr.trace(model.apply, variables, images)
+
+
+def test_the_table_has_dense_and_both_orders_and_no_rank_that_costs_more_weights(net):
+    _, trace = net
+    table = layer_seconds(trace, Made(), ["Conv_1"], multiple=4)
+    schemes = [scheme for scheme in table["Conv_1"] if scheme]
+    assert None in table["Conv_1"]
+    assert {scheme.first for scheme in schemes} == {"vertical", "horizontal"}
+    assert all(scheme.rank % 4 == 0 for scheme in schemes)
+    sizes = [trace.at("Conv_1")[0].parameters_at(scheme) for scheme in schemes]
+    assert max(sizes) <= 5 * 5 * 8 * 8 and min(table["Conv_1"].values()) > 0
+
+
+def test_the_table_is_of_the_type_that_the_program_computes_in(monkeypatch):
+    model, x = nn.Conv(6, (3, 3), dtype=jnp.bfloat16), jnp.ones((2, 8, 8, 4))
+    trace = lr.trace(model.apply, model.init(jax.random.key(0), x), x)
+    timer, asked = Made(), set()
+    monkeypatch.setattr(
+        timer, "_factored", lambda layer, *_: asked.add(layer.dtype) or {PLAIN: 1.0, DENSE: 2.0}
+    )
+    layer_seconds(trace, timer)
+    assert asked == {"bfloat16"}
+
+
+def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
+    variables, trace = net
+    table = layer_seconds(trace, Made(), multiple=4)
+    plan = latency(
+        candidates(trace, spectra(variables["params"], trace)), table, lr.Budget("latency", 1.0)
+    )
+    chosen = [choice for choice in plan if choice.scheme]
+    for choice in chosen:
+        assert table[choice.path][choice.scheme] < table[choice.path][None]
