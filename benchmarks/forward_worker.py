@@ -7,6 +7,7 @@ python benchmarks/forward_worker.py --network nin --batch 32 --dtype float32 --t
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +18,8 @@ import numpy as np
 from networks import NETWORKS, prepare
 from turns import repeated, serve
 
-from lowrank_jax import lowrank
-from lowrank_jax.tuning.search import Fast, fast
-from lowrank_jax.tuning.timer import Timer
+from lowrank_jax import Timer, fast, lowrank
+from lowrank_jax.tuning.result import Fast
 
 
 def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
@@ -27,11 +27,9 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Any], Callable]:
     own = prepare(args.network, args.batch, args.dtype)
     tree, facts = own.trees[args.tree], dict[str, Any]()
     if args.fast:
-        timers = lambda options: Timer(options, path=args.times)  # noqa: E731
-        begin = time.perf_counter()
-        run = fast(
-            own.model.apply, tree, own.images[: args.search], timers=timers, freeze=args.freeze
-        )
+        timers = functools.partial(Timer, path=args.times)
+        begin, given = time.perf_counter(), (own.model.apply, tree, own.images[: args.search])
+        run = fast(*given, timers=timers, freeze=args.freeze)
         facts = {"search_s": time.perf_counter() - begin, **describe(run)}
     else:
         run = jax.jit(lowrank(own.model.apply))
@@ -45,11 +43,11 @@ def describe(own: Fast) -> dict[str, Any]:
     """What `fast` found, for the result file."""
     programs = {
         f"{layer.inputs} {layer.kernel} {f'rank {scheme.rank}' if scheme else 'dense'}": how
-        for (layer, scheme), how in own.programs.items()
+        for (layer, scheme), how in own.algorithms.items()
     }
     pools = {f"{pool.kind} {pool.inputs} {pool.window}": how for pool, how in own.pools.items()}
     facts = {"options": dict(own.options), "slice": own.size, "tried_s": dict(own.seconds)}
-    return facts | {"programs": programs, "pools": pools}
+    return facts | {"programs": programs, "pools": pools, "left_out": dict(own.left_out)}
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
-"""Every notebook and the README's examples run from top to bottom."""
+"""Every notebook runs from top to bottom."""
 
-import re
 from pathlib import Path
 
 import nbformat
@@ -25,23 +24,3 @@ def test_the_notebook_runs(path):
         if "image/png" in out.get("data", {})
     ]
     assert len(pictures) >= 4
-
-
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-SHAPES = [(8, 32, 32, 64), (1, 10), (16, 10), (16, 10)]  # of the logits
-
-
-def examples():
-    """The README's examples with their shapes; those that measure take longer."""
-    pairs = zip(EXAMPLES, SHAPES, strict=True)
-    return [
-        pytest.param(*pair, marks=pytest.mark.slow if "Timer" in pair[0] else ()) for pair in pairs
-    ]
-
-
-@pytest.mark.parametrize("example, shape", examples())
-def test_the_readmes_examples_run(example, shape, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # one writes a file
-    scope: dict = {}
-    exec(example, scope)
-    assert scope["logits"].shape == shape

@@ -26,7 +26,7 @@ from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.factorization.whitening import TINY, Pair, Target
 
 Array = np.ndarray
-Gap = tuple[Float[Array, "b r"], Float[Array, "n"]]
+Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
 SHRINKAGES = tuple(10.0**power for power in range(-4, 3))  # lambda by the mean variance of patches
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
 LIKELY = 3.0  # a likely shrinkage, times the samples for each dimension
@@ -119,9 +119,9 @@ def whitened_spectrum(
     """
     layer = _Layer(np.asarray(kernel, np.float64), scheme, scale)
     rows = []
-    for own, target in zip(layer.own, layer.targets(moments), strict=True):
+    for own, target, weights in zip(layer.own, layer.targets(moments), layer.weights, strict=True):
         ridge = SHRINKAGES[0] * _mean_variance(target)
-        matrix, _ = whitening.whitened(own, *whitening.kronecker(target.blocks, ridge))
+        matrix, _ = whitening.whitened(own * weights, *whitening.kronecker(target.blocks, ridge))
         rows.append(scipy.linalg.svdvals(matrix, overwrite_a=True, check_finite=False))
     return np.stack(rows)
 
@@ -142,9 +142,11 @@ class _Trial:
         # The rest of two folds is the other one.
         fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]
         self.parts = [
-            _Part(group, fold.count, own, measured[group], given[group], gap)
+            _Part(group, fold.count, own, weights, *parts)
             for fold, rest, measured, given in zip(folds, rests, targets, fitted, strict=True)
-            for group, (own, gap) in enumerate(zip(layer.own, layer.gaps(fold, rest), strict=True))
+            for group, (own, weights, *parts) in enumerate(
+                zip(layer.own, layer.weights, measured, given, layer.gaps(fold, rest), strict=True)
+            )
         ]
         self.variance = sum(part.count * part.variance for part in self.parts)
 
@@ -179,6 +181,7 @@ class _Part:
         group: its number.
         count: patches of the fold.
         own: the kernel.
+        weights: importance of the outputs.
         target: moments of the fold, on which factors are measured.
         rest: moments of the other folds, to which they are fitted.
         gap: how far the means of the fold are from those of the rest, which set the bias.
@@ -187,6 +190,7 @@ class _Part:
     group: int
     count: int
     own: Float[Array, "b r n"]
+    weights: Float[Array, "n"]
     target: Target
     rest: Target
     gap: Gap
@@ -194,32 +198,32 @@ class _Part:
     @property
     def variance(self) -> float:
         """Of the wanted outputs, about the means of the rest."""
-        return self.target.variance + float(self.gap[1] @ self.gap[1])
+        return self._weighted(self.target.variance + self.gap[1] ** 2)
 
     def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
         """Error of factors on the fold."""
-        return _error(self.target.reduced(first), second, self._outputs(first))
+        return self._error(self.target.reduced(first), second, self.gap[0] @ first)
 
     def path(self, rank: int, start: float) -> Float[Array, "s"]:
         """Errors on the fold of fits to the rest with every shrinkage."""
         variance = _mean_variance(self.rest)
         metric = whitening.kronecker(self.rest.blocks, start * variance)
-        first = whitening.whitened_left(self.own, *metric, rank)
+        first = whitening.whitened_left(self.own * self.weights, *metric, rank)
         given, measured = self.rest.reduced(first), self.target.reduced(first)
-        dense, gap, found = first.T @ self.own, self._outputs(first), []
+        dense, gap, found = first.T @ self.own, self.gap[0] @ first, []
         for shrinkage in SHRINKAGES:
             second = whitening.least_squares(given.ridged(dense, shrinkage * variance))
-            found.append(_error(measured, second, gap))
+            found.append(self._error(measured, second, gap))
         return np.array(found)
 
-    def _outputs(self, first: Float[Array, "r K"]) -> Gap:
-        return self.gap[0] @ first, self.gap[1]
+    def _error(
+        self, target: Target, second: Float[Array, "b K n"], gap: Float[Array, "b K"]
+    ) -> float:
+        missed = self.gap[1] - np.einsum("xk,xkn->n", gap, second)
+        return self._weighted(target.error(second) + missed**2)
 
-
-def _error(target: Target, second: Float[Array, "b K n"], gap: Gap) -> float:
-    dx, dy = gap
-    missed = dy - np.einsum("xk,xkn->n", dx, second)
-    return target.error(second) + float(missed @ missed)
+    def _weighted(self, errors: Float[Array, "n"]) -> float:
+        return float(self.weights**2 @ errors)
 
 
 def _cores(size: int) -> AbstractContextManager:
@@ -246,10 +250,9 @@ def _without(folds: Sequence[Moments], index: int) -> Moments:
 class _Layer:
     """One layer, with its kernel and its moments in the order of `whitening`, by groups.
 
-    Outputs are multiplied by their importance, so that each counts by it in every step.
-
     Attributes:
         own: kernel (b, r, n) of each group.
+        weights: importance of the outputs (n,) of each group.
     """
 
     def __init__(self, kernel: Array, scheme: Separable, scale: Float[Array, "n"] | None) -> None:
@@ -260,36 +263,32 @@ class _Layer:
         self.weights = _importance(scale, self.sizes["O"]).reshape(scheme.groups, -1)
         moved = kernel.transpose([scheme.axes.index(letter) for letter in self.order + "O"])
         split = moved.reshape(self.taps, -1, *self.weights.shape)
-        self.unweighted = split.transpose(2, 0, 1, 3)
-        self.own = self.unweighted * self.weights[:, None, None]
+        self.own = split.transpose(2, 0, 1, 3)
 
     def plain(self) -> list[Pair]:
         """The factors of the truncated SVD of each group's kernel."""
-        pairs = [whitening.plain(own, self.scheme.rank) for own in self.unweighted]
-        return [(v, h * w) for (v, h), w in zip(pairs, self.weights, strict=True)]
+        return [whitening.plain(own, self.scheme.rank) for own in self.own]
 
     def fit(self, targets: list[Target], shrinkage: float, sweeps: int) -> list[Pair]:
         """The factors of each group with a ridge towards its kernel."""
         pairs = []
-        for own, target in zip(self.own, targets, strict=True):
+        for own, target, weights in zip(self.own, targets, self.weights, strict=True):
             ridged = target.ridged(own, shrinkage * _mean_variance(target))
-            pairs.append(whitening.fit(own, ridged, self.scheme.rank, sweeps))
+            pairs.append(whitening.fit(own, ridged, self.scheme.rank, weights, sweeps))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:
         """What each group is to be fitted to."""
         found = []
         covariances, crosses, variances = moments.covariance, moments.cross, moments.variance
-        for group, weights in enumerate(self.weights):
+        for group, cross in enumerate(crosses):
             covariance = self._arranged(self._arranged(covariances[group]).T)
-            cross = self._arranged(crosses[group]) * weights
-            variance = float(np.sum(variances[group] * weights**2))
-            found.append(Target(covariance, cross, variance, self.taps))
+            found.append(Target(covariance, self._arranged(cross), variances[group], self.taps))
         return found
 
     def gaps(self, fold: Moments, rest: Moments) -> list[Gap]:
         """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
-        dx, dy = fold.mean_x - rest.mean_x, (fold.mean_y - rest.mean_y) * self.weights
+        dx, dy = fold.mean_x - rest.mean_x, fold.mean_y - rest.mean_y
         rows = [self._arranged(part[:, None]).reshape(self.taps, -1) for part in dx]
         return list(zip(rows, dy, strict=True))
 
@@ -302,7 +301,7 @@ class _Layer:
 
     def kernels(self, pairs: list) -> tuple[Array, Array]:
         """The two kernels of the factors of all groups."""
-        pairs = [whitening.balance(v, h / w) for (v, h), w in zip(pairs, self.weights, strict=True)]
+        pairs = [whitening.balance(*pair) for pair in pairs]
         channels = self.sizes["I"]
         first = np.concatenate([v.reshape(-1, 1, channels, v.shape[-1]) for v, _ in pairs], -1)
         second = np.concatenate([h[None] for _, h in pairs], -1)
