@@ -152,12 +152,17 @@ def _statistics(model: Any) -> dict:
     return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat), raw_value)
 
 
-def fast(model: nnx.Module, inputs: Any, **options: Any) -> "Fast":
+def fast(model: nnx.Module, inputs: Any, *args: Any, **kwargs: Any) -> "Fast":
     """`lowrank_jax.fast` of a model in evaluation, dense or decomposed.
 
+    Args:
+        model: it is not changed.
+        inputs, *args, **kwargs: as in `lowrank_jax.fast`.
+
     Returns:
-        A compiled function of (variables, images), where the variables are those of `functional`,
-        or None with ``freeze``.
+        A compiled function of (variables, inputs). The variables are those of `functional`, or
+        ``nnx.state(model)``, or None with ``freeze``. Once saved, it is restored by
+        ``Fast.load(path, functional(model)[0])``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -168,4 +173,4 @@ def fast(model: nnx.Module, inputs: Any, **options: Any) -> "Fast":
     """
     from lowrank_jax.tuning.search import fast as fast_function  # loads with this verb alone
 
-    return fast_function(*functional(model), inputs, **options)
+    return fast_function(*functional(model), inputs, *args, **kwargs)
