@@ -108,17 +108,28 @@ def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
         )
 
 
+def why_not_floating(dtype: Any) -> str:
+    """Why kernels of a type cannot be decomposed; "" if they can.
+
+    Example:
+        >>> why_not_floating("int8")
+        'the kernel has type int8; allowed are float16, bfloat16, float32 and float64'
+    """
+    if jax.numpy.issubdtype(dtype, jax.numpy.floating) and np.dtype(dtype).itemsize > 1:
+        return ""
+    allowed = "allowed are float16, bfloat16, float32 and float64"
+    return f"the kernel has type {np.dtype(dtype)}; {allowed}"
+
+
 def check_floating(dtype: Any, where: str) -> None:
     """Refuses a kernel of integers or of a floating type of one byte.
 
     Raises:
         ValueError: names what was given and the remedy.
     """
-    if not jax.numpy.issubdtype(dtype, jax.numpy.floating) or np.dtype(dtype).itemsize < 2:
-        raise ValueError(
-            f"{where}: the kernel has type {np.dtype(dtype)}; allowed are float16, bfloat16, "
-            "float32 and float64. Convert the kernel first, with its scale if it is quantised."
-        )
+    if reason := why_not_floating(dtype):
+        remedy = "Convert the kernel first, with its scale if it is quantised."
+        raise ValueError(f"{where}: {reason}. {remedy}")
 
 
 def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.jaxprs import traced
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.names import names_of
@@ -45,21 +46,22 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     sources = [
         Source.of(names[i], leaf.shape) if i in names else None for i, leaf in arrays.items()
     ]
-    survey = Survey.of(jaxpr, sources)
-    return Trace(tuple(_rows(survey)))
+    types = {names[i]: why_not_floating(arrays[i].dtype) for i in names if i in arrays}
+    return Trace(tuple(_rows(Survey.of(jaxpr, sources), types)))
 
 
-def _rows(survey: Survey) -> list[KernelUse]:
+def _rows(survey: Survey, types: Mapping[str, str]) -> list[KernelUse]:
     uses: dict[tuple, KernelUse] = {}
     for found in survey.found:
         use = _use(found)
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(uses))  # computed kernels stay apart
         uses[key] = _sum(uses[key], use) if key in uses else use
-    return [
-        dataclasses.replace(use, reason=use.reason or other_use(survey.touched[use.path]))
-        for use in uses.values()
-    ]
+    return [dataclasses.replace(use, reason=_reason(use, survey, types)) for use in uses.values()]
+
+
+def _reason(use: KernelUse, survey: Survey, types: Mapping[str, str]) -> str:
+    return types.get(use.path, "") or use.reason or other_use(survey.touched[use.path])
 
 
 def _sum(one: KernelUse, two: KernelUse) -> KernelUse:

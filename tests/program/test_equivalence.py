@@ -20,6 +20,8 @@ many = settings(max_examples=50, deadline=None, derandomize=True)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 MOVES = ["transpose", "turn", "take", "squeeze", "call"]
+# With jax 0.10 XLA's convolutions on the CPU read beyond the data where padding is negative.
+LEAST = -1 if jax.__version_info__ >= (0, 11) else 0
 quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 
@@ -155,7 +157,7 @@ def convolutions(draw):
     ]
     options = {
         "window_strides": tuple(draw(per_axis(st.integers(1, 2)))),
-        "padding": tuple(draw(per_axis(st.tuples(st.integers(-1, 2), st.integers(-1, 2))))),
+        "padding": tuple(draw(per_axis(st.tuples(*[st.integers(LEAST, 2)] * 2)))),
         "lhs_dilation": tuple(draw(per_axis(st.sampled_from([1, 1, 2])))),
         "rhs_dilation": tuple(draw(per_axis(st.integers(1, 2)))),
         "feature_group_count": groups,
