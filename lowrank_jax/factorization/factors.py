@@ -118,7 +118,8 @@ def why_not_floating(dtype: Any) -> str:
     if jax.numpy.issubdtype(dtype, jax.numpy.floating) and np.dtype(dtype).itemsize > 1:
         return ""
     allowed = "allowed are float16, bfloat16, float32 and float64"
-    return f"the kernel has type {np.dtype(dtype)}; {allowed}"
+    is_key = jax.numpy.issubdtype(dtype, jax.dtypes.extended)  # of random numbers
+    return f"the kernel has type {dtype if is_key else np.dtype(dtype)}; {allowed}"
 
 
 def check_floating(dtype: Any, where: str) -> None:
