@@ -115,12 +115,14 @@ def _of_batch(new: np.ndarray, old: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 def _with_variances(paths: list, averages: list[np.ndarray]) -> list[np.ndarray]:
     """The variance over all batches is the mean of theirs and the variance of their means."""
-    places = {str(path): index for index, path in enumerate(paths)}
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     found = []
-    for path, (mean, _) in zip(paths, averages, strict=True):
-        twin = places.get(str(path).replace("var", "mean"))
-        if twin is not None and paths[twin] != path:
-            mean = mean + averages[twin][1] - averages[twin][0] ** 2
+    for name, (mean, _) in zip(names, averages, strict=True):
+        layer, _, last = f"/{name}".rpartition("/")
+        twin = f"{layer}/mean".removeprefix("/")
+        if last == "var" and twin in names:
+            one, square = averages[names.index(twin)]
+            mean = mean + square - one**2
         found.append(mean)
     return found
 

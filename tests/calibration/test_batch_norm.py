@@ -73,6 +73,19 @@ def test_normalisations_in_a_scan_have_statistics_of_their_own():
     np.testing.assert_allclose(found["mean"][1], jnp.ones(4), atol=1e-3)  # two halves of the images
 
 
+def test_the_variance_over_batches_is_found_whatever_the_layer_is_called():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, name="variation")(x)
+
+    batches = [jnp.zeros((4, 2)), 2 * jnp.ones((4, 2))]
+    start = Net().init(jax.random.key(0), batches[0])
+    found = reestimate(Net().apply, start, batches)["batch_stats"]["variation"]
+    np.testing.assert_allclose(found["mean"], 1, atol=1e-4)
+    np.testing.assert_allclose(found["var"], 1, atol=1e-4)
+
+
 def test_what_cannot_be_reestimated_is_refused(variables):
     x = normal(2, 5, 5, 4)
     with pytest.raises(ValueError, match="norm/mean: the activations hold NaN"):
