@@ -1,5 +1,6 @@
 """NNX modules whose kernels are factors: the layer's own class, run by `lowrank`."""
 
+import copyreg
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from lowrank_jax.factorization.factors import dense_shape, read_factors
+from lowrank_jax.factorization.factors import dense_shape, factor_keys, read_factors
 from lowrank_jax.factorization.separable import merge
 from lowrank_jax.program.transform import lowrank
 
@@ -34,28 +35,9 @@ class Factors(nnx.Pytree):
             mesh = _on_mesh(kernel, array.ndim, {between: None})
             setattr(self, name, kernel.copy(array, **mesh))
 
-    def arrays(self) -> dict[str, Any]:
-        """The two arrays by their names."""
-        held = vars(self).items()
-        return {name: x.get_raw_value() for name, x in held if isinstance(x, nnx.Variable)}
-
-    def variable(self, abstract: bool = False) -> nnx.Variable:
-        """The kernel as a variable of its own type, of shapes alone if abstract."""
-        arrays = self.arrays()
-        (one, two), axes, _ = read_factors(arrays, "kernel")
-        names = {id(array): name for name, array in arrays.items()}
-        first, second = (getattr(self, names[id(factor)]) for factor in (one, two))
-        out = axes.index("O") - len(axes)
-        outputs = second.get_metadata().get("out_sharding") or [None] * one.ndim
-        mesh = _on_mesh(first, one.ndim, {out: outputs[out]})
-        if abstract:
-            shape = dense_shape(one.shape, two.shape, axes)
-            return first.copy(jax.ShapeDtypeStruct(shape, one.dtype), **mesh)
-        return first.copy(merge(one, two, axes), **mesh)
-
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.variable(abstract=True).get_raw_value().shape
+        return dense_variable(self, abstract=True).get_raw_value().shape
 
     @property
     def ndim(self) -> int:
@@ -63,17 +45,32 @@ class Factors(nnx.Pytree):
 
     @property
     def dtype(self) -> Any:
-        return self.variable(abstract=True).get_raw_value().dtype
+        return dense_variable(self, abstract=True).get_raw_value().dtype
 
     def get_value(self) -> jax.Array:
         """The product."""
-        return self.variable().get_value()
+        return dense_variable(self).get_value()
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return self.variable()[index]
+        return dense_variable(self)[index]
 
     def __jax_array__(self) -> jax.Array:
         return self.get_value()
+
+
+def dense_variable(factors: Factors, abstract: bool = False) -> nnx.Variable:
+    """The kernel that factors stand for, as a variable of its own type; a shape if abstract."""
+    held = {name: x for name, x in vars(factors).items() if isinstance(x, nnx.Variable)}
+    (one, two), axes, first = read_factors(held, "kernel")
+    names = factor_keys(first, axes, one.ndim)
+    variable, second = (held[name] for name in names)
+    out = axes.index("O") - len(axes)
+    outputs = second.get_metadata().get("out_sharding") or [None] * one.ndim
+    mesh = _on_mesh(variable, one.ndim, {out: outputs[out]})
+    if abstract:
+        shape = dense_shape(one.shape, two.shape, axes)
+        return variable.copy(jax.ShapeDtypeStruct(shape, one.dtype), **mesh)
+    return variable.copy(merge(one, two, axes), **mesh)
 
 
 def _on_mesh(variable: nnx.Variable, ndim: int, other: Mapping[int, Any]) -> dict[str, Any]:
@@ -101,7 +98,7 @@ class SeparableConv(nnx.Module):
         kernels = {path for path, node in nnx.iter_graph(given) if isinstance(node, Factors)}
 
         def run(variables: dict) -> tuple[Any, nnx.State]:
-            whole = nnx.merge(graphdef, variables)
+            whole = nnx.merge(graphdef, variables, copy=True)
             layer, own, options = whole
             outputs = layer(*own, **options)
             old = traverse_util.flatten_dict(variables)
@@ -121,12 +118,24 @@ def _same(one: Any, two: Any) -> bool:
     return len(pair[0]) == len(pair[1]) and all(a is b for a, b in zip(*pair, strict=True))
 
 
+class _SeparableClass(type(nnx.Module)):  # type: ignore[misc]
+    """The class of the subclasses that are made for layers, so that they can be pickled."""
+
+
 @functools.cache
-def separable_class(cls: type) -> type:
+def separable_class(cls: Any) -> Any:
     """The subclass of a module's class that runs factors."""
-    own = {"__module__": cls.__module__, "_pytree__nodes": cls._pytree__nodes, "dense_class": cls}  # type: ignore[attr-defined]
-    bases, is_pytree = (SeparableConv, cls), cls._pytree__is_pytree  # type: ignore[attr-defined]
-    return type(cls)(f"Separable{cls.__name__}", bases, own, pytree=is_pytree)
+    own = {"__module__": cls.__module__, "_pytree__nodes": cls._pytree__nodes, "dense_class": cls}
+    bases, is_pytree = (SeparableConv, cls), cls._pytree__is_pytree
+    kind = _SeparableClass if issubclass(_SeparableClass, type(cls)) else type(cls)
+    return kind(f"Separable{cls.__name__}", bases, own, pytree=is_pytree)
+
+
+def _pickled(cls: Any) -> tuple[Any, tuple]:
+    return separable_class, (cls.dense_class,)
+
+
+copyreg.pickle(_SeparableClass, _pickled)
 
 
 def variables_of(model: Any) -> dict:
@@ -135,8 +144,12 @@ def variables_of(model: Any) -> dict:
 
 
 def raw_value(leaf: Any) -> Any:
-    """What a variable stores; a variable of a class of one's own may show another value."""
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+    """The array that a variable stores; a variable of other values stays as it is.
+
+    A variable of a class of one's own may show another value than it stores.
+    """
+    value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+    return value if jax.tree_util.all_leaves([value]) else leaf
 
 
 def dense_form(model: Any) -> Any:
@@ -147,7 +160,7 @@ def dense_form(model: Any) -> Any:
     for node in nodes:
         if isinstance(node, SeparableConv):
             node.__class__ = node.dense_class  # type: ignore[attr-defined]
-    return swap(model, {id(node): node.variable(abstract=True) for node in factors})
+    return swap(model, {id(node): dense_variable(node, abstract=True) for node in factors})
 
 
 def swap(model: Any, new: Mapping[int, Any]) -> Any:

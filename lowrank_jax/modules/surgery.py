@@ -10,6 +10,7 @@ from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.modules.nnx import (
     Factors,
     SeparableConv,
+    dense_variable,
     held_by,
     separable_class,
     swap,
@@ -51,7 +52,7 @@ def _flat(tree: Mapping) -> dict[tuple, Any]:
 
 def _kernel(old: nnx.Variable | Factors, value: Any) -> nnx.Variable | Factors:
     """What stands for a kernel with other values."""
-    variable = old.variable(abstract=True) if isinstance(old, Factors) else old
+    variable = dense_variable(old, abstract=True) if isinstance(old, Factors) else old
     return Factors(variable, value) if is_factors(value) else variable.copy(value)
 
 

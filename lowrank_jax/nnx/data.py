@@ -135,7 +135,7 @@ def reestimate(model: Model, inputs: Any, *args: Any, **kwargs: Any) -> Model:
         )
 
     def run(variables: Any, statistics: Any, *batch: Any) -> Any:
-        copy = nnx.merge(graphdef, variables)
+        copy = nnx.merge(graphdef, variables, copy=True)
         nnx.update(copy, statistics)
         copy(*batch, *args, **kwargs)
         return _statistics(copy)

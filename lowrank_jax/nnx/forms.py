@@ -21,7 +21,7 @@ class Call:
         self._graphdef = nnx.graphdef(dense_form(evaluated(model)))
 
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return nnx.merge(self._graphdef, variables)(*args, **kwargs)
+        return nnx.merge(self._graphdef, variables, copy=True)(*args, **kwargs)
 
 
 def functional(model: nnx.Module) -> tuple[Call, dict]:

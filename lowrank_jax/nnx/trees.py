@@ -30,8 +30,8 @@ def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
     Example:
         >>> import jax.numpy as jnp
         >>> make = lambda: nnx.Sequential(nnx.Conv(4, 16, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
-        >>> uses = trace(nnx.eval_shape(make), jnp.zeros((1, 8, 8, 4)))
-        >>> [(use.path, use.macs) for use in uses]
+        >>> calls = trace(nnx.eval_shape(make), jnp.zeros((1, 8, 8, 4)))
+        >>> [(call.path, call.macs) for call in calls]
         [('layers/0', 36864)]
     """
     apply, variables = functional(model)

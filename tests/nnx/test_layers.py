@@ -1,6 +1,7 @@
 """Layers of NNX whose kernels are factors: the function and the state of the dense layer."""
 
 import functools
+import pickle
 
 import chex
 import jax
@@ -299,6 +300,34 @@ def test_gradients_reach_both_factors_and_a_step_lowers_the_loss():
     chex.assert_trees_all_equal_shapes(gradients, nnx.state(small, nnx.Param))
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
     assert step(small, optimizer)[0] < before
+
+
+class Telling(nnx.Conv):
+    """A layer that sows its outputs, and holds a variable with more than one value."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.notes = nnx.Variable({"first": jnp.zeros(2), "second": jnp.ones(3)})
+
+    def __call__(self, inputs):
+        outputs = super().__call__(inputs)
+        self.sow(nnx.Intermediate, "outputs", outputs)
+        return outputs + self.notes.get_value()["second"].mean()
+
+
+def test_what_a_layer_sows_is_captured():
+    small, x = decompose(nnx.Sequential(make_conv(Telling)), {"layers/0": 3}), normal((1, 6, 6, 4))
+    captured = nnx.capture(lambda model, x: model(x), nnx.Intermediate)
+    outputs, notes = captured(small, x)
+    np.testing.assert_allclose(notes["layers"][0]["outputs"][0] + 1, outputs, atol=1e-6)
+
+
+def test_a_decomposed_layer_is_pickled_and_tabulated():
+    small, x = one_of(make_conv()), normal((1, 6, 6, 4))
+    again = pickle.loads(pickle.dumps(small))
+    assert type(again) is type(small)
+    np.testing.assert_array_equal(again(x), small(x))
+    assert "SeparableConv" in nnx.tabulate(small, x)
 
 
 class ByHand(nnx.Module):
