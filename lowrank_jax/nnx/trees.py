@@ -43,9 +43,13 @@ def decompose(model: Model, rules: Rules | None = None, trace: Trace | None = No
 
     Each of these layers becomes a `SeparableConv`. A layer runs as it did, with the two factors
     where its program lets them run, and with their product where it does not, as in a layer that
-    masks its kernel. The model given is not changed; the new one shares its arrays but no variable.
-    A kernel that modules share stays one. Stacked kernels, as `nnx.vmap` makes them, are decomposed
-    slice by slice. Works under ``nnx.jit`` and ``nnx.eval_shape``.
+    masks its kernel. `nnx.WeightNorm` and `nnx.SpectralNorm`, which read the variables of the layer
+    within, become one layer with it. A module of one's own that does so needs a trace, by which
+    its layer is refused.
+
+    The model given is not changed; the new one shares its arrays but no variable. A kernel that
+    modules share stays one. Stacked kernels, as `nnx.vmap` makes them, are decomposed slice by
+    slice. Works under ``nnx.jit`` and ``nnx.eval_shape``.
 
     Args:
         model: `nnx.Module`, or a container of modules.
