@@ -92,6 +92,7 @@ def _fitted(layer: "_Layer", folds: Sequence[Moments], sweeps: int) -> Fit:
     shrinkage, held_out = trial.choose() if len(folds) > 1 else (PLAIN, limit)
     if held_out < limit:
         targets = layer.targets(functools.reduce(Moments.__add__, folds))
+        shrinkage *= 1 - 1 / len(folds)  # a ridge falls with the samples, of which there are more
         kernels = layer.kernels(layer.fit(targets, shrinkage, sweeps))
     else:
         shrinkage, held_out, kernels = PLAIN, limit, layer.kernels(plain)
@@ -142,10 +143,16 @@ class _Trial:
         # The rest of two folds is the other one.
         fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]
         self.parts = [
-            _Part(group, fold.count, own, weights, *parts)
-            for fold, rest, measured, given in zip(folds, rests, targets, fitted, strict=True)
-            for group, (own, weights, *parts) in enumerate(
-                zip(layer.own, layer.weights, measured, given, layer.gaps(fold, rest), strict=True)
+            _Part(group, folds[index].count, own, layer.weights[group], target, given, gap)
+            for index, rest in enumerate(rests)
+            for group, (own, target, given, gap) in enumerate(
+                zip(
+                    layer.own,
+                    targets[index],
+                    fitted[index],
+                    layer.gaps(folds[index], rest),
+                    strict=True,
+                )
             )
         ]
         self.variance = sum(part.count * part.variance for part in self.parts)
@@ -274,7 +281,8 @@ class _Layer:
         pairs = []
         for own, target, weights in zip(self.own, targets, self.weights, strict=True):
             ridged = target.ridged(own, shrinkage * _mean_variance(target))
-            pairs.append(whitening.fit(own, ridged, self.scheme.rank, weights, sweeps))
+            start = whitening.least_squares(ridged)
+            pairs.append(whitening.fit(start, ridged, self.scheme.rank, weights, sweeps))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:

@@ -32,13 +32,13 @@ class Target:
     Attributes:
         covariance: C, of the patches.
         cross: R, of the patches with the wanted outputs; ``C @ W`` asks for those of a kernel W.
-        variance: of the wanted outputs, summed over them; it counts in the error alone.
+        variance: of the wanted outputs; it counts in the error alone.
         taps: b, of the second convolution.
     """
 
     covariance: Float[Array, "p p"]
     cross: Float[Array, "p n"]
-    variance: float
+    variance: Float[Array, "n"]
     taps: int
 
     @property
@@ -71,26 +71,34 @@ class Target:
             cross=cross.reshape(taps * rank, -1),
         )
 
-    def error(self, kernel: Float[Array, "b r n"]) -> float:
-        """Mean squared error of the outputs of a kernel, summed over the outputs."""
+    def error(self, kernel: Float[Array, "b r n"]) -> Float[Array, "n"]:
+        """Mean squared error of each output of a kernel."""
         flat = kernel.reshape(self.cross.shape)
-        return self.variance + float(np.sum(flat * (self.covariance @ flat - 2 * self.cross)))
+        return self.variance + np.sum(flat * (self.covariance @ flat - 2 * self.cross), axis=0)
 
 
-def fit(kernel: Float[Array, "b r n"], target: Target, rank: int, sweeps: int = 1) -> Pair:
+def fit(
+    kernel: Float[Array, "b r n"],
+    target: Target,
+    rank: int,
+    weights: Float[Array, "n"] | float = 1.0,
+    sweeps: int = 1,
+) -> Pair:
     """Factors of a rank that give the wanted outputs best.
 
     Args:
-        kernel: whose whitened SVD is the start, such as the dense kernel.
+        kernel: whose whitened SVD is the start; best is the one of full rank that gives the wanted
+            outputs best.
         target: with a definite covariance.
         rank: K.
+        weights: importance of each output to the start.
         sweeps: alternating refinements, after the first of the second factor.
 
     Returns:
         V, of orthonormal columns, and H.
     """
     strips, offsets = kronecker(target.blocks)
-    first = whitened_left(kernel, strips, offsets, rank)
+    first = whitened_left(kernel * weights, strips, offsets, rank)
     second = least_squares(target.reduced(first))
     for _ in range(sweeps):
         first = _orthonormal(refit_first(first, second, target, strips, offsets))

@@ -100,7 +100,8 @@ def test_with_many_images_the_fit_wins_and_the_held_out_error_tells_it(seed, ran
     fresh = layer.error(fit.first, fit.second)
     assert not fit.is_plain and fit.samples > FEW
     assert fresh < layer.error(*factors(layer, Separable(rank)))
-    np.testing.assert_allclose(fit.held_out, fresh, rtol=0.2)
+    # What is held out was fitted to half of the images, and so is off by more.
+    np.testing.assert_allclose(fit.held_out, fresh, rtol=0.35)
 
 
 def test_a_fit_to_few_images_shrinks_more():
