@@ -265,6 +265,7 @@ def test_a_program_reaches_the_least_error(tmp_path, program):
     )  # float32 roundings
 
 
+@pytest.mark.slow
 def test_growth_measures_every_kind_at_two_sizes(tmp_path, capsys):
     import growth
 

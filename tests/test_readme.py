@@ -21,10 +21,9 @@ OWN = re.findall(r"`(\w+)(?=[(`])", " ".join(ROWS))
 
 def examples():
     """The examples with their shapes; those that fit or measure take longer."""
-    pairs = zip(EXAMPLES, SHAPES, strict=True)
-    return [
-        pytest.param(*pair, marks=pytest.mark.slow if "compress" in pair[0] else ()) for pair in pairs
-    ]
+    slow = [pytest.mark.slow if "compress" in example else () for example in EXAMPLES]
+    rows = zip(EXAMPLES, SHAPES, slow, strict=True)
+    return [pytest.param(example, shape, marks=marks) for example, shape, marks in rows]
 
 
 def resolve(name):

@@ -37,10 +37,12 @@ def files(tmp_path_factory):
     sys.path.insert(0, str(folder))
     from tiny_network import Tiny
 
-    init = jax.jit(functools.partial(Tiny().init, train=False))
-    variables = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    init = functools.partial(Tiny().init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.uniform(0.1, 0.3, x.shape).astype(x.dtype), shapes)
     save_weights(folder / "dense.npz", variables)
-    images = np.random.default_rng(0).integers(0, 255, (16, 8, 8, 3), np.uint8)
+    images = rng.integers(0, 255, (16, 8, 8, 3), np.uint8)
     np.save(folder / "images.npy", images)
     given = ["--checkpoint", str(folder / "dense.npz"), "--images", str(folder / "images.npy")]
     yield [*given, *TINY]
