@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax.factorization.fitting import FEW, SHRINKAGES, fit_layer, whitened_spectrum
+from lowrank_jax.factorization.cross_validation import SHRINKAGES
+from lowrank_jax.factorization.fitting import FEW, fit_layer, whitened_spectrum
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.separable import Separable, max_rank, merge
 
@@ -100,8 +101,8 @@ def test_with_many_images_the_fit_wins_and_the_held_out_error_tells_it(seed, ran
     fresh = layer.error(fit.first, fit.second)
     assert not fit.is_plain and fit.samples > FEW
     assert fresh < layer.error(*factors(layer, Separable(rank)))
-    # What is held out was fitted to half of the images, and so is off by more.
-    np.testing.assert_allclose(fit.held_out, fresh, rtol=0.35)
+    # Half of the images make worse factors, and measure them within a few times the error.
+    assert 0.5 * fresh < fit.held_out < 5 * fresh
 
 
 def test_a_fit_to_few_images_shrinks_more():

@@ -1,0 +1,164 @@
+"""How far the data of a layer bear a fit: factors measured on images they were not fitted to."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.groups import Gap, Groups, mean_variance
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.whitening import Pair, Target
+
+Array = np.ndarray
+SHRINKAGES = tuple(10.0**power for power in range(-4, 3))  # lambda by the mean variance of patches
+PLAIN = math.inf  # the shrinkage of the plain factors
+LIKELY = 3.0  # a likely shrinkage, times the samples for each dimension
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What held-out images say; errors are relative to the variance of the wanted outputs.
+
+    Attributes:
+        shrinkage: lambda by the mean variance of the patches; infinite for the plain factors.
+        held_out: error of factors of that shrinkage, fitted without the images that they are
+            measured on.
+        plain: error of the plain factors.
+    """
+
+    shrinkage: float
+    held_out: float
+    plain: float
+
+
+def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice:
+    """The shrinkage of the least held-out error, or the plain factors.
+
+    A shrinkage must win on every fold: those of few images differ much, and the least of several
+    sums would often be luck. The first factors are those of a likely shrinkage; least squares for
+    the second ones then cost little for every shrinkage.
+    """
+    parts = _parts(layer, folds)
+    variance = sum(part.count * part.variance for part in parts)
+    limits = _by_fold(parts, [np.array([part.error(*plain[part.group])]) for part in parts])
+    limit = _relative(limits.sum(), variance)
+    if len(folds) < 2:
+        return Choice(PLAIN, limit, limit)
+    start = _likely(samples_for_dimension(layer, folds))
+    errors = _by_fold(parts, [part.path(layer.scheme.rank, start) for part in parts])
+    totals = np.where((errors < limits).all(axis=0), errors.sum(axis=0), math.inf)
+    best = int(np.argmin(totals))
+    if math.isinf(totals[best]):
+        return Choice(PLAIN, limit, limit)
+    return Choice(SHRINKAGES[best], _relative(totals[best], variance), limit)
+
+
+def samples_for_dimension(layer: Groups, folds: Sequence[Moments]) -> float:
+    """Patches for each dimension of a patch."""
+    return sum(fold.count for fold in folds) / layer.own[0][..., 0].size
+
+
+def _likely(samples: float) -> float:
+    likely = LIKELY / samples
+    return min(SHRINKAGES, key=lambda shrinkage: abs(math.log(shrinkage / likely)))
+
+
+def _relative(error: float, variance: float) -> float:
+    return max(float(error), 0.0) / variance if variance > 0 else 0.0
+
+
+def _by_fold(parts: "list[_Part]", errors: list[Float[Array, "s"]]) -> Float[Array, "f s"]:
+    """Errors of the groups of each fold, added up by their patches."""
+    folds = 1 + max(part.fold for part in parts)
+    totals = np.zeros((folds, len(errors[0])))
+    for part, error in zip(parts, errors, strict=True):
+        totals[part.fold] += part.count * error
+    return totals
+
+
+def _parts(layer: Groups, folds: Sequence[Moments]) -> "list[_Part]":
+    """The groups of all folds."""
+    targets = [layer.targets(fold) for fold in folds]
+    rests = [_without(folds, index) for index in range(len(folds))]
+    # The rest of two folds is the other one.
+    fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]
+    found = []
+    for index, (fold, rest) in enumerate(zip(folds, rests, strict=True)):
+        gaps = layer.gaps(fold, rest)
+        for group, own in enumerate(layer.own):
+            part = _Part(
+                fold=index,
+                group=group,
+                count=fold.count,
+                own=own,
+                weights=layer.weights[group],
+                target=targets[index][group],
+                rest=fitted[index][group],
+                gap=gaps[group],
+            )
+            found.append(part)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Part:
+    """One group of one fold.
+
+    Attributes:
+        fold, group: their numbers.
+        count: patches of the fold.
+        own: the kernel.
+        weights: importance of the outputs.
+        target: moments of the fold, on which factors are measured.
+        rest: moments of the other folds, to which they are fitted.
+        gap: how far the means of the fold are from those of the rest, which set the bias.
+    """
+
+    fold: int
+    group: int
+    count: int
+    own: Float[Array, "b r n"]
+    weights: Float[Array, "n"]
+    target: Target
+    rest: Target
+    gap: Gap
+
+    @property
+    def variance(self) -> float:
+        """Of the wanted outputs, about the means of the rest."""
+        return self._weighted(self.target.variance + self.gap[1] ** 2)
+
+    def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
+        """Error of factors on the fold."""
+        return self._error(self.target.reduced(first), second, self.gap[0] @ first)
+
+    def path(self, rank: int, start: float) -> Float[Array, "s"]:
+        """Errors on the fold of fits to the rest with every shrinkage."""
+        variance = mean_variance(self.rest)
+        metric = whitening.kronecker(self.rest.blocks, start * variance)
+        first = whitening.whitened_left(self.own * self.weights, *metric, rank)
+        given, measured = self.rest.reduced(first), self.target.reduced(first)
+        dense, gap, found = first.T @ self.own, self.gap[0] @ first, []
+        for shrinkage in SHRINKAGES:
+            second = whitening.least_squares(given.ridged(dense, shrinkage * variance))
+            found.append(self._error(measured, second, gap))
+        return np.array(found)
+
+    def _error(
+        self, target: Target, second: Float[Array, "b K n"], gap: Float[Array, "b K"]
+    ) -> float:
+        missed = self.gap[1] - np.einsum("xk,xkn->n", gap, second)
+        return self._weighted(target.error(second) + missed**2)
+
+    def _weighted(self, errors: Float[Array, "n"]) -> float:
+        return float(self.weights**2 @ errors)
+
+
+def _without(folds: Sequence[Moments], index: int) -> Moments:
+    """The moments of the other folds; where there are none, of this one."""
+    kept = [fold for other, fold in enumerate(folds) if other != index]
+    return functools.reduce(Moments.__add__, kept or folds)

@@ -1,0 +1,95 @@
+"""A layer's kernel and moments in the order of `whitening`, one group after the other."""
+
+import math
+
+import numpy as np
+from jaxtyping import Float
+
+from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.layout import from_pair, split_axes
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.whitening import TINY, Pair, Target
+
+Array = np.ndarray
+Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
+UNIMPORTANT = 1e-6  # of the most important output; outputs below count as this
+
+
+class Groups:
+    """One layer, with its kernel and its moments in the order of `whitening`, by groups.
+
+    Attributes:
+        own: kernel (b, r, n) of each group.
+        weights: importance of the outputs (n,) of each group.
+    """
+
+    def __init__(self, kernel: Array, scheme: Separable, scale: Float[Array, "n"] | None) -> None:
+        self.scheme, self.sizes = scheme, dict(zip(scheme.axes, kernel.shape, strict=True))
+        self.one, self.two = split_axes(scheme.axes, scheme.first)
+        self.order = self.two + self.one + "I"
+        self.taps = math.prod(self.sizes[letter] for letter in self.two)
+        self.weights = _importance(scale, self.sizes["O"]).reshape(scheme.groups, -1)
+        moved = kernel.transpose([scheme.axes.index(letter) for letter in self.order + "O"])
+        split = moved.reshape(self.taps, -1, *self.weights.shape)
+        self.own = split.transpose(2, 0, 1, 3)
+
+    def plain(self) -> list[Pair]:
+        """The factors of the truncated SVD of each group's kernel."""
+        return [whitening.plain(own, self.scheme.rank) for own in self.own]
+
+    def fit(self, targets: list[Target], shrinkage: float, sweeps: int) -> list[Pair]:
+        """The factors of each group with a ridge towards its kernel."""
+        pairs = []
+        for own, target, weights in zip(self.own, targets, self.weights, strict=True):
+            ridged = target.ridged(own, shrinkage * mean_variance(target))
+            start = whitening.least_squares(ridged)
+            pairs.append(whitening.fit(start, ridged, self.scheme.rank, weights, sweeps))
+        return pairs
+
+    def targets(self, moments: Moments) -> list[Target]:
+        """What each group is to be fitted to."""
+        found = []
+        covariances, crosses, variances = moments.covariance, moments.cross, moments.variance
+        for group, cross in enumerate(crosses):
+            covariance = self._arranged(self._arranged(covariances[group]).T)
+            found.append(Target(covariance, self._arranged(cross), variances[group], self.taps))
+        return found
+
+    def gaps(self, fold: Moments, rest: Moments) -> list[Gap]:
+        """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
+        dx, dy = fold.mean_x - rest.mean_x, fold.mean_y - rest.mean_y
+        rows = [self._arranged(part[:, None]).reshape(self.taps, -1) for part in dx]
+        return list(zip(rows, dy, strict=True))
+
+    def _arranged(self, flat: Float[Array, "p m"]) -> Float[Array, "p m"]:
+        """Brings patches from the stored order to taps of the second, of the first, channels."""
+        stored = [letter for letter in self.scheme.axes if letter != "O"]
+        spread = flat.reshape(*(self.sizes[letter] for letter in stored), -1)
+        moved = spread.transpose(*(stored.index(letter) for letter in self.order), len(stored))
+        return moved.reshape(flat.shape)
+
+    def kernels(self, pairs: list) -> tuple[Array, Array]:
+        """The two kernels of the factors of all groups."""
+        pairs = [whitening.balance(*pair) for pair in pairs]
+        channels = self.sizes["I"]
+        first = np.concatenate([v.reshape(-1, 1, channels, v.shape[-1]) for v, _ in pairs], -1)
+        second = np.concatenate([h[None] for _, h in pairs], -1)
+        return self._placed(first, self.one), self._placed(second, self.two)
+
+    def _placed(self, factor: Float[Array, "a b c n"], own: str) -> Array:
+        sizes = {letter: self.sizes[letter] for letter in own}
+        return from_pair(factor, self.scheme.axes, self.scheme.first, sizes)
+
+
+def mean_variance(target: Target) -> float:
+    """Of the entries of the patches; one where the patches do not vary."""
+    mean = float(np.trace(target.covariance)) / len(target.covariance)
+    return mean if mean > TINY else 1.0
+
+
+def _importance(scale: Float[Array, "n"] | None, width: int) -> Float[Array, "n"]:
+    if scale is None or not np.max(scale) > 0:
+        return np.ones(width)
+    scale = np.asarray(scale, np.float64)
+    return np.maximum(scale, UNIMPORTANT * scale.max())
