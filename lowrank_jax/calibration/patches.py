@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from math import gcd
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank_jax.program.reading import Reading
 
-POSITIONS = 64  # of each image; neighbours tell nearly the same, and the cost is proportional
-SAMPLES = 8192  # of a batch, at least, where its images have so many
-GRIDS = 4  # in a batch; each starts elsewhere, so that borders count as often as they occur
+POSITIONS = 16  # of each image; neighbours tell nearly the same, and the cost is proportional
+SAMPLES = 2048  # of a batch, at least, where its images have so many
+SPREAD = 0.618  # of the starts of a grid lie between two images: all are met, in any number evenly
 
 Sums = dict[str, jax.Array]
 Ints = tuple[int, ...]
@@ -97,15 +97,26 @@ def patch_sums(
         order of the kernel's axes without the outputs, m outputs of a group.
     """
     inputs, outputs = _padded(geometry, x), y.transpose(geometry.outputs)
-    step = _step(outputs.shape, positions)
-    count = math.gcd(len(inputs), GRIDS)
-    parts = [a.reshape(count, -1, *a.shape[1:]) for a in (inputs, outputs)]
-    turns = jnp.asarray(turn, jnp.int32) * count + jnp.arange(count)
+    grids = _grids(outputs.shape, turn, positions)
+    return _products(geometry, _patches(geometry, inputs, grids), _taken(outputs, grids))
 
-    def part(own: tuple) -> Sums:
-        return _sums_of_grid(geometry, *own, step)  # type: ignore[call-arg]
 
-    return jax.tree.map(lambda a: a.sum(0), jax.lax.map(part, (*parts, turns)))
+def _grids(shape: Ints, turn: jax.Array | int, positions: int) -> list[jax.Array]:
+    """Along each axis the output positions (batch, n) that are taken of each image.
+
+    They are a grid whose start differs from image to image, so that borders count as often as they
+    occur.
+    """
+    batch, *extent, _ = shape
+    step = _step(shape, positions)
+    starts = step ** len(extent)
+    jump = next(n for n in range(max(1, round(SPREAD * starts)), 2 * starts) if gcd(n, step) == 1)
+    image = (jnp.asarray(turn, jnp.int32) * batch + jnp.arange(batch)) % starts
+    start = image * jump % starts
+    return [
+        (start // step**axis % step)[:, None] + step * jnp.arange(size // step)
+        for axis, size in enumerate(extent)
+    ]
 
 
 def _step(shape: Sequence[int], positions: int) -> int:
@@ -114,17 +125,6 @@ def _step(shape: Sequence[int], positions: int) -> int:
     wanted = max(positions, SAMPLES // batch)
     share = max(1.0, math.prod(extent) / wanted)
     return max(1, min(round(share ** (1 / len(extent))), *extent))
-
-
-def _sums_of_grid(
-    geometry: Geometry, inputs: jax.Array, outputs: jax.Array, turn: jax.Array, step: int
-) -> Sums:
-    extent = outputs.shape[1:-1]
-    offset = [(5 * turn // step**axis) % step for axis in range(len(extent))]
-    counts = [size // step for size in extent]
-    patches = _patches(geometry, inputs, offset, counts, step)
-    whole = _shifted(outputs, offset, [step * (n - 1) + 1 for n in counts])
-    return _products(geometry, patches, _every(whole, step))
 
 
 def _padded(geometry: Geometry, x: jax.Array) -> jax.Array:
@@ -136,48 +136,38 @@ def _padded(geometry: Geometry, x: jax.Array) -> jax.Array:
     return jax.lax.pad(inputs, jnp.zeros((), wide), [(0, 0, 0), *spatial, (0, 0, 0)])
 
 
-def _shifted(x: jax.Array, offset: Sequence, extent: Sequence[int]) -> jax.Array:
-    """A window of (batch, *spatial, channels) that starts at an offset."""
-    zero = jnp.int32(0)
-    sizes = (x.shape[0], *extent, x.shape[-1])
-    return jax.lax.dynamic_slice(x, (zero, *offset, zero), sizes)
+def _taken(x: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
+    """Entries (batch, *n, channels) of (batch, *spatial, channels) at places (batch, n) an axis."""
+
+    def of_image(image: jax.Array, *own: jax.Array) -> jax.Array:
+        return image[jnp.ix_(*own)]
+
+    return jax.vmap(of_image)(x, *places)
 
 
-def _every(x: jax.Array, step: int | Sequence[int]) -> jax.Array:
-    steps = [step] * (x.ndim - 2) if isinstance(step, int) else step
-    return x[(slice(None), *(slice(None, None, own) for own in steps), slice(None))]
-
-
-def _patches(
-    geometry: Geometry, x: jax.Array, offset: Sequence, counts: Sequence[int], step: int
-) -> jax.Array:
-    """Patches (rows, groups, p) at a grid of output positions."""
-    strides, dilation = geometry.strides, geometry.dilation
-    starts = [s * o for s, o in zip(strides, offset, strict=True)]
-    steps = [s * step for s in strides]
-    spans = [own * (n - 1) + 1 for own, n in zip(steps, counts, strict=True)]
-    reach = [(k - 1) * d for k, d in zip(geometry.sizes, dilation, strict=True)]
-    window = _shifted(x, starts, [span + far for span, far in zip(spans, reach, strict=True)])
-    taps = []
-    for tap in _taps(geometry):
-        first = [t * d for t, d in zip(tap, dilation, strict=True)]
-        last = [start + span for start, span in zip(first, spans, strict=True)]
-        own = window[(slice(None), *map(slice, first, last, steps))]
-        taps.append(own.reshape(-1, geometry.all_groups, own.shape[-1] // geometry.all_groups))
-    return _in_stored_order(geometry, jnp.stack(taps, 2))
-
-
-def _taps(geometry: Geometry) -> Iterator[Ints]:
-    return np.ndindex(*geometry.sizes)
+def _patches(geometry: Geometry, x: jax.Array, grids: Sequence[jax.Array]) -> jax.Array:
+    """Patches (rows, groups, p) at a grid of output positions of each image."""
+    axes = zip(grids, geometry.strides, geometry.dilation, geometry.sizes, strict=True)
+    places = [
+        (stride * own[:, :, None] + dilation * jnp.arange(size)).reshape(len(own), -1)
+        for own, stride, dilation, size in axes
+    ]
+    split = [
+        n for own, size in zip(grids, geometry.sizes, strict=True) for n in (own.shape[1], size)
+    ]
+    spatial = len(grids)
+    spread = _taken(x, places).reshape(len(x), *split, geometry.all_groups, -1)
+    rows, taps = (range(start, 2 * spatial + 1, 2) for start in (1, 2))
+    moved = spread.transpose(0, *rows, 2 * spatial + 1, *taps, 2 * spatial + 2)
+    flat = moved.reshape(-1, geometry.all_groups, *geometry.sizes, moved.shape[-1])
+    return _in_stored_order(geometry, flat)
 
 
 def _in_stored_order(geometry: Geometry, patches: jax.Array) -> jax.Array:
-    """Patches (rows, groups, taps, channels) with the kernel's stored axes, flattened."""
-    rows, groups, _, channels = patches.shape
-    spread = patches.reshape(rows, groups, *geometry.sizes, channels)
+    """Patches (rows, groups, *taps, channels) with the kernel's stored axes, flattened."""
     backward = [2 + axis for axis in geometry.flips if axis <= len(geometry.sizes)]
-    moved = jnp.flip(spread, backward).transpose(0, 1, *(2 + axis for axis in geometry.stored))
-    return moved.reshape(rows, groups, -1)
+    moved = jnp.flip(patches, backward).transpose(0, 1, *(2 + axis for axis in geometry.stored))
+    return moved.reshape(*patches.shape[:2], -1)
 
 
 def _products(geometry: Geometry, x: jax.Array, outputs: jax.Array) -> Sums:
@@ -185,15 +175,24 @@ def _products(geometry: Geometry, x: jax.Array, outputs: jax.Array) -> Sums:
     rows, stack, groups = len(x), geometry.stack, geometry.groups
     y = outputs.astype(x.dtype).reshape(rows, stack, groups, -1)
     y = jnp.flip(y, 3) if len(geometry.sizes) + 1 in geometry.flips else y
+    # Without a barrier XLA compiles the gathering into each of the five sums.
+    x, y = jax.lax.optimization_barrier((x, y))
     x = x.reshape(rows, 1 if geometry.shared else stack, groups, -1)
-    high = {"precision": jax.lax.Precision.HIGHEST}
-    xx = jnp.einsum("rsgp,rsgq->sgpq", x, x, **high)  # type: ignore[call-overload]
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
+    xx = _summed_products(x, x)
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
         "y": y.sum(0),
         "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
-        "xy": jnp.einsum("rsgp,rsgm->sgpm", every, y, **high),  # type: ignore[call-overload]
+        "xy": _summed_products(every, y),
         "yy": (y * y).sum(0),
     }
+
+
+def _summed_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums (S, g, p, m) of the products of the rows of (rows, S, g, p) and (rows, S, g, m)."""
+    if x.shape[1:3] == (1, 1):  # a plain product runs twice as fast on the CPU as a batch of one
+        flat = jnp.matmul(x[:, 0, 0].T, y[:, 0, 0], precision=jax.lax.Precision.HIGHEST)
+        return flat[None, None]
+    return jnp.einsum("rsgp,rsgm->sgpm", x, y, precision=jax.lax.Precision.HIGHEST)

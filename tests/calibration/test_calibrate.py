@@ -195,10 +195,10 @@ def test_a_grid_of_positions_stands_for_all_of_them():
         np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)
     )
     flat = every.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27)
-    assert some.count == 64 * 256 < len(flat)
+    assert some.count == 16 * 256 < len(flat)
     covariance = np.cov(flat.T, bias=True)
-    # 256 * 64 samples: relative deviations of about 1/128 of the largest entry.
-    assert np.abs(some.covariance[0] - covariance).max() < 0.05 * np.abs(covariance).max()
+    # 4,096 samples: relative deviations of about 1/64 of the largest entry.
+    assert np.abs(some.covariance[0] - covariance).max() < 0.1 * np.abs(covariance).max()
 
 
 def test_only_the_layers_asked_for_are_measured():
