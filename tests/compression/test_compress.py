@@ -231,18 +231,20 @@ def test_factors_have_the_type_of_the_kernel(dtype):
     chex.assert_type(jax.tree.leaves(small["params"]), jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 48])
+@pytest.mark.parametrize("count", [1, 2, 4, 16, 48])
 def test_few_images_are_never_worse_than_plain_factors(count):
-    x, other = images(count), images(64, seed=7)
     variables = trained(Net(), images())
-    small, fits = compress(Net().apply, variables, x, CUT, return_fits=True)
     plain = decompose(variables, {path: scheme(path, rank) for path, rank in CUT.items()})
-    # One image is held against another: a quarter is allowed for their noise.
-    limit = 1.25 * gap(Net().apply, variables, plain, other)
-    assert gap(Net().apply, variables, small, other) < limit
-    assert all(
-        fit.held_out <= fit.plain * (1 + 1e-6) for own in fits.values() for fit in own.values()
-    )
+    ratios = []
+    for seed in range(3):
+        other = images(64, seed=70 + seed)
+        small, fits = compress(Net().apply, variables, images(count, seed), CUT, return_fits=True)
+        gaps = [gap(Net().apply, variables, tree, other) for tree in (small, plain)]
+        ratios.append(gaps[0] / gaps[1])
+        every = [fit for own in fits.values() for fit in own.values()]
+        assert all(fit.held_out <= fit.plain for fit in every)
+    # Two images of noise, one held against the other, are off by some.
+    assert np.median(ratios) <= 1 + 1e-5 and max(ratios) < 1.5
 
 
 def test_one_calibration_serves_every_plan_and_fit():
