@@ -16,13 +16,10 @@ from lowrank_jax import Separable, decompose, lowrank, max_rank, reconstruct, tr
 from lowrank_jax.program.jaxprs import programs
 
 many = settings(max_examples=50, deadline=None, derandomize=True)
-# Compiled without optimisation, which takes most of the time of programs that run once.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 MOVES = ["transpose", "turn", "take", "squeeze", "call"]
 # With jax 0.10 XLA's convolutions on the CPU read beyond the data where padding is negative.
 LEAST = -1 if jax.__version_info__ >= (0, 11) else 0
-quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def normal(shape, seed=0, dtype="float32"):
@@ -53,15 +50,15 @@ def assert_same(found, expected):
 def assert_equivalent(function, small, x):
     """Values and derivatives, compiled together."""
 
-    def loss(tree, x, apply):
-        y = apply(tree, x)
-        return jnp.sum(jnp.sin(y)), y
+    def run(apply, small, x):
+        y, pullback = jax.vjp(apply, small, x)
+        return y, pullback(jnp.linspace(-1, 1, y.size).reshape(y.shape))
 
     def both(small, x):
-        run = functools.partial(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), small, x)
-        return run(lowrank(function)), run(lambda tree, x: function(reconstruct(tree), x))
+        rebuilt = lambda tree, x: function(reconstruct(tree), x)  # noqa: E731
+        return run(lowrank(function), small, x), run(rebuilt, small, x)
 
-    assert_same(*quickly(both)(small, x))
+    assert_same(*jax.jit(both)(small, x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +212,11 @@ def test_factors_of_any_layout_and_groups_give_what_their_product_gives(case, da
     """Factors that were made without a trace may not be those that the program can run."""
     tree, x = {"kernel": normal(case.stored)}, normal(case.inputs, 1)
     small = decompose(tree, {"kernel": data.draw(schemes(case, tree, x))})
-    assert_same(lowrank(case)(small, x), quickly(case)(reconstruct(small), x))
+    run = jax.jit(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
+    low, dense = run(small, x)
+    assert_same(low, dense)
+    if data.draw(st.integers(0, 3)) == 0:
+        assert_same(lowrank(case)(small, x), dense)
     assert convolutions_and_products(case, small, x) in [(2, 0), (1, 1)]
 
 
@@ -257,7 +258,7 @@ def test_an_ensemble_runs_as_with_the_reconstructed_kernels_and_as_the_trace_say
     else:
         scheme = data.draw(schemes(case, tree, x))
     small = decompose(tree, {"kernel": scheme})
-    run = quickly(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
+    run = jax.jit(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
     assert_same(*run(small, x))
     allowed = [(2, 0)] if use.safe else [(2, 0), (1, 1)]
     assert convolutions_and_products(case, small, x) in allowed
@@ -295,7 +296,7 @@ def products(draw):
 def test_a_product_with_a_kernel_runs_as_with_the_reconstructed_one(case, rank, first):
     small = decompose({"kernel": normal((3, 2, 4, 5))}, {"kernel": Separable(rank, first=first)})
     x = normal(case.inputs, 1)
-    run = quickly(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
+    run = jax.jit(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
     assert_same(*run(small, x))
     if operations(case, {"kernel": jnp.ones((3, 2, 4, 5))}, x)["dot_general"]:
         count = operations(lowrank(case), small, x)["dot_general"]

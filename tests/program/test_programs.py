@@ -25,8 +25,6 @@ from lowrank_jax.program.jaxprs import programs
 from lowrank_jax.tree.paths import named_leaves
 
 PAGE = Path(__file__).parents[2] / "docs" / "programs.md"
-# Compiled without optimisation, which takes most of the time of programs that run once.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NHWC, SHAPE = ("NHWC", "HWIO", "NHWC"), (2, 9, 7, 4)
 MASK = np.arange(288).reshape(3, 3, 4, 8) % 3 > 0
 
@@ -66,7 +64,7 @@ def conv(name, size=(3, 3), shape=SHAPE, **options):
 
 def of_nnx(name, build, shape=SHAPE):
     def make(x):
-        graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        graph, state = nnx.split(build(nnx.Rngs(0)))  # shapes in its dicts would be static
         return lambda state, x: nnx.merge(graph, state)(x), state
 
     return Case("NNX", name, make, shape)
@@ -360,7 +358,7 @@ def test_at_full_rank_it_computes_what_the_dense_layer_does(name):
         for first in ("vertical", "horizontal"):
             path, scheme = scheme_of(case, apply, tree, x, first)
             trees.append(decompose(tree, {path: scheme}))
-        run = jax.jit(lambda *all, x: [lowrank(apply)(t, x) for t in all], compiler_options=QUICK)
+        run = jax.jit(lambda *all, x: [lowrank(apply)(t, x) for t in all])
         dense, *low = run(*trees, x=x)
         # Sums of tens of terms, both factors and the channels between them rounded to the type of
         # the computation or of the storage, whichever is coarser: a few tens of roundings.
