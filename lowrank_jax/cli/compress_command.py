@@ -9,9 +9,10 @@ from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command
 from lowrank_jax.cli.plan_command import planner
 from lowrank_jax.compression.compressing import compress
+from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.report.folders import whole_folder, write_plan
+from lowrank_jax.report.planned import write_plan
 
 
 def add_command(commands: Any) -> None:

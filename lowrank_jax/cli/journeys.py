@@ -7,9 +7,9 @@ from typing import Any
 
 from lowrank_jax import data
 from lowrank_jax.cli.options import new_command, parse_ranks, positive
+from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
-from lowrank_jax.report.folders import whole_folder
 from lowrank_jax.report.journey import markdown, write_report
 from lowrank_jax.training import experiment
 
@@ -73,22 +73,27 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_cifar10(args: argparse.Namespace) -> None:
     """The whole experiment."""
+    recipe, early = _dense_recipe(args), args.out.with_name(f"{args.out.name}-dense.npz")
+    if recipe and early.exists():
+        raise FileExistsError(
+            f"{early} exists: the trained network of a run that did not end. Go on with it by "
+            "--weights, or move it away."
+        )
     train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
     model = _model(args)
     variables = (
         experiment.load(model, args.weights) if args.weights else experiment.init(model, args.seed)
     )
     experiment.check_ranks(variables, args.ranks)
-    # Hours of work, kept should a later step fail.
-    early = args.out.with_name(f"{args.out.name}-dense.npz")
-    if recipe := _dense_recipe(args):
+    if recipe:
         variables, _ = experiment.fit(model, variables, train, test, recipe)
-        save_weights(early, variables)
+        save_weights(early, variables)  # hours of work, kept should a later step fail
         print(f"The trained network is in {early} until the report is complete")
     options = dict(distill=args.distill, **_training(args))
-    recipe = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
-    _run(args, variables, train, test, recipe)
-    early.unlink(missing_ok=True)
+    tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
+    _run(args, variables, train, test, tuning)
+    if recipe:
+        early.unlink()
     print(f"A report with pictures and both networks is in {args.out}")
 
 

@@ -4,18 +4,21 @@ import argparse
 import sys
 
 from lowrank_jax.cli import compress_command, journeys, plan_command
-from lowrank_jax.report.folders import check_out
+from lowrank_jax.io.folders import check_folder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; bad input ends with one line on standard error and status 2."""
+    """Runs a command. Bad input ends with one line and status 2, Ctrl-C with one line and 130."""
     args = build_parser().parse_args(argv)
     try:
-        check_out(args.out)
+        check_folder(args.out)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"lowrank-jax {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lowrank-jax {args.command}: stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -11,11 +11,12 @@ from lowrank_jax.calibration.collecting import Calibration
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job, load_labels
 from lowrank_jax.cli.options import floats, new_command
 from lowrank_jax.compression.compressing import compress
+from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.planning.curves import draw_curve
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.report.folders import whole_folder, write_plan
+from lowrank_jax.report.planned import write_plan
 
 Points = Sequence[tuple[Plan, float]]
 

@@ -66,9 +66,30 @@ def locked(path: str | os.PathLike) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with target.with_name(f".{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the lock ends when the file is closed
+    lock = target.with_name(f".{target.name}.lock")
+    lock.touch()
+    with flock(lock):
         yield
+
+
+@contextlib.contextmanager
+def flock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a file or folder that exists; the lock ends with the process at the latest.
+
+    Raises:
+        BlockingIOError: it is not to wait, and another one holds the lock or may hold it.
+    """
+    if fcntl is None:
+        if not wait:
+            raise BlockingIOError(f"{path}: this system has no locks.")
+        yield
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(file)
 
 
 def _to_disk(scratch: Path) -> None:

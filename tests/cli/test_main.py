@@ -10,7 +10,6 @@ from lowrank_jax import data
 from lowrank_jax.cli import main as cli
 from lowrank_jax.io import weights as checkpoint
 from lowrank_jax.models import NIN
-from lowrank_jax.report import folders as report
 from lowrank_jax.training import experiment
 
 
@@ -42,6 +41,7 @@ def test_the_demo_writes_a_whole_report(tiny, tmp_path, capsys):
         "accuracy.png",
         "lowrank.npz",
         "dense.npz",
+        "manifest.json",
     }
     assert {path.name for path in out.iterdir()} == names
     text = (out / "report.md").read_text()
@@ -100,28 +100,8 @@ def test_options_that_do_not_parse_are_refused(options, capsys):
 def test_a_folder_with_other_files_is_never_replaced(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "is no report of an earlier run" in capsys.readouterr().err
+    assert "is no folder of results that an earlier run wrote" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
-
-
-def fail_half_way(out):
-    with report.whole_folder(out) as folder:
-        (folder / "half").write_text("half")
-        raise RuntimeError("stop")
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"):
-        fail_half_way(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_earlier_report_is_replaced(tmp_path):
-    for text in ("one", "two"):
-        with report.whole_folder(tmp_path / "out") as folder:
-            (folder / "report.json").write_text(text)
-    assert (tmp_path / "out" / "report.json").read_text() == "two"
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_missing_data_is_one_line_with_the_remedy(tmp_path, capsys):
