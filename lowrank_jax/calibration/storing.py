@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.io.npz import read_arrays, write_arrays
 
 VERSION = 1
 FIELDS = ("x", "y", "xx", "xy", "yy")
@@ -39,7 +40,7 @@ def write_moments(
     head = {"version": VERSION, "images": images, "entries": entries, "kernels": prints}
     arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
     with whole_file(path) as scratch, scratch.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        write_arrays(file, arrays)
 
 
 def read_moments(
@@ -52,15 +53,15 @@ def read_moments(
         ValueError: the file is damaged, holds something else, or belongs to other kernels.
     """
     try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            head = json.loads(bytes(archive["head"]))
-            if head["version"] != VERSION:
-                raise ValueError(f"its version is {head['version']}, not {VERSION}")
-            found: dict[str, dict[tuple[int, ...], list[Moments]]] = {}
-            for number, (layer, index, count) in enumerate(head["entries"]):
-                fields = {field: archive[f"{number}.{field}"] for field in FIELDS}
-                own = found.setdefault(layer, {}).setdefault(tuple(index), [])
-                own.append(Moments(count=count, **fields))
+        arrays = read_arrays(Path(path))
+        head = json.loads(bytes(arrays["head"]))
+        if head["version"] != VERSION:
+            raise ValueError(f"its version is {head['version']}, not {VERSION}")
+        found: dict[str, dict[tuple[int, ...], list[Moments]]] = {}
+        for number, (layer, index, count) in enumerate(head["entries"]):
+            fields = {field: arrays[f"{number}.{field}"] for field in FIELDS}
+            own = found.setdefault(layer, {}).setdefault(tuple(index), [])
+            own.append(Moments(count=count, **fields))
     except FileNotFoundError:
         raise
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:

@@ -70,10 +70,11 @@ def check_folder(out: str | os.PathLike) -> None:
         probe.mkdir()
         probe.rmdir()
         _put_in_order(out)
-    if out.exists() and not _is_ours(out):
-        raise FileExistsError(
-            f"{out} exists and is no folder of results that an earlier run wrote; give another one."
-        )
+        if out.exists() and not _is_ours(out):
+            raise FileExistsError(
+                f"{out} exists and is no folder of results that an earlier run wrote; give another "
+                "one."
+            )
 
 
 def _is_ours(out: Path) -> bool:

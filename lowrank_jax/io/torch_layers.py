@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax.io.formats import natural
+from lowrank_jax.io.names import natural
 from lowrank_jax.program.call_order import CallOrder
 
 STATISTICS = {"running_mean": "mean", "running_var": "var"}

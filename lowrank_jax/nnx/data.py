@@ -167,7 +167,7 @@ def fast(model: nnx.Module, inputs: Any, *args: Any, **kwargs: Any) -> "Fast":
     Example:
         >>> import jax.numpy as jnp
         >>> conv, images = nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0)), jnp.ones((4, 8, 8, 8))
-        >>> run = fast(conv, images, rounds=2)
+        >>> run = fast(conv, images, rounds=2, limit=1)
         >>> run(functional(conv)[1], images).shape
         (4, 8, 8, 16)
     """

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from lowrank_jax.factorization.layout import to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.separable import FACTORS
-from lowrank_jax.io.formats import nest
+from lowrank_jax.io.names import nest
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tree.decomposing import check_kernel

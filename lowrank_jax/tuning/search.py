@@ -72,7 +72,7 @@ def fast(
         >>> model, images = nn.Sequential([nn.Conv(16, (3, 3)), nn.relu]), jnp.ones((4, 8, 8, 8))
         >>> variables = model.init(jax.random.key(0), images)
         >>> small = {"params": lr.decompose(variables["params"], {"layers_0": 3})}
-        >>> run = fast(model.apply, small, images, rounds=2)
+        >>> run = fast(model.apply, small, images, rounds=2, limit=1)
         >>> run(small, images).shape
         (4, 8, 8, 16)
     """

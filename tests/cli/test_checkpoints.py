@@ -78,7 +78,7 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
 ):
     out, normalise = tmp_path / "out", ["--mean", "0.5,0.5,0.5", "--std", "0.25"]
     assert main(["compress", *files, *normalise, "--budget", "macs=0.5", "--out", str(out)]) == 0
-    names = ["plan.json", "report.json", "report.md", "variables.npz"]
+    names = ["manifest.json", "plan.json", "report.json", "report.md", "variables.npz"]
     assert sorted(path.name for path in out.iterdir()) == names
     small, plan = load_weights(out / "variables.npz"), Plan.load(out / "plan.json")
     dense, low = plan.total("macs")

@@ -36,6 +36,7 @@ def test_normalised_images_are_centred():
     assert jnp.all(jnp.abs(mean) < 0.1)  # 2,000 of the 50,000 images that the constants come from
 
 
+@pytest.mark.slow
 @needs_cifar
 def test_the_whole_of_cifar10_is_read_without_tensorflow():
     code = f"""

@@ -43,7 +43,7 @@ def pair_of(scheme, shape):
     return [jax.ShapeDtypeStruct((*stack, *own), "float32") for own in scheme.shapes(shape)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(schemes())
 def test_a_node_of_factors_tells_layout_order_and_the_kernels_shape(case):
     scheme, shape = case
@@ -59,7 +59,7 @@ def test_a_node_of_factors_tells_layout_order_and_the_kernels_shape(case):
     assert merged.shape == shape
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schemes(), st.data())
 def test_factors_of_which_one_axis_has_another_size_are_refused_or_fit_all_the_same(case, data):
     scheme, shape = case

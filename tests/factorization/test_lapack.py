@@ -185,7 +185,7 @@ def test_a_wrong_number_of_arguments_is_refused(calls):
     st.tuples(st.booleans(), st.booleans()),
     st.sampled_from(DTYPES),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_product_of_matrices_in_either_order_is_the_product(sizes, by_row, dtype):
     (m, n, k), rng = sizes, np.random.default_rng(0)
     a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (k, n)))

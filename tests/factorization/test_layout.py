@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowrank_jax.factorization.layout import from_matrix, to_matrix
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @st.composite

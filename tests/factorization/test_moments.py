@@ -21,7 +21,7 @@ def samples(seed, count, groups=2):
     return rng.standard_normal((count, groups, 3)) + 1, rng.standard_normal((count, groups, 2)) - 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 9))
 def test_moments_of_disjoint_sets_add_up_to_those_of_all(seed, cut):
     x, y = samples(seed, 10)

@@ -30,7 +30,7 @@ def blas_threads() -> list[int]:
 
 
 @given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_results_come_in_the_order_of_the_jobs(sizes, cores):
     jobs = [lambda index=index: index for index in range(len(sizes))]
     found = side_by_side(jobs, sizes, lambda index, result: (index, result), cores)

@@ -16,7 +16,7 @@ from jax.test_util import check_grads
 import lowrank_jax as lr
 from lowrank_jax import Separable, decompose, max_rank
 
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=20)
 EPS = float(np.finfo(np.float32).eps)
 
 

@@ -240,7 +240,7 @@ def test_the_result_is_the_same_every_time():
         np.testing.assert_array_equal(one, two)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_decaying_spectrum_is_cut_as_well_as_can_be(data):
     shape = tuple(data.draw(st.integers(SMALL + 1, 200)) for _ in range(2))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.whitening import Target, merged
 
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=20)
 seeds = st.integers(0, 2**31)
 SHAPE = (3, 6, 4)  # taps of the second convolution, rows, outputs
 

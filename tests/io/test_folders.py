@@ -47,7 +47,7 @@ def test_a_second_run_replaces_the_files_of_the_first(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.sampled_from([*OWN, "thesis.tex", "curve.png"]), st.text("xy", max_size=3)),
     st.sets(st.sampled_from([*OWN, "curve.png"])),

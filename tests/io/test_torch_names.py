@@ -355,7 +355,7 @@ def test_the_report_is_a_table_with_what_has_no_partner_first():
 
 
 @given(st.permutations(range(6)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_call_order_is_that_of_use_not_of_names(order):
     def apply(variables, x):
         for index in order:

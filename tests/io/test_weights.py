@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowrank_jax import data
-from lowrank_jax.io.formats import natural
+from lowrank_jax.io.names import natural
 from lowrank_jax.io.weights import load_weights, save_weights
 
 SUFFIXES = (".npz", ".safetensors", ".msgpack")
@@ -75,7 +75,7 @@ def test_a_network_survives_a_round_trip_with_its_types(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tree=TREES)
 def test_any_tree_of_arrays_survives_a_round_trip(suffix, tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("trees") / f"weights{suffix}"
@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(suffix, tree,
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cut=st.integers(0, 400), at=st.integers(0, 400), byte=st.integers(0, 255))
 def test_a_damaged_file_is_read_or_refused_by_name_never_anything_else(
     suffix, tmp_path_factory, cut, at, byte

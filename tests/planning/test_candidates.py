@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, decompose, lowrank, reconstruct, trace
@@ -168,7 +168,6 @@ def test_a_scheme_without_a_spectrum_or_of_other_groups_is_refused():
         table.at("grouped", Separable(2))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))
 def test_nothing_beats_a_candidate_of_the_front(pairs):
     layer = [candidate(cost, loss) for cost, loss in pairs]

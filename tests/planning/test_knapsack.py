@@ -13,7 +13,7 @@ CANDIDATE = st.tuples(st.integers(1, 12), st.integers(0, 20))
 LAYERS = st.lists(st.lists(CANDIDATE, min_size=1, max_size=5), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(LAYERS, st.integers(0, 30))
 @example([[(1, 9), (2, 4), (4, 0)], [(1, 8), (3, 1)]], 3)
 def test_the_search_misses_the_optimum_by_less_than_the_first_step_that_does_not_fit(layers, extra):

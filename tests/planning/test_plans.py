@@ -119,7 +119,7 @@ PLANS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(PLANS)
 def test_any_plan_comes_back_from_json(tmp_path_factory, plan):
     path = tmp_path_factory.mktemp("plans") / "plan.json"

@@ -113,7 +113,7 @@ def test_the_largest_error_is_the_smallest_among_all_choices(norm, budget):
     assert max(map(errors[norm], chosen(found, minmax(found, budget, norm)))) == best
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(SELECTORS)), st.sampled_from(MEASURES[:3]), st.floats(0.75, 1.0))
 def test_no_plan_exceeds_its_budget(name, measure, amount):
     plan = SELECTORS[name](table(), Budget(measure, amount))

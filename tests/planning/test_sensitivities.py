@@ -19,7 +19,10 @@ class Net(nn.Module):
 
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8, 8, 4)), jnp.float32)
-VARIABLES = Net().init(jax.random.key(0), X)
+VARIABLES = jax.tree.map(
+    lambda leaf: jnp.asarray(np.random.default_rng(1).standard_normal(leaf.shape) / 4, leaf.dtype),
+    jax.eval_shape(Net().init, jax.random.key(0), X),
+)
 PROGRAM = trace(Net().apply, VARIABLES, X)
 CANDIDATES = {
     "strided": [("vertical", 2), ("horizontal", 5)],

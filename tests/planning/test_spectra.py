@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax import spectrum, trace
@@ -98,7 +98,6 @@ def test_the_layers_and_orders_can_be_chosen():
 SHAPES = st.tuples(*[st.integers(1, 4)] * 2, *[st.integers(1, 9)] * 2)
 
 
-@settings(deadline=None)
 @given(SHAPES, st.integers(0, 99), st.sampled_from(["vertical", "horizontal"]))
 def test_singular_values_are_those_of_the_whole_decomposition(shape, seed, first):
     kernel = np.random.default_rng(seed).standard_normal(shape, np.float32)

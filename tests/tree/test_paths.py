@@ -25,7 +25,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TREES)
 def test_no_two_leaves_have_the_same_name(tree):
     named = named_leaves(tree)
@@ -33,7 +33,7 @@ def test_no_two_leaves_have_the_same_name(tree):
     assert all(named[name] is leaf for name, leaf in zip(named, jax.tree.leaves(tree), strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TREES)
 def test_a_change_of_the_leaves_keeps_names_and_containers(tree):
     seen = []

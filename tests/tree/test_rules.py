@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, trace
@@ -32,7 +32,6 @@ def matches(key, path):
     return key == path if key in PATHS else bool(re.fullmatch(key, path))
 
 
-@settings(deadline=None)
 @given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=4))
 def test_the_first_rule_that_matches_decides(rules):
     first = {path: next((k for k in rules if matches(k, path)), None) for path in PATHS}
@@ -42,24 +41,24 @@ def test_the_first_rule_that_matches_decides(rules):
     assert resolve(rules, LAYERS) == {path: scheme for path, scheme in expected.items() if scheme}
 
 
-@settings(deadline=None)
-@given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=4))
-def test_a_rule_that_decides_no_layer_is_an_error(rules):
+@given(VALUES, st.dictionaries(KEYS, VALUES, min_size=1, max_size=4))
+def test_a_rule_that_decides_no_layer_is_an_error(value, later):
+    rules = {"stage1/.*|stem|.*2.*": value} | later
     first = {next((k for k in rules if matches(k, path)), None) for path in PATHS}
     idle = [key for key in rules if key not in first]
-    assume(idle)
+    if not idle:
+        assert resolve(rules, LAYERS) is not None
+        return
     with pytest.raises(ValueError, match=rf"The rule {re.escape(repr(idle[0]))} is idle.*before"):
         resolve(rules, LAYERS)
 
 
-@settings(deadline=None)
 @given(st.lists(PARTS, min_size=1, max_size=3).map("/".join), st.sets(PARTS, max_size=4))
 def test_a_path_matches_itself_alone_whatever_it_holds(path, others):
     layers = dict.fromkeys([path, *others], SHAPE)
     assert resolve({path: 2}, layers) == {path: Separable(2)}
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda key: key not in PATHS))
 def test_a_rule_that_matches_no_layer_is_an_error_that_names_it(key):
     with contextlib.suppress(re.error):
@@ -69,7 +68,6 @@ def test_a_rule_that_matches_no_layer_is_an_error_that_names_it(key):
     assert repr(key) in str(error.value) and "did you mean" in str(error.value)
 
 
-@settings(deadline=None)
 @given(SIZES, st.floats(1e-3, 1.0))
 def test_a_share_of_the_parameters_gives_the_largest_rank_within_it(shape, share):
     dense, unit = math.prod(shape), Separable(1).parameters(shape)
@@ -102,7 +100,6 @@ def program():
     return trace(Net().apply, jax.eval_shape(Net().init, jax.random.key(0), X), X)
 
 
-@settings(deadline=None)
 @given(st.floats(0.2, 1.0), st.sampled_from(["parameters", "macs"]))
 def test_shares_of_a_traced_program_are_kept_layer_by_layer(share, measure):
     for path, scheme in resolve({".*": share}, program(), measure=measure).items():

@@ -59,7 +59,7 @@ def gap(a, b) -> float:
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
 )
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3)
 def test_every_algorithm_computes_the_two_convolutions(
     size, strides, dilation, padding, first, dtype, compiled
 ):
@@ -231,6 +231,7 @@ class Mixed(nn.Module):
         return nn.Conv(4, (3, 3))(x[0])
 
 
+@pytest.mark.slow
 def test_dense_layers_are_asked_for_their_algorithm_and_factors_are_not_asked_again():
     model, x = Mixed(), jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
     variables = model.init(jax.random.key(0), x)
@@ -253,6 +254,7 @@ def test_dense_layers_are_asked_for_their_algorithm_and_factors_are_not_asked_ag
     )
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_every_algorithm():
     own = layer()
     x, one, two = arrays(own, 3, "vertical")

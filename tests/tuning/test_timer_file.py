@@ -9,7 +9,7 @@ import pytest
 from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.timer_file import VERSION, add_times, key_of, read_times
 
-PROCESSES, WRITES = 4, 50
+PROCESSES, WRITES = 4, 25
 KEY = key_of(Device.here(), {"option": True}, [1, 2], None)
 WRITER = """
 import sys

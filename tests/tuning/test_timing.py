@@ -138,6 +138,7 @@ def test_a_program_that_fails_is_noted_and_left_out_or_its_error_is_raised(clock
     assert measure({"fails": programs["fails"]}, rounds=2, errors=errors) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("options", candidate_options()[1:])
 def test_every_candidate_option_computes_the_same_convolutions(options, dtype):

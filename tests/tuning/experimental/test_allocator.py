@@ -49,11 +49,13 @@ def _faults(how: str) -> list[int]:
     return [int(line) for line in run.stdout.split()]
 
 
+@pytest.mark.slow
 @gnu
 def test_arrays_that_are_used_again_need_no_new_pages():
     assert max(_faults("keep")) < 100
 
 
+@pytest.mark.slow
 @gnu
 def test_without_it_large_arrays_need_new_pages_each_time():
     assert min(_faults("leave")) > 100

@@ -15,6 +15,8 @@ from lowrank_jax import Separable
 from lowrank_jax.tuning.experimental.fused import Tile, separable_conv
 from lowrank_jax.tuning.experimental.roofline import Bound, roofline, two_convolutions
 
+pytestmark = pytest.mark.slow
+
 SAME = ((1, 1), (1, 1))
 ORDERS = ("vertical", "horizontal")
 SMALL = Tile(lines=16, positions=2, inputs=16, outputs=16)
@@ -62,7 +64,7 @@ def assert_same_as_two_convolutions(arrays, **options):
 
 # Every example compiles two programs, so that a failing one is not made smaller: that would take
 # minutes.
-@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=10, phases=[Phase.generate])
 @given(st.data())
 def test_exact_in_integers_for_every_geometry(data):
     def pair(low, high):
@@ -391,7 +393,7 @@ def test_bounds_are_the_slower_of_arithmetic_and_transfers():
 
 
 @given(st.integers(1, 64), st.integers(1, 5), st.floats(1e9, 1e15), st.floats(1e9, 1e13))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_fused_bound_is_never_above_that_of_two_convolutions(
     rank, taps, flops_per_s, bytes_per_s
 ):

@@ -17,6 +17,8 @@ from lowrank_jax.tuning.experimental.pools import POOLS, Pool, pooled, pools
 from lowrank_jax.tuning.search import fast
 from lowrank_jax.tuning.timer import Timer
 
+pytestmark = pytest.mark.slow
+
 KINDS = st.sampled_from(["max", "sum"])
 TOLERANCES = {
     "float32": {"rtol": 1e-6, "atol": 1e-6},
@@ -40,7 +42,7 @@ def window(x, **dilation):
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(KINDS, st.integers(1, 4), st.integers(1, 3), PADS, PADS, st.sampled_from(list(TOLERANCES)))
 def test_slices_give_what_windows_give(kind, size, stride, rows, columns, dtype):
     pool = Pool(

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.tuning.experimental.winograd import MOST_TAPS, OUTPUTS, transforms, winograd
 
+pytestmark = pytest.mark.slow
+
 cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the step is the convolution itself on a GPU or TPU"
 )
@@ -51,7 +53,7 @@ def test_the_transforms_give_a_filter_to_the_precision_of_float64(taps):
 
 
 @cpu
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(st.integers(1, 6), st.integers(1, 6)),
     st.tuples(st.integers(1, 2), st.integers(1, 2)),
