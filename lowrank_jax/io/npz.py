@@ -61,7 +61,7 @@ def _read_all(file: BinaryIO) -> dict[str, np.ndarray]:
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     name = member.filename.removesuffix(SUFFIX)
     with archive.open(member) as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[arg-type]
+        array = np.lib.format.read_array(file, allow_pickle=False)
         if file.read(1):  # at the end of its bytes the checksum of a member is verified
             raise ValueError(f"{name} is longer than its shape {array.shape} says")
     if array.dtype == np.dtype("V2"):
