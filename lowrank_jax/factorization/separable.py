@@ -70,9 +70,9 @@ class Separable:
         """Factors a kernel, or each of a stack of kernels.
 
         Computed in float32, or float64 where the kernel is, and returned in the kernel's own type.
-        Under a transformation by ``jnp.linalg.svd``, whose gradients need the singular values to
-        differ from each other; a kernel with values on one device by the faster of the routes of
-        `lowrank_jax.truncate`, on the host.
+        Under a transformation by ``jnp.linalg.svd``; a kernel with values on one device by the
+        faster of the routes of `truncated`, on the host. Gradients are those of the
+        product of the factors, and finite for equal singular values.
 
         Args:
             kernel: floating-point array of shape (..., h, w, c, n), or as ``axes`` says, c being

@@ -3,25 +3,24 @@ routes.
 
 The reference is ``jnp.linalg.svd`` (on the host LAPACK's gesdd, which it calls on a CPU). The fast
 route takes the K leading eigenvectors U of the smaller Gram matrix, G = M M^T or M^T M, and
-projects: M is close to U (U^T M), with an error that no other basis of that size undercuts (Eckart
-    and Young, 1936), and at full rank exactly M. It needs no more
-than K eigenvectors of a matrix of the smaller side.
+projects: M is close to U (U^T M), with an error that no other basis of that size undercuts
+(Eckart and Young, 1936), and at full rank exactly M. It needs no more than K eigenvectors of a
+matrix of the smaller side.
 
 Squaring loses digits: with the rounding unit u, what G says of the energy left out, T, is uncertain
-    by about
-K u s_1^2. So the fast route is taken only where that is under 1e-3 of T, and its result only if U
-is orthonormal and the energy that it captures is that of the leading eigenvalues, which are found
-independently of U, to 1e-5 of T. Otherwise the reference runs. What is lost is second order in the
-uncertainty: the tests hold the Frobenius error to within 1e-5 of the optimum over condition numbers
-    from 1 to 1e6.
+by about K u s_1^2. So the fast route is taken only where that is under 1e-3 of T, and its result
+only if U is orthonormal and the energy that it captures is that of the leading eigenvalues, which
+are found independently of U, to 1e-5 of T. Otherwise the reference runs. What is lost is second
+order in the uncertainty: the tests hold the Frobenius error to within 1e-5 of the optimum over
+condition numbers from 1 to 1e6.
 """
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from lowrank_jax.factorization.differentiable import by_jax
 from lowrank_jax.factorization.lapack import routine
 from lowrank_jax.factorization.layout import Array
 
@@ -49,8 +48,7 @@ def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
         ((3, 2), (2, 3), [3.0, 2.0, 0.0])
     """
     if not isinstance(matrix, np.ndarray):
-        u, s, qt = jnp.linalg.svd(matrix, full_matrices=False)
-        return _balanced(u[..., :rank], jnp.sqrt(s[..., :rank]), qt[..., :rank, :])
+        return by_jax(matrix, rank)
     *stack, m, n = matrix.shape
     pairs = [by_gram(one, rank) or by_svd(one, rank) for one in matrix.reshape(-1, m, n)]
     lefts, rights = (
@@ -62,7 +60,8 @@ def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
 def by_svd(matrix: np.ndarray, rank: int) -> Pair:
     """The factors of one matrix by its full decomposition."""
     u, s, qt = scipy.linalg.svd(matrix, full_matrices=False, check_finite=False)
-    return _balanced(u[:, :rank], np.sqrt(s[:rank]), qt[:rank])
+    root = np.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * qt[:rank]
 
 
 def by_gram(matrix: np.ndarray, rank: int) -> Pair | None:
@@ -105,10 +104,8 @@ def _eigen(
     leading eigenvectors.
 
     Reduction to tridiagonal form, all eigenvalues of that by a variant of QR, eigenvectors by
-    inverse iteration, and
-    back: LAPACK's sytrd, sterf, stein, ormqr. No driver of LAPACK combines these, and SciPy's take
-        longer. What
-    does not converge shows in the caller's checks.
+    inverse iteration, and back: LAPACK's sytrd, sterf, stein, ormqr. No driver of LAPACK combines
+    these, and SciPy's take longer. What does not converge shows in the caller's checks.
 
     Args:
         write_gram: fills the lower triangle of an array of Fortran's order with the matrix.
@@ -154,7 +151,3 @@ def _orthonormal(vectors: np.ndarray) -> bool:
     probe = np.asarray(np.random.default_rng(0).standard_normal(vectors.shape[1]), vectors.dtype)
     gap = np.einsum("mk,m->k", vectors, np.einsum("mk,k->m", vectors, probe)) - probe
     return bool(np.linalg.norm(gap) < 200 * np.finfo(vectors.dtype).eps * np.linalg.norm(probe))
-
-
-def _balanced(u: Array, root: Array, qt: Array) -> tuple[Array, Array]:
-    return u * root[..., None, :], root[..., :, None] * qt
