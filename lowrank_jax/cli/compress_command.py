@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job
-from lowrank_jax.cli.options import new_command
+from lowrank_jax.cli.options import new_command, whole
 from lowrank_jax.cli.plan_command import planner
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     about = "plan.json of an earlier run, instead of a budget"
     command.add_argument("--plan", type=Path, help=about)
     about = "alternating refinements of the factors"
-    command.add_argument("--sweeps", type=int, default=1, help=about)
+    command.add_argument("--sweeps", type=whole(0), default=1, help=about)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     with whole_folder(args.out) as folder:
         save_weights(folder / "variables.npz", small)
         write_plan(folder, chosen, facts)
+    if not chosen.ranks:
+        print("There is nothing to do: the whole network is within the budget.")
     print(f"{chosen}\nRelative error of the outputs on the images given: {error:.4f}")
     print(f"It took {seconds:.0f} s. The compressed checkpoint is {args.out / 'variables.npz'};")
     print("run it with lowrank_jax.lowrank(model.apply).")

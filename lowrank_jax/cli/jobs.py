@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ import jax
 import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration, calibrate
-from lowrank_jax.cli.options import floats, parse_budget, parse_object, positive
+from lowrank_jax.cli.arrays import load_images
+from lowrank_jax.cli.models import check_model, load_model
+from lowrank_jax.cli.options import floats, parse_budget, parse_object, positive, rates
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
@@ -52,6 +52,12 @@ class Job:
         """The class of the largest output of each image."""
         return np.concatenate([batch.argmax(-1) for batch in self.outputs(variables)])
 
+    @property
+    def class_count(self) -> int:
+        """Of the network's outputs."""
+        call = functools.partial(self.apply, **self.kwargs)
+        return jax.eval_shape(call, self.variables, self.images[:1]).shape[-1]
+
     def output_error(self, variables: Any) -> float:
         """Norm of the change of the outputs over the norm of the dense network's outputs."""
         gap = norm = 0.0
@@ -76,7 +82,7 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--images", required=True, help=about)
     about = "of the channels, subtracted from images scaled to [0, 1]"
     add("--mean", type=floats, help=about)
-    add("--std", type=floats, help="of the channels, by which the rest is divided")
+    add("--std", type=rates, help="of the channels, by which the rest is divided")
     about = "macs, parameters, bytes or latency=share, or a count"
     add("--budget", type=parse_budget, default="macs=0.5", help=about)
     about = "images that run at once, for a budget of latency"
@@ -96,60 +102,10 @@ def load_job(args: argparse.Namespace) -> Job:
             "model."
         )
     images = load_images(args.images, args.mean, args.std)
-    expected = _variables(model, images[:1], args.model_kwargs)
+    expected = check_model(args.model, model, images[:1], args.model_kwargs)
     if jax.tree.map(np.shape, dict(variables)) != jax.tree.map(np.shape, dict(expected)):
         raise ValueError(
             f"{args.checkpoint} does not hold the variables of {args.model} for images "
             f"{images.shape[1:]}."
         )
     return Job(apply=model.apply, variables=variables, images=images, kwargs=args.model_kwargs)
-
-
-def load_model(path: str, attributes: Mapping[str, Any]) -> Any:
-    """A Linen module by "package.module:Class"."""
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"--model {path!r} is no import path such as package.module:Class.")
-    found = importlib.import_module(module)
-    if not hasattr(found, name):
-        raise ValueError(f"--model {path!r}: {module} has no {name!r}.")
-    try:
-        return getattr(found, name)(**attributes)
-    except TypeError as error:
-        given = json.dumps(attributes)
-        raise ValueError(f"--model {path} with --model-args {given}: {error}") from error
-
-
-def _variables(model: Any, image: np.ndarray, kwargs: Mapping[str, Any]) -> Any:
-    """The shapes of the variables that the model makes."""
-    init = functools.partial(model.init, jax.random.key(0), **kwargs)
-    try:
-        return jax.eval_shape(init, image)
-    except TypeError as error:
-        raise ValueError(f"--model-kwargs {json.dumps(kwargs)}: {error}") from error
-
-
-def load_images(path: str, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
-    """Images of a .npy file as float32; uint8 is scaled to [0, 1]."""
-    images = np.load(path, allow_pickle=False)
-    if not isinstance(images, np.ndarray) or images.ndim < 3 or not len(images):
-        raise ValueError(
-            f"{path} is no array of images (batch, ..., channels) as numpy.save writes it."
-        )
-    scaled = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, images.shape[-1]):
-            raise ValueError(f"--{name} has {len(values)} values for {images.shape[-1]} channels.")
-    shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
-    return (scaled - shift) / scale
-
-
-def load_labels(path: str, count: int) -> np.ndarray:
-    """The classes of a .npy file, one for each image."""
-    labels = np.load(path, allow_pickle=False)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path} holds {labels.dtype} of shape {labels.shape}, not one int for each of {count} "
-            "images."
-        )
-    return labels

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax import data
-from lowrank_jax.cli.options import new_command, parse_ranks, positive
+from lowrank_jax.cli.options import new_command, parse_ranks, positive, rate, seed, whole
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
@@ -34,7 +34,7 @@ def _add_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--precision", choices=types, default="float32", help="of the computation")
     about = "fine-tune towards the dense network's probabilities"
     add("--distill", action="store_true", help=about)
-    add("--seed", type=int, default=0, help="of initialisation, augmentation and shuffling")
+    add("--seed", type=seed, default=0, help="of initialisation, augmentation and shuffling")
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
@@ -44,14 +44,14 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     about = "dense .npz of an earlier run to start from, instead of random weights"
     add("--weights", type=Path, help=about)
     about = "epochs of training the dense network; 30, or 0 with --weights"
-    add("--epochs", type=int, help=about)
+    add("--epochs", type=whole(0), help=about)
     add("--batch-size", type=positive, default=128, help="images in a step")
     about = "highest rate of the one-cycle schedule"
-    add("--learning-rate", type=float, default=0.1, help=about)
+    add("--learning-rate", type=rate, default=0.1, help=about)
     about = "the same, in the fine-tuning"
-    add("--finetune-learning-rate", type=float, default=0.02, help=about)
-    add("--crop", type=positive, default=32, help="side of the random training crops, pixels")
-    add("--padding", type=int, default=4, help="zeros around an image before the crop, pixels")
+    add("--finetune-learning-rate", type=rate, default=0.02, help=about)
+    add("--crop", type=whole(1, 32), default=32, help="side of the random training crops, pixels")
+    add("--padding", type=whole(0), default=4, help="zeros around an image before the crop, pixels")
 
 
 def run_demo(args: argparse.Namespace) -> None:

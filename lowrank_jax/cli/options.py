@@ -2,27 +2,74 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+Number = TypeVar("Number", int, float)
 MEASURES = ("macs", "parameters", "bytes", "latency")
 
 
-def positive(text: str) -> int:
-    """An int of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give an int of at least 1")
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A parser of ints within limits.
+
+    Example:
+        >>> whole(1)("12")
+        12
+    """
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parse(text: str) -> int:
+        value = _as(int, text, f"an int {allowed}")
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed; give an int {allowed}")
+        return value
+
+    return parse
+
+
+positive, seed = whole(1), whole(0, 2**32 - 1)
+
+
+def rate(text: str) -> float:
+    """A positive finite number."""
+    value = _as(float, text, "a positive number")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a positive number")
     return value
 
 
 def floats(text: str) -> list[float]:
-    """Numbers with commas between them.
+    """Finite numbers with commas between them.
 
     Example:
         >>> floats("0.5,0.25")
         [0.5, 0.25]
     """
-    return [float(part) for part in text.split(",")]
+    values = [_as(float, part, "numbers such as 0.5,0.25") for part in text.split(",")]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give finite numbers")
+    return values
+
+
+def rates(text: str) -> list[float]:
+    """Positive finite numbers with commas between them."""
+    return [rate(part) for part in text.split(",")]
+
+
+def shares(text: str) -> list[float]:
+    """Numbers above 0 and up to 1 with commas between them."""
+    values = floats(text)
+    if not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give shares above 0 and up to 1")
+    return values
+
+
+def _as(kind: Callable[[str], Number], text: str, wanted: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}") from error
 
 
 def parse_ranks(text: str) -> dict[str, int]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration
-from lowrank_jax.cli.jobs import Job, add_job_options, load_job, load_labels
-from lowrank_jax.cli.options import floats, new_command
+from lowrank_jax.cli.arrays import load_labels
+from lowrank_jax.cli.jobs import Job, add_job_options, load_job
+from lowrank_jax.cli.options import new_command, shares
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.planning.curves import draw_curve
@@ -27,7 +28,7 @@ def add_command(commands: Any) -> None:
     command = new_command(commands, "plan", about, run)
     add_job_options(command, "lowrank-jax-plan")
     about = "shares, such as 0.3,0.5,0.7, to compress to and to draw"
-    command.add_argument("--curve", type=floats, help=about)
+    command.add_argument("--curve", type=shares, help=about)
     about = "classes of the images, .npy: the curve is of accuracy, not of agreement"
     command.add_argument("--labels", help=about)
 
@@ -35,7 +36,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes a plan and its table, and the curve if shares are given."""
     job = load_job(args)
-    labels = load_labels(args.labels, len(job.images)) if args.labels else None
+    labels = _labels(job, args.labels)
     found, [measure] = job.calibrate(), args.budget
     choose = planner(found, args)
     chosen = choose(**args.budget)
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
             picture = _draw(points, measure, labels is not None)
             picture.savefig(folder / "curve.png", dpi=120)
     print(f"{chosen}\nThe plan is in {args.out / 'plan.json'}")
+
+
+def _labels(job: Job, path: str | None) -> np.ndarray | None:
+    return load_labels(path, len(job.images), job.class_count) if path else None
 
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:

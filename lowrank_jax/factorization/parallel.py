@@ -11,9 +11,8 @@ from threadpoolctl import ThreadpoolController
 
 S = TypeVar("S")
 T = TypeVar("T")
-_LIMITED = (
-    threading.Lock()
-)  # two that set the library's cores at once would each restore what the other had set
+# Two that set the library's cores at once would each restore what the other had set.
+_LIMITED = threading.Lock()
 
 
 def side_by_side(
@@ -26,8 +25,8 @@ def side_by_side(
 
     Much of a decomposition cannot use more than one core, so that two layers on a core each take
     less time than one after the other on both. The largest starts first. As many run as the others
-    can keep up with the largest, which
-    also bounds the memory: what they hold together is under the sum of all.
+    can keep up with the largest, which also bounds the memory: what they hold together is under the
+    sum of all.
 
     Args:
         jobs: functions without arguments that leave Python's lock free while they compute.

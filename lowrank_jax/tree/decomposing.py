@@ -126,11 +126,12 @@ def find_schemes(
         units: as in `resolve`.
     """
     leaves = named_leaves(tree)
-    table = _half(trace) if rules is None else as_table(rules)
-    for path in [key for key in table if key in leaves and table[key] is not None]:  # type: ignore[index, union-attr]
-        check_kernel(path, leaves[path])
+    given = _half(trace) if rules is None else rules
+    for path, rule in as_table(given).items():
+        if path in leaves and rule is not None:
+            check_kernel(path, leaves[path])
     shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
-    schemes = resolve(table, shapes if trace is None else trace, axes=axes, units=units)
+    schemes = resolve(given, shapes if trace is None else trace, axes=axes, units=units)
     for path in schemes:
         check_kernel(path, find_leaf(path, leaves))
     return schemes

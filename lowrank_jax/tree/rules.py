@@ -34,7 +34,7 @@ def as_table(rules: Rules) -> Mapping[str, Rule]:
         rules: pattern to rule, or a `Plan`.
 
     Raises:
-        ValueError: there is no entry, a key is no string, or it is neither a table nor a plan.
+        ValueError: a table has no entry, a key is no string, or it is neither a table nor a plan.
 
     Example:
         >>> as_table({"stage3/.*": 0.5, "stem": None})
@@ -45,9 +45,10 @@ def as_table(rules: Rules) -> Mapping[str, Rule]:
         raise ValueError(
             f"A {type(rules).__name__} is no table of ranks; give {{path: rank}} or a plan."
         )
-    if not table:
-        kind = "table of ranks is empty" if table is rules else "plan keeps every layer dense"
-        raise ValueError(f"The {kind}; name at least one layer, as in {{'Conv_0': 10}}.")
+    if table is rules and not table:
+        raise ValueError(
+            "The table of ranks is empty; name at least one layer, as in {'Conv_0': 10}."
+        )
     if wrong := [key for key in table if not isinstance(key, str)]:
         raise ValueError(f"The key {wrong[0]!r} is no path; give a str, as in {{'Conv_0': 10}}.")
     return table

@@ -116,34 +116,21 @@ def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path,
 
 def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys):
     apply, variables = network(files)
-    labels = np.array(apply(variables, scaled(files)).argmax(-1))
-    labels[:8] = 10  # no class at all
+    logits = np.array(apply(variables, scaled(files)))
+    labels = logits.argmax(-1)
+    labels[:8] = logits[:8].argmin(-1)
     np.save(tmp_path / "labels.npy", labels)
     given = ["--curve", "1.0", "--labels", str(tmp_path / "labels.npy")]
     assert main(["plan", *files, *given, "--out", str(tmp_path / "out")]) == 0
     assert "macs=1.0: 50.00%" in capsys.readouterr().out
 
 
-def test_labels_that_do_not_fit_the_images_are_refused(files, tmp_path, capsys):
-    np.save(tmp_path / "labels.npy", np.zeros(3, np.int64))
-    given = ["--curve", "0.5", "--labels", str(tmp_path / "labels.npy")]
-    assert main(["plan", *files, *given, "--out", str(tmp_path / "out")]) == 2
-    assert "not one int for each of 16 images" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "change, text",
     [
-        (["--model", "tiny_network"], "no import path"),
-        (["--model", "tiny_network:Net"], "has no 'Net'"),
-        (["--model", "no_such_package:Net"], "No module named"),
-        (["--model-args", '{"deep": 8}'], "deep"),
         (["--model-args", '{"width": 14}'], "does not hold the variables of"),
         (["--model-kwargs", "{}"], "train"),
         (["--model-kwargs", '{"train": true}'], "train=False"),
-        (["--checkpoint", "missing.npz"], "missing.npz"),
-        (["--images", "missing.npy"], "missing.npy"),
-        (["--mean", "1,2"], "--mean has 2 values for 3 channels"),
         (["--budget", "macs=0.001"], "least"),
         (["--budget", "macs=7.5"], "7.5"),
     ],
