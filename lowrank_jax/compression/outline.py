@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from lowrank_jax.calibration.network import NetworkProgram
-from lowrank_jax.program.channels import SHIFTS, Channels
+from lowrank_jax.program.channels import RESHAPES, SHIFTS, Channels
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.jaxprs import constants, opened
 from lowrank_jax.program.provenance import Source
@@ -16,6 +16,7 @@ from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.survey import Survey
 
 Slice = tuple[int, ...]
+LINEAR = ("add", "sub", "convert_element_type", "copy", "transpose", *RESHAPES)
 
 
 class Outline:
@@ -154,7 +155,7 @@ class Matched:
         eqn = self.outline.eqns[place]
         step = self.outline.channels.step(eqn)
         data = [n for n in self.outline.reads(eqn) if n in self.differing]
-        linear = eqn.primitive.name in ("add", "sub", "convert_element_type", "copy")
+        linear = eqn.primitive.name in LINEAR
         if data and (step is not None or linear) and set(data) <= self.numbers:
             self.numbers.update(self.outline.gives(eqn))
 

@@ -1,15 +1,17 @@
 """What a program does to the channels of a layer's output: shifts and scales by parameters."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import Literal
 
+RESHAPES = ("reshape", "squeeze", "expand_dims")
 SHIFTS, SCALES = ("add", "sub"), ("mul", "div")
 _KEPT = ("convert_element_type", "copy", "stop_gradient", "name", "sharding_constraint")
-_SPREAD = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", *_KEPT)
+_SPREAD = ("broadcast_in_dim", "transpose", *RESHAPES, *_KEPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,23 @@ class Step:
     @property
     def name(self) -> str:
         return self.eqn.primitive.name
+
+
+def moved_axis(eqn: Any, axis: int) -> int:
+    """Where an operation that moves values alone puts an axis; -1 if it does something else.
+
+    The axis keeps its size, and so has one place alone in the new shape unless the size is one.
+    """
+    name, shape = eqn.primitive.name, eqn.invars[0].aval.shape if eqn.invars else ()
+    if name in _KEPT:
+        return axis
+    if name == "transpose":
+        return list(eqn.params["permutation"]).index(axis)
+    if name not in RESHAPES:
+        return -1
+    new, before = eqn.outvars[0].aval.shape, math.prod(shape[:axis])
+    places = [i for i, n in enumerate(new) if n == shape[axis] and math.prod(new[:i]) == before]
+    return places[0] if len(places) == 1 else -1
 
 
 class Channels:
@@ -93,7 +112,7 @@ class Channels:
             step = self.step(eqn)
             if step is not None and step.axis in (axis, -1):
                 steps.append(step)
-            elif eqn.primitive.name not in _KEPT:
+            elif (axis := moved_axis(eqn, axis)) < 0:
                 break
             var = eqn.outvars[0]
         return steps

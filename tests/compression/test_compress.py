@@ -106,6 +106,36 @@ def test_the_means_after_each_normalisation_and_each_bias_are_those_of_the_dense
         assert jnp.linalg.norm(two - one) < 0.6 * jnp.linalg.norm(left - one)
 
 
+@pytest.mark.parametrize("numbers", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")])
+def test_means_are_matched_where_a_model_runs_image_by_image(numbers):
+    """Under ``vmap`` axes of size one come and go between a layer and its bias."""
+    axis = numbers[0].index("C") - 1
+
+    def one(tree, image):
+        y = jax.lax.conv_general_dilated(
+            image[None], tree["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return y[0] + jnp.expand_dims(tree["bias"], [i for i in range(3) if i != axis])
+
+    def apply(tree, x):
+        return jax.vmap(one, (None, 0))(tree, x)
+
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
+    tree = {
+        "kernel": kernel.transpose(["HWIO".index(letter) for letter in numbers[1]]),
+        "bias": jnp.zeros(8),
+    }
+    x = jnp.moveaxis(1 + images(64), 3, axis + 1)
+    small = compress(apply, tree, x, {"kernel": 3})
+    rest = tuple(i for i in range(4) if i != axis + 1)
+    lack, unmatched = (
+        jnp.abs((apply(tree, x) - lowrank(apply)(own, x)).mean(rest)).max()
+        for own in (small, small | {"bias": tree["bias"]})
+    )
+    # One half of the images gives the means for the other.
+    assert lack < 0.2 * unmatched
+
+
 def test_means_that_are_not_to_be_matched_stay():
     x = images()
     variables = trained(Net(), x)
