@@ -112,10 +112,9 @@ def _as_arguments(batch: Any) -> tuple:
 
 
 def _as_array(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array) or hasattr(leaf, "aval"):
-        return leaf
-    array = np.asarray(leaf)
-    if array.dtype.kind not in "fiubV" or array.dtype == object:
+    array = leaf if isinstance(leaf, jax.Array) or hasattr(leaf, "aval") else np.asarray(leaf)
+    extended = jax.numpy.issubdtype(array.dtype, jax.dtypes.extended)  # keys of random numbers
+    if not extended and (array.dtype.kind not in "fiubV" or array.dtype.names):
         raise ValueError(
             f"The inputs hold a {type(leaf).__name__} of type {array.dtype}; give arrays of real "
             "numbers, or batches of those."
@@ -131,7 +130,7 @@ def images(arguments: tuple) -> int:
     """
     leaves = jax.tree.leaves(arguments)
     sizes = {x.shape[0] if x.ndim else None for x in leaves}
-    if len(sizes) != 1 or None in sizes or 0 in sizes:
+    if len(sizes) != 1 or None in sizes or not all(x.size for x in leaves):
         shapes = [tuple(x.shape) for x in leaves]
         raise ValueError(
             f"No calibration data: inputs of shapes {shapes} are not allowed; give one or more "

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.factorization.factors import is_factors
-from lowrank_jax.program.jaxprs import Program, is_array
+from lowrank_jax.program.jaxprs import Program, check_function, is_array
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.names import leaf_names, names_of
 from lowrank_jax.program.provenance import Source
@@ -32,11 +32,7 @@ class Network:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not callable(self.apply):
-            raise ValueError(
-                f"apply={self.apply!r:.80} is not allowed; give a function of (variables, inputs), "
-                "such as model.apply."
-            )
+        check_function(self.apply, self.variables)
         leaves = jax.tree_util.tree_leaves_with_path(self.variables, is_leaf=is_factors)
         for path, leaf in leaves:
             if is_factors(leaf):

@@ -51,10 +51,14 @@ def is_factors(node: Any) -> bool:
         >>> is_factors({"vertical": np.ones(3), "horizontal": np.ones(3)})
         False
     """
-    if not isinstance(node, Mapping) or len(node) != 2 or _order(node) is None:
+    if not isinstance(node, Mapping) or (order := _order(node)) is None:
         return False
-    ranks = {len(np.shape(leaf)) if hasattr(leaf, "shape") else 0 for leaf in node.values()}
-    return len(ranks) == 1 and min(ranks) >= 3
+    pair = [node[key] for key in order[:2]]
+    one, two = (np.shape(leaf) if hasattr(leaf, "shape") else () for leaf in pair)
+    if len(one) != len(two) or len(one) < 3:
+        return False
+    # With other entries beside them only what does fit, which `read_factors` then refuses.
+    return len(node) == 2 or _fit(one, two, order[3] or fit_axes(AXES[2], len(one)))
 
 
 def _order(node: Mapping) -> tuple[str, str, str, str] | None:
@@ -78,6 +82,11 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
     order = _order(node)
     assert order is not None, "is_factors says so"
     one, two, first, axes = order
+    if others := [key for key in node if key not in (one, two)]:
+        raise ValueError(
+            f"{path}: beside the factors {one!r} and {two!r} there is {others[0]!r}; a bias stands "
+            "beside the kernel, whose place the factors take. Move it there."
+        )
     pair = _unboxed(node[one]), _unboxed(node[two])
     axes = axes or fit_axes(AXES[2], len(pair[0].shape))
     _check(path, pair, axes)
@@ -115,11 +124,27 @@ def why_not_floating(dtype: Any) -> str:
         >>> why_not_floating("int8")
         'the kernel has type int8; allowed are float16, bfloat16, float32 and float64'
     """
-    if jax.numpy.issubdtype(dtype, jax.numpy.floating) and np.dtype(dtype).itemsize > 1:
+    if jax.numpy.issubdtype(dtype, jax.numpy.floating) and 1 < np.dtype(dtype).itemsize <= 8:
         return ""
     allowed = "allowed are float16, bfloat16, float32 and float64"
     is_key = jax.numpy.issubdtype(dtype, jax.dtypes.extended)  # of random numbers
     return f"the kernel has type {dtype if is_key else np.dtype(dtype)}; {allowed}"
+
+
+def as_kernel(kernel: Any, where: str) -> Any:
+    """An array of floating-point numbers in the byte order of the machine.
+
+    Raises:
+        ValueError: names what was given and the remedy.
+    """
+    if isinstance(kernel, list | tuple):
+        kernel = np.asarray(kernel, np.float32)
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise ValueError(f"{where}: the kernel is a {type(kernel).__name__}; give an array.")
+    check_floating(kernel.dtype, where)
+    if isinstance(kernel, np.ndarray):
+        return kernel.astype(kernel.dtype.newbyteorder("="), copy=False)
+    return kernel
 
 
 def check_floating(dtype: Any, where: str) -> None:

@@ -20,10 +20,18 @@ def max_rank(
     Returns:
         min(h * c, w * n / groups), the smaller side of the matrix of one group.
 
+    Raises:
+        ValueError: the shape has too few axes, or the layout names none.
+
     Example:
         >>> max_rank((5, 5, 96, 192))
         480
     """
+    if len(shape) < len(axes):
+        raise ValueError(
+            f"max_rank: a kernel of shape {tuple(shape)} has fewer axes than {axes=}; give its "
+            "whole shape."
+        )
     sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
     taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
     return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.factors import FACTORS as FACTORS
-from lowrank_jax.factorization.factors import check_floating
+from lowrank_jax.factorization.factors import as_kernel
 from lowrank_jax.factorization.layout import (
     Array,
     from_matrix,
@@ -166,12 +166,10 @@ def factor_all(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Factors of many kernels, each as `Separable.factor` gives them; those with values are done
     side by side."""
-    kernels = [
-        jnp.asarray(kernel) for kernel in kernels
-    ]  # a float64 NumPy one takes the widest type that is enabled
+    # A float64 array of NumPy takes the widest type that is enabled.
+    kernels = [jnp.asarray(as_kernel(kernel, "Separable")) for kernel in kernels]
     places, jobs = list(map(place_of, kernels)), []
     for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
-        check_floating(kernel.dtype, "Separable")
         scheme.check(kernel.shape, "Separable")
         given: Any = np.asarray(kernel) if where else kernel
         jobs.append(
@@ -240,6 +238,6 @@ def spectrum(
         >>> [round(value) for value in spectrum(jnp.ones((3, 3, 2, 2)))[0].tolist()]
         [6, 0, 0, 0, 0, 0]
     """
-    check_floating(kernel.dtype, "spectrum")
+    kernel = as_kernel(kernel, "spectrum")
     wide = gathered(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
     return jnp.linalg.svd(to_matrix(to_pair(wide, axes, first), groups), compute_uv=False)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.io import npz, safetensors
-from lowrank_jax.io.names import as_array, named, natural, nest
+from lowrank_jax.io.names import as_array, check_tree, named, natural, nest
 
 
 def read_npz(path: Path) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def read_msgpack(path: Path) -> dict[str, Any]:
 
 def write_msgpack(file: BinaryIO, variables: Mapping[str, Any]) -> None:
     """Writes what `read_msgpack` reads."""
+    check_tree(variables)
     file.write(flax.serialization.to_bytes(jax.tree.map(as_array, variables)))
 
 

@@ -18,6 +18,7 @@ def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         >>> list(named({"params": {"Conv_0": {"kernel": np.ones(3), "bias": np.ones(1)}}}))
         ['params/Conv_0/kernel', 'params/Conv_0/bias']
     """
+    check_tree(variables)
     flat = flatten_dict(variables)
     for key in flat:
         if wrong := [part for part in key if not isinstance(part, str) or "/" in part]:
@@ -26,6 +27,15 @@ def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 "names."
             )
     return {"/".join(key): as_array(leaf) for key, leaf in flat.items()}
+
+
+def check_tree(variables: Any) -> None:
+    """Refuses what is no mapping of names."""
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"A {type(variables).__name__} is no tree of names; give a mapping such as "
+            '{"params": ...}.'
+        )
 
 
 def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -67,6 +67,24 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def check_function(apply: Any, variables: Any = ()) -> None:
+    """Refuses what is no function of variables.
+
+    Raises:
+        ValueError: names what was given and the remedy.
+    """
+    if not callable(apply):
+        raise ValueError(
+            f"apply={apply!r:.80} is not allowed; give a function of (variables, inputs), such as "
+            "model.apply."
+        )
+    if variables is None:
+        raise ValueError(
+            "variables=None is not allowed; give the tree that the function takes first, such as "
+            "those of model.init."
+        )
+
+
 def traced(
     apply: Callable, variables: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, list, dict[int, Any]]:
@@ -77,6 +95,7 @@ def traced(
         first; and the number of each leaf that is an input of the jaxpr, in the order of the
         inputs, to the leaf.
     """
+    check_function(apply, variables)
     leaves, tree = jax.tree_util.tree_flatten_with_path(((variables, *args), kwargs))
     program = Program.of(apply, tree, [leaf for _, leaf in leaves])
     return program.jaxpr, leaves, {i: leaves[i][1] for i in program.inputs}

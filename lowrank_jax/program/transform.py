@@ -12,7 +12,7 @@ from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_facto
 from lowrank_jax.factorization.placement import dense_sharding
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
-from lowrank_jax.program.jaxprs import Program, is_array
+from lowrank_jax.program.jaxprs import Program, check_function, is_array
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
@@ -63,6 +63,8 @@ def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
         dense_too: whether arrays of three or more axes in the first argument are kernels as well.
             Otherwise a call whose arguments hold no factors is left alone.
     """
+
+    check_function(apply)
 
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -125,6 +125,10 @@ def find_schemes(
         trace: of the program.
         units: as in `resolve`.
     """
+    if trace is not None and not isinstance(trace, Trace):
+        raise ValueError(
+            f"trace={trace!r:.80} is not allowed; give what trace(apply, variables, x) returns."
+        )
     leaves = named_leaves(tree)
     given = _half(trace) if rules is None else rules
     for path, rule in as_table(given).items():
