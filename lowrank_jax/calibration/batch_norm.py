@@ -55,7 +55,7 @@ def reestimate(
     if not jax.tree.leaves(old):
         raise ValueError(
             f"The variables hold no {collection!r}: the model has no batch normalisation to "
-            "re-estimate."
+            "re-estimate. Leave reestimate out."
         )
 
     def update(statistics: Any, *batch: Any) -> Any:

@@ -18,7 +18,9 @@ def load_images(path: str, mean: list[float] | None, std: list[float] | None) ->
     """
     images = load_array(path, "images (batch, ..., channels)")
     if images.ndim < 3 or not images.size:
-        raise ValueError(f"{path} holds an array {images.shape}, no images (batch, ..., channels).")
+        raise ValueError(
+            f"{path} holds an array {images.shape}; give images (batch, ..., channels)."
+        )
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise ValueError(
             f"{path} holds images of type {images.dtype}; give uint8 from 0 to 255, or floats as "
@@ -26,7 +28,10 @@ def load_images(path: str, mean: list[float] | None, std: list[float] | None) ->
         )
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, images.shape[-1]):
-            raise ValueError(f"--{name} has {len(values)} values for {images.shape[-1]} channels.")
+            raise ValueError(
+                f"--{name} has {len(values)} values for {images.shape[-1]} channels; give as many, "
+                "or one."
+            )
     scaled = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
     shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
     return (scaled - shift) / scale
@@ -41,13 +46,13 @@ def load_labels(path: str, count: int, classes: int) -> np.ndarray:
     labels = load_array(path, "labels")
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"{path} holds {labels.dtype} of shape {labels.shape}, not one int for each of {count} "
-            "images."
+            f"{path} holds {labels.dtype} of shape {labels.shape}; give one int for each of the "
+            f"{count} images."
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"{path} holds labels from {labels.min()} to {labels.max()}; the network has classes 0 "
-            f"to {classes - 1}."
+            f"{path} holds labels from {labels.min()} to {labels.max()}; give those of "
+            f"the network, 0 to {classes - 1}."
         )
     return labels
 

@@ -106,6 +106,6 @@ def load_job(args: argparse.Namespace) -> Job:
     if jax.tree.map(np.shape, dict(variables)) != jax.tree.map(np.shape, dict(expected)):
         raise ValueError(
             f"{args.checkpoint} does not hold the variables of {args.model} for images "
-            f"{images.shape[1:]}."
+            f"{images.shape[1:]}. Give the checkpoint of this model, or --model-args as it had."
         )
     return Job(apply=model.apply, variables=variables, images=images, kwargs=args.model_kwargs)

@@ -21,15 +21,22 @@ def load_model(path: str, attributes: Mapping[str, Any]) -> nn.Module:
     """
     module, _, name = path.partition(":")
     if not module or not name:
-        raise ValueError(f"--model {path!r} is no import path such as package.module:Class.")
+        raise ValueError(
+            f"--model {path!r} is no import path; give one such as package.module:Class."
+        )
     found = getattr(_import(module), name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"--model {path!r}: {module} has no class {name!r} of Linen modules.")
+        raise ValueError(
+            f"--model {path!r}: {module} has no class {name!r} of Linen modules; give one that is."
+        )
     try:
         return found(**attributes)
     except Exception as error:  # of the user's own code
         given = json.dumps(attributes)
-        raise ValueError(f"--model {path} with --model-args {given}: {_line(error)}") from error
+        raise ValueError(
+            f"--model {path} cannot be made; give --model-args that it takes, not {given}: "
+            f"{_line(error)}"
+        ) from error
 
 
 def check_model(path: str, model: nn.Module, image: np.ndarray, kwargs: Mapping[str, Any]) -> Any:
@@ -44,7 +51,7 @@ def check_model(path: str, model: nn.Module, image: np.ndarray, kwargs: Mapping[
     except Exception as error:  # of the user's own code
         raise ValueError(
             f"--model {path} does not run on images {image.shape[1:]} with --model-kwargs "
-            f"{json.dumps(kwargs)}: {_line(error)}"
+            f"{json.dumps(kwargs)}; give what its call takes: {_line(error)}"
         ) from error
     if not isinstance(output, jax.ShapeDtypeStruct):
         raise ValueError(
@@ -61,7 +68,9 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # of the user's own code
-        raise ValueError(f"--model: {module} cannot be imported: {_line(error)}") from error
+        raise ValueError(
+            f"--model: {module} cannot be imported; give a module that can: {_line(error)}"
+        ) from error
 
 
 def _line(error: BaseException) -> str:

@@ -83,7 +83,7 @@ def parse_ranks(text: str) -> dict[str, int]:
         return {path: int(rank) for path, rank in (item.split("=") for item in text.split(","))}
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not layer=rank,... as in Conv_0=10,Conv_2=20"
+            f"{text!r} is not allowed; give layer=rank,... as in Conv_0=10,Conv_2=20"
         ) from error
 
 
@@ -101,7 +101,8 @@ def parse_budget(text: str) -> dict[str, int | float]:
         name = ""
     if name not in MEASURES:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no budget such as macs=0.5, parameters=200000, bytes=0.5 or latency=0.6"
+            f"{text!r} is no budget; give one such as macs=0.5, parameters=200000, bytes=0.5 or "
+            "latency=0.6"
         )
     return {name: value}
 
@@ -116,9 +117,11 @@ def parse_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give JSON: {error}") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"train": false}}')
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no JSON object; give one such as {{"train": false}}'
+        )
     return found
 
 

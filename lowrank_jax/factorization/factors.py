@@ -57,8 +57,10 @@ def is_factors(node: Any) -> bool:
     one, two = (np.shape(leaf) if hasattr(leaf, "shape") else () for leaf in pair)
     if len(one) != len(two) or len(one) < 3:
         return False
-    # With other entries beside them only what does fit, which `read_factors` then refuses.
-    return len(node) == 2 or _fit(one, two, order[3] or fit_axes(AXES[2], len(one)))
+    others = set(node) - set(order[:2])
+    # Other modules have such names, too. A bias beside what fits is refused by `read_factors`.
+    fit = others == {"bias"} and _fit(one, two, order[3] or fit_axes(AXES[2], len(one)))
+    return not others or fit
 
 
 def _order(node: Mapping) -> tuple[str, str, str, str] | None:
@@ -82,10 +84,10 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
     order = _order(node)
     assert order is not None, "is_factors says so"
     one, two, first, axes = order
-    if others := [key for key in node if key not in (one, two)]:
+    if "bias" in node:
         raise ValueError(
-            f"{path}: beside the factors {one!r} and {two!r} there is {others[0]!r}; a bias stands "
-            "beside the kernel, whose place the factors take. Move it there."
+            f"{path}: beside the factors {one!r} and {two!r} there is 'bias'; a bias stands beside "
+            "the kernel, whose place the factors take. Move it there."
         )
     pair = _unboxed(node[one]), _unboxed(node[two])
     axes = axes or fit_axes(AXES[2], len(pair[0].shape))

@@ -103,7 +103,7 @@ def _check(full: str, needs: Callable, dtype: np.dtype, args: tuple) -> None:
     """Raises TypeError or ValueError if an argument is not what the routine takes."""
     parameters = inspect.signature(needs).parameters
     if len(args) != len(parameters):
-        raise TypeError(f"{full} takes {len(parameters)} arguments, not {len(args)}.")
+        raise TypeError(f"{full}: {len(args)} arguments are not allowed; give {len(parameters)}.")
     named = dict(zip(parameters, args, strict=True))
     for name, parameter in parameters.items():
         _check_kind(full, name, named[name], parameter.annotation)

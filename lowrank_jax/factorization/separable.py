@@ -156,7 +156,8 @@ class Separable:
         split_axes(self.axes, self.first)  # refuses a layout that names no axes
         if len(shape) < len(self.axes):
             raise ValueError(
-                f"{where}: a kernel of shape {tuple(shape)} has fewer axes than axes={self.axes!r}."
+                f"{where}: a kernel of shape {tuple(shape)} has fewer axes than "
+                f"axes={self.axes!r}; give the layout of its own axes."
             )
         return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
 

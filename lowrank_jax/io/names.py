@@ -58,7 +58,9 @@ def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def as_array(leaf: Any) -> np.ndarray:
     """A leaf as a numpy array in the order of C, as the formats write memory."""
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | complex):
-        raise ValueError(f"A leaf is a {type(leaf).__name__}, not an array: {leaf!r:.60}.")
+        raise ValueError(
+            f"A leaf is a {type(leaf).__name__}, not an array: {leaf!r:.60}. Give arrays."
+        )
     return np.asarray(leaf, order="C")
 
 

@@ -76,5 +76,5 @@ class NIN(nn.Module):
         names = [f"Conv_{index}" for index in range(len(LAYERS))]
         if unknown := sorted(set(self.ranks or {}) - set(names)):
             raise ValueError(
-                f"ranks names {unknown}, which the network does not have; its layers are {names}."
+                f"ranks names {unknown}, which the network does not have; name some of {names}."
             )

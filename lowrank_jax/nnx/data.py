@@ -131,7 +131,7 @@ def reestimate(model: Model, inputs: Any, *args: Any, **kwargs: Any) -> Model:
     old = _statistics(training)
     if not old:
         raise ValueError(
-            f"The {type(model).__name__} has no nnx.BatchStat: there is nothing to re-estimate."
+            f"The {type(model).__name__} has no nnx.BatchStat to re-estimate; leave it out."
         )
 
     def run(variables: Any, statistics: Any, *batch: Any) -> Any:

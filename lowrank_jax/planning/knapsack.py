@@ -40,7 +40,7 @@ def solve(costs: Sequence[np.ndarray], losses: Sequence[np.ndarray], limit: floa
     spent = _spent(costs, picks)
     if spent > limit:
         raise ValueError(
-            f"No choice costs {limit:,.6g} or less; the least possible is {spent:,.6g}."
+            f"No choice costs {limit:,.6g} or less; the least possible is {spent:,.6g}. Raise it."
         )
     steps, extra, slopes = _steps(costs, losses, hulls)
     order = np.argsort(-slopes, kind="stable")

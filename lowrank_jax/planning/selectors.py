@@ -77,7 +77,8 @@ def ratio(candidates: Candidates, budget: Budget) -> Plan:
         return candidates.plan(chosen, "ratio", budget)
     least = min(cost(c) / cost(layer[0]) for layer in candidates.layers.values() for c in layer)
     raise ValueError(
-        f"ratio: no layer can have {budget}; the least possible is {least:.4g} of a layer."
+        f"ratio: no layer can have {budget}; the least possible is {least:.4g} of a layer. "
+        "Raise it."
     )
 
 

@@ -92,7 +92,9 @@ class Spectra:
         try:
             return cls(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no spectra: {error}") from error
+            raise ValueError(
+                f"{path} holds no spectra; give a file that save wrote: {error}"
+            ) from error
 
 
 def spectra(

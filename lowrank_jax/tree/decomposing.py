@@ -159,7 +159,8 @@ def _half(trace: Trace | None) -> Rules:
     if half := trace.half_parameters():
         return half
     raise ValueError(
-        f"No layer of the traced program can be decomposed and gets smaller by it:\n{trace}"
+        "No layer of the traced program can be decomposed and gets smaller by it; leave the tree "
+        f"as it is, or name layers:\n{trace}"
     )
 
 

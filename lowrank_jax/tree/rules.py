@@ -245,7 +245,7 @@ def _fitting(layer: _Layer, scheme: Separable) -> Separable:
     """The scheme with its rank as an int, or an error that says why the layer cannot have it."""
     if layer.groups and (scheme.groups, scheme.axes) != (layer.groups, layer.axes):
         raise ValueError(
-            f"{layer.path}: {scheme} does not fit the program, where groups={layer.groups} and "
+            f"{layer.path}: {scheme} does not fit the program; give groups={layer.groups} and "
             f"axes={layer.axes!r}."
         )
     return dataclasses.replace(scheme, rank=scheme.check(layer.shape, layer.path))

@@ -133,7 +133,7 @@ def test_groups_and_layouts_may_be_known_without_a_trace():
     found = resolve({"conv": 3, "cube": 0.5}, shapes, units=units)
     assert found["conv"] == Separable(3, 2)
     assert found["cube"].axes == "DHWIO"
-    with pytest.raises(ValueError, match="does not fit the program, where groups=2"):
+    with pytest.raises(ValueError, match="does not fit the program; give groups=2"):
         resolve({"conv": Separable(3)}, shapes, units=units)
 
 
@@ -180,7 +180,7 @@ def test_tables_that_cannot_be_are_refused(rules, message):
 @pytest.mark.parametrize(
     "rules, layers, options, message",
     [
-        ({"grouped": Separable(2)}, program, {}, "fit the program, where groups=2 and axes='HWIO'"),
+        ({"grouped": Separable(2)}, program, {}, "fit the program; give groups=2 and axes='HWIO'"),
         ({"head": 2}, program, {}, "head: cannot be decomposed: it is a matrix product"),
         ({"head": 2}, program, {"measure": "bytes"}, "measure='bytes' is not allowed; give 'param"),
         ({"stem": 2}, lambda: LAYERS, {"measure": "macs"}, "measure='macs' needs a trace"),
