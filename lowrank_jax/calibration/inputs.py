@@ -159,10 +159,10 @@ def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
                 f"{name}={value} is not allowed: a network is calibrated and compressed as it runs "
                 f"in evaluation; give {name}={not value}."
             )
-    raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype == np.uint8]
+    raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype.kind in "iu"]
     if raw:
         warnings.warn(
-            f"The inputs are uint8 images of shape {tuple(raw[0].shape)}: give what the network "
-            "takes, which is usually scaled and normalised.",
+            f"The inputs are {raw[0].dtype} images of shape {tuple(raw[0].shape)}: give what the "
+            "network takes, which is usually scaled and normalised.",
             stacklevel=4,
         )

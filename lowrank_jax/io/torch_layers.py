@@ -12,7 +12,6 @@ from lowrank_jax.io.names import natural
 from lowrank_jax.program.call_order import CallOrder
 
 STATISTICS = {"running_mean": "mean", "running_var": "var"}
-SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 Shape = tuple[int, ...]
 
 
@@ -99,29 +98,12 @@ def _flax_shape(shape: Shape) -> Shape:
     return (*shape[2:], *shape[1::-1])
 
 
-def to_flax(tensor: np.ndarray, space: Shape | None) -> np.ndarray:
-    """A tensor in Flax's layout.
-
-    Args:
-        tensor: as PyTorch stores it.
-        space: (*spatial, channels) of the features that were flattened into its inputs.
-    """
-    if tensor.ndim == 2 and space:
-        *spatial, channels = space
-        tensor = tensor.reshape(-1, channels, *spatial)  # (out, c, h, w)
-        return to_flax(tensor, None).reshape(-1, len(tensor))
-    return np.ascontiguousarray(
-        tensor.transpose(*range(2, tensor.ndim), *range(min(2, tensor.ndim))[::-1])
-    )
-
-
-def layout(tensor: np.ndarray, space: Shape | None) -> str:
-    """What `to_flax` does, in words."""
-    if tensor.ndim < 2:
-        return "as it is"
-    spatial = SPATIAL.get(tensor.ndim - 2, "")
-    features = SPATIAL.get(len(space or ()) - 1, "")
-    reordered = (
-        f", inputs C{features} to {features}C" if space and math.prod(space[:-1]) > 1 else ""
-    )
-    return f"OI{spatial} to {spatial}IO{reordered}"
+def without(layers: list[Layer], paths: set[str]) -> list[Layer]:
+    """The layers without the leaves at some paths."""
+    kept = []
+    for layer in layers:
+        places = {leaf: place for leaf, place in layer.places.items() if place not in paths}
+        shapes = {leaf: layer.shapes[leaf] for leaf in places}
+        if places:
+            kept.append(Layer(places, shapes))
+    return kept

@@ -7,15 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.io.torch_layers import (
-    Layer,
-    Shape,
-    flax_layers,
-    layout,
-    match,
-    to_flax,
-    torch_layers,
-)
+from lowrank_jax.io.torch_layers import Layer, Shape, flax_layers, match, torch_layers, without
+from lowrank_jax.io.torch_moves import Move, by_names
 from lowrank_jax.program.call_order import call_order
 from lowrank_jax.program.kernel_use import table
 
@@ -70,6 +63,7 @@ def from_torch(
     variables: Any,
     *args: Any,
     strict: bool = True,
+    names: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, TorchReport]:
     """Puts the tensors of a PyTorch state dict into the tree of a Flax model of the same network.
@@ -78,10 +72,10 @@ def from_torch(
     PyTorch's are in the order of ``tensors``, which is that of registration. Flax's are in the
     order in which the forward pass needs them. A pair must have the same tensors of the same
     shapes. Kernels (out, in, *spatial), grouped ones too, become (*spatial, in, out). PyTorch
-    flattens features (c, h, w), Flax (h, w, c): the kernel of a dense layer whose inputs are
-    flattened features is reordered. Transposed convolutions and normalisations of flattened
-    features are not known. Two layers of equal shapes in another order cannot be noticed: read the
-    report, and measure the accuracy.
+    flattens maps (c, h, w), Flax (h, w, c): dense kernels and normalisations that meet flattened
+    maps are reordered, several maps one after the other too; an order that the program changes
+    otherwise is refused. Transposed convolutions are paired by ``names`` alone. Two layers of equal
+    shapes in another order cannot be noticed: read the report, and measure the accuracy.
 
     Args:
         tensors: names to arrays, as ``load_weights`` reads from a file of ``numpy.savez``. A
@@ -92,6 +86,9 @@ def from_torch(
         variables: what the model's ``init`` gives, or ``jax.eval_shape(model.init, ...)``; an NNX
             state works too, with ``apply = lambda state, images: nnx.merge(graph, state)(images)``.
         *args, **kwargs: the other arguments of ``apply``, such as a batch of images.
+        names: regular expressions of PyTorch's names to paths of leaves, for what is not to be
+            paired in order: ``{r"up(\\d)\\.weight": r"params/up\\1/kernel"}``. The first that
+            matches a whole name counts.
         strict: raise unless everything has a partner. If False, tensors without one are dropped and
             leaves without one, such as a new head, stay those of ``variables``. Where the layers of
             a kind differ in number, they are paired from the start until two differ, and then from
@@ -101,7 +98,9 @@ def from_torch(
         The tree of ``variables`` with numpy arrays of its types, and the report.
 
     Raises:
-        ValueError: ``strict``, and something has no partner; the message holds the report.
+        ValueError: ``strict``, and something has no partner; the message holds the report. Or a
+            tensor holds integers for a leaf of floats, a name of ``names`` does not fit, or the
+            order of flattened features is not known.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -118,33 +117,35 @@ def from_torch(
     order = call_order(apply, variables, *args, **kwargs)
     leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
     targets = {_path(keys): leaf for keys, leaf in leaves}
-    space = {path: order.flattened.get(number) for number, path in enumerate(targets)}
     kept = {
         name: np.asarray(x) for name, x in tensors.items() if name.rpartition(".")[2] != IGNORED
     }
-    layers = flax_layers(targets, order)
-    found = dict(match(torch_layers(kept), layers))
-    report = _report(kept, targets, layers, found, space)
-    if strict and not report.complete:
-        raise ValueError(_misfit(report))
-    filled = {
-        path: to_flax(kept[name], space[path]).astype(targets[path].dtype)
+    named = by_names(names or {}, kept, targets)
+    layers = without(flax_layers(targets, order), set(named.values()))
+    others = {name: tensor for name, tensor in kept.items() if name not in named}
+    found = named | dict(match(torch_layers(others), layers))
+    numbers = {path: number for number, path in enumerate(targets)}
+    moves = {
+        path: Move.of(order, numbers[path], path, kept[name], name in named)
         for name, path in found.items()
     }
+    report = _report(kept, targets, layers, found, moves)
+    if strict and not report.complete:
+        raise ValueError(_misfit(report))
+    filled = {path: moves[path](kept[name], name, targets[path]) for name, path in found.items()}
     new = [filled.get(path, leaf) for path, leaf in targets.items()]
     return jax.tree.unflatten(tree, new), report
 
 
 def _report(
-    tensors: Mapping, targets: Mapping, layers: list[Layer], found: Mapping, space: Mapping
+    tensors: Mapping, targets: Mapping, layers: list[Layer], found: Mapping, moves: Mapping
 ) -> TorchReport:
     """What `from_torch` found; ``layers`` gives the order of the leaves."""
     pairs = []
     for name in [name for name in tensors if name in found]:
         tensor, path = tensors[name], found[name]
-        pairs.append(
-            Pair(name, tensor.shape, path, targets[path].shape, layout(tensor, space[path]))
-        )
+        words = moves[path].in_words(tensor)
+        pairs.append(Pair(name, tensor.shape, path, targets[path].shape, words))
     filled = set(found.values())
     lost = {name: tensor.shape for name, tensor in tensors.items() if name not in found}
     paths = [path for layer in layers for path in layer.ordered() if path not in filled]

@@ -2,16 +2,16 @@
 from its jaxpr."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
 
+from lowrank_jax.program.flattening import SAME_ORDER, Flat, Lost, State, after
 from lowrank_jax.program.jaxprs import programs, traced
 
-UNALTERED = ("convert_element_type", "copy")
+Leaves = frozenset[int]
 
 
 @dataclasses.dataclass
@@ -22,14 +22,23 @@ class CallOrder:
     Attributes:
         position: leaf to the place of its first use among those of all leaves; a leaf never used is
             missing.
-        flattened: kernel of a dense layer to the shape (*spatial, channels) of the features that
-            were flattened into the layer's inputs, where they were.
-        transposed: kernels of transposed convolutions, those with dilated inputs.
+        flattened: leaf to the order of the features that it meets, for kernels of dense layers and
+            for normalisations of flattened feature maps.
+        lost: leaf to the operation after which that order is not known.
+        transposed: kernels of transposed convolutions.
     """
 
     position: dict[int, int] = dataclasses.field(default_factory=dict)
-    flattened: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    flattened: dict[int, Flat] = dataclasses.field(default_factory=dict)
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
     transposed: set[int] = dataclasses.field(default_factory=set)
+
+    def meet(self, leaf: int, state: State) -> None:
+        """Notes that a leaf is used with features in some order."""
+        if isinstance(state, Flat):
+            self.flattened[leaf] = state
+        if isinstance(state, Lost):
+            self.lost[leaf] = state.reason
 
 
 def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> CallOrder:
@@ -55,64 +64,79 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
     jaxpr, _, arrays = traced(apply, variables, args, kwargs)
     count = len(jax.tree.leaves(variables))
     order = CallOrder()
-    _walk(
-        jaxpr,
-        {var: leaf for var, leaf in zip(jaxpr.invars, arrays, strict=True) if leaf < count},
-        order,
-    )
+    leaves = zip(jaxpr.invars, arrays, strict=True)
+    _walk(jaxpr, {var: frozenset([leaf]) for var, leaf in leaves if leaf < count}, order)
     return order
 
 
-def _walk(jaxpr, known: dict, order: CallOrder) -> None:
-    """Follows one program; ``known`` maps a variable to a leaf, to the shape flattened into it, or
-    () if moved."""
+def _walk(jaxpr: Any, known: dict[Any, Leaves | State], order: CallOrder) -> None:
+    """Follows one program; ``known`` maps a variable to the leaves that it is made of, or to what
+    is known of its axes."""
     for eqn in jaxpr.eqns:
         inputs = [None if isinstance(var, Literal) else known.get(var) for var in eqn.invars]
         bodies = [body for body in programs(eqn.params) if len(body.invars) == len(inputs)]
         for body in bodies:
-            inner = {
-                var: value
-                for var, value in zip(body.invars, inputs, strict=True)
-                if value is not None
-            }
+            given = zip(body.invars, inputs, strict=True)
+            inner = {var: value for var, value in given if value is not None}
             _walk(body, inner, order)
             outputs = [None if isinstance(var, Literal) else inner.get(var) for var in body.outvars]
             known |= dict(zip(eqn.outvars, outputs, strict=False))
-        if not bodies:
+        if not bodies and eqn.outvars:
             known[eqn.outvars[0]] = _follow(eqn, inputs, order)
 
 
-def _follow(eqn, inputs: list, order: CallOrder) -> Any:
+def _follow(eqn: Any, inputs: list, order: CallOrder) -> Leaves | State:
     """Notes the leaves that an operation uses, and returns what is known of its result."""
-    operation = eqn.primitive.name
-    if operation in UNALTERED:
+    name = eqn.primitive.name
+    if name in ("convert_element_type", "copy"):
         return inputs[0]
-    leaves = [value for value in inputs if isinstance(value, int)]
-    shapes = [value for value in inputs if isinstance(value, tuple)]
-    for leaf in leaves:
+    leaves = [value if isinstance(value, frozenset) else None for value in inputs]
+    states = [None if isinstance(value, frozenset) else value for value in inputs]
+    every = frozenset[int]().union(*(own for own in leaves if own))
+    for leaf in sorted(every):
         order.position.setdefault(leaf, len(order.position))
-    if operation == "dot_general":
-        order.flattened |= {leaf: shapes[0] for leaf in leaves if shapes and shapes[0]}
-    if operation == "conv_general_dilated" and set(eqn.params["lhs_dilation"]) - {1}:
-        order.transposed |= set(leaves)
-    if operation == "transpose":
-        return ()
-    if operation == "reshape":
-        return None if shapes else _flattened(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)
-    same = [
-        value
-        for value, var in zip(inputs, eqn.invars, strict=True)
-        if var.aval.shape == eqn.outvars[0].aval.shape
+    if name == "conv_general_dilated" and _is_transposed(eqn):
+        order.transposed |= every
+    for leaf, state in _meetings(eqn, leaves, states):
+        order.meet(leaf, state)
+    if every and not any(states) and name not in ("conv_general_dilated", "dot_general"):
+        return every if name in (*SAME_ORDER, "reshape") or _is_elementwise(eqn) else None
+    return after(eqn, states)
+
+
+def _meetings(eqn: Any, leaves: list, states: list) -> list[tuple[int, State]]:
+    """The leaves that an operation uses along the last axis of flattened features."""
+    found = [(i, state) for i, state in enumerate(states) if isinstance(state, Flat | Lost)]
+    if not found:
+        return []
+    index, state = found[0]
+    last = len(eqn.invars[index].aval.shape) - 1
+    if eqn.primitive.name == "dot_general":
+        contracted = eqn.params["dimension_numbers"][0][index]
+        met = tuple(contracted) == (last,)
+    else:
+        met = _is_elementwise(eqn)
+    sizes = [own and var.aval.ndim > 0 for own, var in zip(leaves, eqn.invars, strict=True)]
+    return [
+        (leaf, state)
+        for own, is_array in zip(leaves, sizes, strict=True)
+        if own and is_array and met
+        for leaf in own
     ]
-    elementwise = operation not in ("dot_general", "conv_general_dilated")
-    return (
-        next((value for value in same if isinstance(value, tuple)), None) if elementwise else None
-    )
 
 
-def _flattened(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape (*spatial, channels) that a reshape flattens into one axis, or None."""
-    for start in (1, 0):
-        if len(before) - start > 1 and after == (*before[:start], math.prod(before[start:])):
-            return before[start:]
-    return None
+def _is_elementwise(eqn: Any) -> bool:
+    """Whether all operands have the shape of the result, but for axes of size one."""
+    out = eqn.outvars[0].aval.shape
+    shapes = [var.aval.shape for var in eqn.invars if var.aval.shape]
+    same = all(len(shape) == len(out) for shape in shapes)
+    return same and all(n in (1, size) for own in shapes for n, size in zip(own, out, strict=True))
+
+
+def _is_transposed(eqn: Any) -> bool:
+    """Whether a convolution is a transposed one, which with stride 1 the traceback alone tells."""
+    if set(eqn.params["lhs_dilation"]) - {1}:
+        return True
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback else []
+    return any(frame.function_name == "conv_transpose" for frame in frames)
