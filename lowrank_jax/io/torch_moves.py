@@ -116,7 +116,7 @@ def to_flax(tensor: np.ndarray, features: Flat | None, transposed: bool = False)
         transposed: whether it is the kernel of a transposed convolution, (in, out, *spatial).
     """
     if transposed:
-        return np.ascontiguousarray(np.flip(_spatial_first(tensor), range(tensor.ndim - 2)))
+        return np.ascontiguousarray(np.flip(_spatial_first(tensor), tuple(range(tensor.ndim - 2))))
     if tensor.ndim <= 2 and features:
         by_feature = tensor if tensor.ndim == 1 else tensor.T
         return np.ascontiguousarray(by_feature[_order(features)])

@@ -65,7 +65,9 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
     count = len(jax.tree.leaves(variables))
     order = CallOrder()
     leaves = zip(jaxpr.invars, arrays, strict=True)
-    _walk(jaxpr, {var: frozenset([leaf]) for var, leaf in leaves if leaf < count}, order)
+    known: dict[Any, Leaves | State] = {}
+    known.update((var, frozenset([leaf])) for var, leaf in leaves if leaf < count)
+    _walk(jaxpr, known, order)
     return order
 
 
