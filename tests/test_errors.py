@@ -26,7 +26,8 @@ READERS = (
 ABSENT = r"^(No |There (is|are) no |The \w+( of \w+)* (has|have|is|are|needs?|takes?|updates) )"
 ABSENT += r"|needs |takes a budget|differs with|is a candidate|=None is not"
 REMEDY = r"(give|name|write|call|leave|save|convert|raise|rename|choose|use|move|repair|decompose"
-REMEDY += r"|reorder|multiply|add|measure|compute|install|calibrate|check|make|load|go on|needs|must|allowed|pip)\b"
+REMEDY += r"|reorder|multiply|add|measure|compute|install|calibrate|check|make|load|go on"
+REMEDY += r"|needs|must|allowed|pip)\b"
 
 
 def text_of(node):

@@ -12,6 +12,7 @@ from lowrank_jax.program.flattening import SAME_ORDER, Flat, Lost, State, after
 from lowrank_jax.program.jaxprs import programs, traced
 
 Leaves = frozenset[int]
+Known = dict[Any, Leaves | State]
 
 
 @dataclasses.dataclass
@@ -65,13 +66,13 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
     count = len(jax.tree.leaves(variables))
     order = CallOrder()
     leaves = zip(jaxpr.invars, arrays, strict=True)
-    known: dict[Any, Leaves | State] = {}
+    known: Known = {}
     known.update((var, frozenset([leaf])) for var, leaf in leaves if leaf < count)
     _walk(jaxpr, known, order)
     return order
 
 
-def _walk(jaxpr: Any, known: dict[Any, Leaves | State], order: CallOrder) -> None:
+def _walk(jaxpr: Any, known: Known, order: CallOrder) -> None:
     """Follows one program; ``known`` maps a variable to the leaves that it is made of, or to what
     is known of its axes."""
     for eqn in jaxpr.eqns:
@@ -79,7 +80,7 @@ def _walk(jaxpr: Any, known: dict[Any, Leaves | State], order: CallOrder) -> Non
         bodies = [body for body in programs(eqn.params) if len(body.invars) == len(inputs)]
         for body in bodies:
             given = zip(body.invars, inputs, strict=True)
-            inner = {var: value for var, value in given if value is not None}
+            inner: Known = {var: value for var, value in given if value is not None}
             _walk(body, inner, order)
             outputs = [None if isinstance(var, Literal) else inner.get(var) for var in body.outvars]
             known |= dict(zip(eqn.outvars, outputs, strict=False))
