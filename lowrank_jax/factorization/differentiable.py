@@ -35,7 +35,7 @@ def by_jax(matrix: jax.Array, rank: int) -> Pair:
 
     Example:
         >>> product = lambda x: jnp.vdot(jnp.ones((2, 2)), jnp.matmul(*by_jax(x, 2)))
-        >>> jax.grad(product)(jnp.eye(2)).round(3).tolist()  # two equal singular values
+        >>> jax.jit(jax.grad(product))(jnp.eye(2)).round(3).tolist()  # two equal singular values
         [[1.0, 1.0], [1.0, 1.0]]
     """
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)

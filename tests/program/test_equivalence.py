@@ -206,7 +206,7 @@ def test_a_convolution_runs_as_with_the_reconstructed_kernel_and_as_the_trace_sa
     assert convolutions_and_products(case, small, x) in allowed
 
 
-@many
+@settings(max_examples=25)
 @given(convolutions(), st.data())
 def test_factors_of_any_layout_and_groups_give_what_their_product_gives(case, data):
     """Factors that were made without a trace may not be those that the program can run."""

@@ -50,6 +50,7 @@ def gap(a, b) -> float:
     return float(np.abs(a - b).max() / np.abs(a).max())
 
 
+@pytest.mark.slow
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 5)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),

@@ -14,6 +14,8 @@ from lowrank_jax.tuning.algorithms import PLAIN
 from lowrank_jax.tuning.search import fast
 from lowrank_jax.tuning.timer import Timer
 
+pytestmark = pytest.mark.slow  # what `fast` finds is searched for seconds in each
+
 FIRST = "default options, all at once"
 
 
@@ -70,7 +72,6 @@ def wanted(net, *args):
     return lr.lowrank(model.apply)(small, images, *args, train=False)
 
 
-@pytest.mark.slow
 def test_it_measures_and_runs_any_batch(net):
     _, small, images = net
     run = run_of(net, timers=lambda options: Timer(options, rounds=2))
@@ -80,7 +81,6 @@ def test_it_measures_and_runs_any_batch(net):
     assert FIRST in run.seconds and "default options, slices of 2" in run.seconds
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [FIRST, f"{FIRST}, algorithms", "default options, slices of 2"])
 def test_the_fastest_is_kept_and_everything_that_was_tried_is_told(net, order, name):
     order[0] = name
@@ -93,7 +93,6 @@ def test_the_fastest_is_kept_and_everything_that_was_tried_is_told(net, order, n
     assert names == ({"kn2row+im2col"} if "algorithms" in name else set())
 
 
-@pytest.mark.slow
 def test_layers_that_differ_in_the_batch_alone_are_measured_once_for_each_set_of_options(
     net, order
 ):
@@ -147,7 +146,6 @@ def test_inputs_may_be_a_tree_of_arrays_that_are_sliced_together(net, order):
     np.testing.assert_allclose(run(small, inputs), lr.lowrank(apply)(small, inputs), atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(), (2,)])
 def test_a_frozen_network_has_its_weights_and_refuses_others(net, size, order):
     _, small, images = net
@@ -158,7 +156,6 @@ def test_a_frozen_network_has_its_weights_and_refuses_others(net, size, order):
         run(small, images)
 
 
-@pytest.mark.slow
 def test_the_unjitted_function_runs_within_other_programs(net, order):
     _, small, images = net
     run = run_of(net)
@@ -181,7 +178,6 @@ class Strict(Named):
     fastest_pool = measure = None
 
 
-@pytest.mark.slow
 def test_no_call_measures_whatever_its_size(net, order, monkeypatch):
     model, small, images = net
     order[0] = f"{FIRST}, algorithms"
@@ -201,7 +197,6 @@ def convolutions(run, *args):
     return str(jax.make_jaxpr(run.run)(*args)).count("conv_general_dilated[")
 
 
-@pytest.mark.slow
 def test_another_batch_runs_by_what_was_chosen_and_another_image_by_plain_convolutions(order):
     model, images = nn.Conv(8, (3, 3), dtype=jnp.bfloat16), jnp.ones((4, 8, 8, 4))
     variables = model.init(jax.random.key(0), images)
@@ -314,7 +309,6 @@ def test_one_round_is_refused(net):
         run_of(net, rounds=1)
 
 
-@pytest.mark.slow
 def test_a_line_of_progress_tells_the_best_so_far(net, order, monkeypatch):
     bars: list = []
 
@@ -336,7 +330,6 @@ def test_a_line_of_progress_tells_the_best_so_far(net, order, monkeypatch):
 # ---- types
 
 
-@pytest.mark.slow
 def test_candidates_are_compared_in_the_precision_that_the_network_computes_in(order):
     """Outputs in float32 of layers in bfloat16 differ by the rounding of those."""
     layers = [nn.Conv(8, (3, 3), dtype=jnp.bfloat16), nn.Conv(8, (3, 3), dtype=jnp.bfloat16)]
@@ -358,7 +351,6 @@ def test_outputs_may_be_no_floats(net, order):
     assert run(small, images).dtype == jnp.int32
 
 
-@pytest.mark.slow
 def test_bfloat16_stays_bfloat16(order):
     model = nn.Sequential([nn.Conv(8, (3, 3), dtype=jnp.bfloat16)])
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
@@ -368,7 +360,6 @@ def test_bfloat16_stays_bfloat16(order):
     assert run(tree, images).dtype == jnp.bfloat16
 
 
-@pytest.mark.slow
 def test_what_runs_is_exact_where_the_default_program_is_not():
     """With jax 0.12.0.1 XLA's default program of these layers returns memory that was never
     written."""

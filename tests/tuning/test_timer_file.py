@@ -30,6 +30,7 @@ def written(path, text):
     return path
 
 
+@pytest.mark.slow
 def test_processes_that_write_at_once_lose_nothing_and_the_file_is_always_whole(tmp_path):
     path = tmp_path / "times.json"
     command = [sys.executable, "-c", WRITER, str(path)]
