@@ -63,7 +63,9 @@ def check_folder(out: str | os.PathLike) -> None:
     """
     out = Path(out).resolve()
     if out == Path.cwd() or out in Path.cwd().parents or os.path.ismount(out):
-        raise FileExistsError(f"{out} is the current folder or above it; give a folder within it.")
+        raise FileExistsError(
+            f"{out} is the current folder, above it, or a disk; give a folder within it."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with flock(out.parent):
         probe = _beside(out, NEW)
