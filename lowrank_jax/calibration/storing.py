@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def read_moments(
             own.append(Moments(count=count, **fields))
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no whole calibration: {str(error)[:80]}. Calibrate again, or give "
             "another file."

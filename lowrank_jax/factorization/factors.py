@@ -141,12 +141,21 @@ def as_kernel(kernel: Any, where: str) -> Any:
     """
     if isinstance(kernel, list | tuple):
         kernel = np.asarray(kernel, np.float32)
-    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
-        raise ValueError(f"{where}: the kernel is a {type(kernel).__name__}; give an array.")
+    check_array(kernel, where)
     check_floating(kernel.dtype, where)
     if isinstance(kernel, np.ndarray):
         return kernel.astype(kernel.dtype.newbyteorder("="), copy=False)
     return kernel
+
+
+def check_array(kernel: Any, where: str) -> None:
+    """Refuses what has no shape and no type.
+
+    Raises:
+        ValueError: names what was given and the remedy.
+    """
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise ValueError(f"{where}: the kernel is a {type(kernel).__name__}; give an array.")
 
 
 def check_floating(dtype: Any, where: str) -> None:

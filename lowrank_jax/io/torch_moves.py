@@ -97,8 +97,8 @@ def by_names(
 
 
 def _checked(name: str, path: str, targets: Mapping[str, Any], taken: set[str]) -> str:
-    advice = suggest(path, list(targets), "there are none.")
     if path not in targets:
+        advice = suggest(path, list(targets), "there are none.")
         raise ValueError(f"names: {name} is to be {path!r}, no leaf; {advice}")
     if path in taken:
         raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.factors import (
+    check_array,
     check_floating,
     factor_keys,
     is_factors,
@@ -171,8 +172,7 @@ def check_kernel(path: str, kernel: Any) -> Any:
             f"{path!r} is decomposed already; call reconstruct(tree) first to cut it to another "
             "rank."
         )
-    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
-        raise ValueError(f"{path}: the kernel is a {type(kernel).__name__}; give an array.")
+    check_array(kernel, path)
     if len(kernel.shape) < 3:
         raise ValueError(
             f"{path}: not the kernel of a convolution, which is (h, w, in, out); "
