@@ -119,13 +119,10 @@ def _meetings(eqn: Any, leaves: list, states: list) -> list[tuple[int, State]]:
         met = tuple(contracted) == (last,)
     else:
         met = _is_elementwise(eqn)
-    sizes = [own and var.aval.ndim > 0 for own, var in zip(leaves, eqn.invars, strict=True)]
-    return [
-        (leaf, state)
-        for own, is_array in zip(leaves, sizes, strict=True)
-        if own and is_array and met
-        for leaf in own
-    ]
+    if not met:
+        return []
+    arrays = [own for own, var in zip(leaves, eqn.invars, strict=True) if own and var.aval.ndim > 0]
+    return [(leaf, state) for own in arrays for leaf in own]
 
 
 def _is_elementwise(eqn: Any) -> bool:
