@@ -25,6 +25,7 @@ def by_jax(matrix: jax.Array, rank: int) -> Pair:
 
     The derivative is right for every function of the product of the factors, and of their norms,
     where the kept singular values are apart from the others and from zero. Elsewhere it is finite.
+    A second derivative needs singular values that are all different.
 
     Args:
         matrix: array of shape (..., m, n), float32 or float64.

@@ -2,11 +2,6 @@
 
 import contextlib
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,16 +13,6 @@ from lowrank_jax.io import folders
 from lowrank_jax.io.folders import MANIFEST, check_folder, whole_folder
 
 OWN = ("report.json", "report.md", "variables.npz")
-WRITER = """
-import itertools, sys
-from pathlib import Path
-from lowrank_jax.io.folders import whole_folder
-print("ready", flush=True)
-for number in itertools.count():
-    with whole_folder(sys.argv[1]) as scratch:
-        for name in sys.argv[2:]:
-            (scratch / name).write_text(str(number) * 5000)
-"""
 
 
 def write(out, text="one", names=OWN):
@@ -173,24 +158,3 @@ def test_threads_that_write_one_folder_leave_one_of_their_results(tmp_path):
     found = texts(tmp_path / "out")
     assert set(found) == set(OWN) and len(set(found.values())) == 1
     assert os.listdir(tmp_path) == ["out"]
-
-
-def killed_writer(out, seconds, how):
-    command = [sys.executable, "-c", WRITER, str(out), *OWN]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    time.sleep(seconds)
-    process.send_signal(how)
-    process.communicate()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_kills_at_random_moments_leave_whole_results_and_the_next_run_works(tmp_path):
-    out, rng = tmp_path / "out", random.Random(0)
-    write(out)
-    for _ in range(50):
-        killed_writer(out, rng.uniform(0, 0.1), rng.choice([signal.SIGKILL, signal.SIGTERM]))
-        check_folder(out)  # as the next run does
-        assert set(texts(out)) == set(OWN) and len(set(texts(out).values())) == 1
-        assert os.listdir(tmp_path) == ["out"]

@@ -1,6 +1,7 @@
 """Damaged files of every format: what was saved is what is loaded, or one error that says so."""
 
 import random
+import tracemalloc
 from collections import Counter
 
 import jax
@@ -14,6 +15,7 @@ from lowrank_jax.calibration.collecting import Calibration
 from lowrank_jax.io.weights import load_weights, save_weights
 
 MUTATIONS = 300
+ERROR = 2**16  # bytes of an error with its traceback
 TREE = {
     "params": {
         f"Conv_{i}": {"kernel": np.arange(36.0, dtype=np.float32) + i, "bias": np.ones(3)}
@@ -74,12 +76,29 @@ def outcome(path, read, equal):
     return "same" if equal(found) else "other"
 
 
+def peak_of(call):
+    """The result of a call, and the most memory that it held, bytes."""
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def outcomes(path, read, equal):
-    """How often each outcome was met, with a table by the kind of damage."""
-    table = Counter()
-    for kind, content in mutations(path.read_bytes()):
+    """How often each outcome was met, with a table by the kind of damage.
+
+    A damaged file takes no more memory than the whole one, and its own bytes twice, whatever sizes
+    its changed header claims.
+    """
+    table, whole = Counter(), path.read_bytes()
+    for _ in range(2):  # the first reading imports
+        _, usual = peak_of(lambda: outcome(path, read, equal))
+    for kind, content in mutations(whole):
         path.write_bytes(content)
-        table[kind, outcome(path, read, equal)] += 1
+        end, peak = peak_of(lambda: outcome(path, read, equal))
+        assert peak <= usual + 2 * len(content) + ERROR, (kind, end, peak, usual)
+        table[kind, end] += 1
     print(f"\n{path.name}")
     for (kind, end), number in sorted(table.items()):
         print(f"{kind:10} {end:8} {number}")

@@ -1,0 +1,118 @@
+"""Kills a command again and again while it writes; prints what each kill left, as lines of JSON.
+
+Usage: python killed_commands.py COMMAND HOME RUNS SECONDS. This process imports everything, and
+each run that is killed is a fork of it. Only the work before the report is replaced, by results
+that carry the number of the run. The command itself writes them, again and again until the signal
+comes.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_jax import data
+from lowrank_jax.cli import compress_command
+from lowrank_jax.cli import main as cli
+from lowrank_jax.io.folders import check_folder
+from lowrank_jax.io.weights import load_weights
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.training import experiment
+from lowrank_jax.tuning.timing import Throughput
+
+OPTIONS = {"compress": ["--checkpoint", "a.npz", "--model", "a:B", "--images", "a.npy"]}
+numbers = itertools.count()
+
+
+def tree(value):
+    """Weights that say which run wrote them."""
+    return {"params": {"Conv_0": {"kernel": np.full((3, 3, 64, 64), value, np.float32)}}}
+
+
+def journey(*args, **kwargs):
+    value = next(numbers)
+    return experiment.Journey(
+        layers=[experiment.Layer("Conv_0", 1, (9, 6), (90, 60))],
+        spectra={"Conv_0": np.arange(6.0, 0, -1)},
+        accuracy=dict.fromkeys(("dense", "decomposed", "fine-tuned"), 0.5),
+        curve=[0.5],
+        times=Throughput(4, {"dense": [2.0, 2.0], "low-rank": [1.0, 1.0]}),
+        machine=str(value),
+        variables=tree(value),
+    )
+
+
+class Job:
+    def output_error(self, variables):
+        return float(variables["params"]["Conv_0"]["kernel"].flat[0])
+
+
+def replace_the_work():
+    data.pretrained = lambda: tree(0)
+    data.sample = data.cifar10 = lambda *args: None
+    experiment.init = lambda *args: tree(0)
+    experiment.fit = lambda *args: (tree(0), [])
+    experiment.check_ranks = lambda *args: None
+    experiment.run = journey
+    compress_command.load_job = lambda args: Job()
+    empty = Plan(choices=(), selector="total_energy")
+    compress_command.compressed = lambda *args: (empty, tree(next(numbers)), {})
+
+
+def of_one_run(command, out):
+    """Whether the report and the weights are of the same run, with the hashes of the manifest."""
+    found = json.loads((out / "report.json").read_text())
+    name, key = ("variables", "output_error") if command == "compress" else ("lowrank", "machine")
+    value = load_weights(out / f"{name}.npz")["params"]["Conv_0"]["kernel"].flat[0]
+    manifest = json.loads((out / "manifest.json").read_text())["files"]
+    hashes = {path: hashlib.sha256((out / path).read_bytes()).hexdigest() for path in manifest}
+    return float(found[key]) == value and hashes == manifest
+
+
+def run_until_killed(command, out):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    while True:
+        # `cifar10` keeps the trained network of a run that did not end, whole, for the user.
+        early = out.with_name(f"{out.name}-dense.npz")
+        if early.exists() and load_weights(early):
+            early.unlink()
+        if cli.main([command, "--out", str(out), *OPTIONS.get(command, [])]):
+            os._exit(1)
+
+
+def kill_one(command, out, seconds, how):
+    child = os.fork()
+    if not child:
+        run_until_killed(command, out)
+    time.sleep(seconds)
+    os.kill(child, how)
+    _, status = os.waitpid(child, 0)
+    check_folder(out)  # as the next run does
+    return {
+        "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == how,
+        "whole": of_one_run(command, out),
+        "beside": sorted({*os.listdir(out.parent)} - {out.name, f"{out.name}-dense.npz"}),
+    }
+
+
+def main(command, home, runs, seconds):
+    out, rng = Path(home) / "out", random.Random(command)
+    replace_the_work()
+    first = os.fork()
+    if not first:
+        os._exit(cli.main([command, "--out", str(out), *OPTIONS.get(command, [])]))
+    assert os.waitpid(first, 0)[1] == 0
+    for _ in range(int(runs)):
+        how = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        print(json.dumps(kill_one(command, out, rng.uniform(0, float(seconds)), how)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
