@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.compression.compressing import compress
-from lowrank_jax.factorization.separable import Separable, max_rank, merge, spectrum
+from lowrank_jax.factorization.channel import Channel
+from lowrank_jax.factorization.matrix import Matrix
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.scheme import Scheme, merge, spectrum
+from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.modules.linen import SeparableConv
 from lowrank_jax.planning.budget import Budget
@@ -28,8 +32,11 @@ __version__ = version("lowrank-jax")
 __all__ = [
     "Budget",
     "Calibration",
+    "Channel",
     "KernelUse",
+    "Matrix",
     "Plan",
+    "Scheme",
     "Separable",
     "SeparableConv",
     "Timer",

@@ -6,6 +6,7 @@ The keys say which convolution comes first, and the layout where it is not Flax'
 tree of plain arrays for every optimiser and every file format.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,33 +14,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.factorization.layout import AXES, fit_axes
+from lowrank_jax.factorization.forms import FORMS, form_of
+from lowrank_jax.factorization.layout import AXES, INPUTS, OUTPUTS, fit_axes, only, spatial_axes
 
-# Names of the first and of the second factor, by the convolution that comes first. Shapes alone do
-# not always tell the order.
-FACTORS = {
-    "vertical": ("vertical", "horizontal"),
-    "horizontal": ("horizontal_first", "vertical_second"),
-}
-_FIRST = {names: first for first, names in FACTORS.items()}
-_KEY = re.compile(r"(vertical|horizontal|horizontal_first|vertical_second)(?:_([A-Z]+))?")
+# A name of a factor may be followed by the kernel's layout.
+_KEY = re.compile(r"([a-z_]+?)(?:_([A-Z]+))?")
 
 
 def factor_keys(first: str, axes: str, ndim: int) -> tuple[str, str]:
     """The keys of the two factors of a kernel with ``ndim`` stored axes.
 
     Example:
+        >>> import lowrank_jax
         >>> factor_keys("vertical", "OIHW", 4)
         ('vertical_OIHW', 'horizontal_OIHW')
     """
-    one, two = FACTORS[first]
+    one, two = form_of(first).keys
     usual = axes == fit_axes(AXES[2], ndim)
     return (one, two) if usual else (f"{one}_{axes}", f"{two}_{axes}")
 
 
 def is_factor_key(key: str) -> bool:
     """Whether a key is that of a factor."""
-    return _KEY.fullmatch(key) is not None
+    match = _KEY.fullmatch(key)
+    return match is not None and any(match[1] in form.keys for form in FORMS.values())
 
 
 def is_factors(node: Any) -> bool:
@@ -55,7 +53,7 @@ def is_factors(node: Any) -> bool:
         return False
     pair = [node[key] for key in order[:2]]
     one, two = (np.shape(leaf) if hasattr(leaf, "shape") else () for leaf in pair)
-    if len(one) != len(two) or len(one) < 3:
+    if len(one) != len(two) or len(one) < 2 + FORMS[order[2]].spatial:
         return False
     others = set(node) - set(order[:2])
     # Other modules have such names, too. A bias beside what fits is refused by `read_factors`.
@@ -67,10 +65,14 @@ def _order(node: Mapping) -> tuple[str, str, str, str] | None:
     """The first key, the second, which convolution comes first, and the layout if it is named."""
     if not all(isinstance(key, str) for key in node):
         return None
-    found = {match[1]: (key, match[2] or "") for key in node if (match := _KEY.fullmatch(key))}
-    for names, first in _FIRST.items():
-        if set(found) == set(names):
-            (one, axes), (two, same) = (found[name] for name in names)
+    found = {
+        match[1]: (key, match[2] or "")
+        for key in filter(is_factor_key, node)
+        if (match := _KEY.fullmatch(key))
+    }
+    for first, form in FORMS.items():
+        if set(found) == set(form.keys):
+            (one, axes), (two, same) = (found[name] for name in form.keys)
             return (one, two, first, axes) if axes == same else None
     return None
 
@@ -175,9 +177,16 @@ def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
     stack = len(one) - len(axes)
     sizes, others = (dict(zip(axes, shape[stack:], strict=True)) for shape in (one, two))
     groups, rest = divmod(sizes["O"], others["I"])
-    taps = all(1 in (sizes[letter], others[letter]) for letter in axes if letter not in "IO")
-    fits = groups >= 1 and rest == 0 and others["O"] % max(groups, 1) == 0
-    return taps and fits and tuple(one[:stack]) == tuple(two[:stack])
+    outputs = math.prod(others[letter] for letter in only(axes, OUTPUTS))
+    fits = groups >= 1 and rest == 0 and outputs % max(groups, 1) == 0
+    return fits and _share(sizes, others, axes) and tuple(one[:stack]) == tuple(two[:stack])
+
+
+def _share(one: Mapping[str, int], two: Mapping[str, int], axes: str) -> bool:
+    """Whether each axis but that of the channels between the factors belongs to one of them."""
+    taps = all(1 in (one[letter], two[letter]) for letter in spatial_axes(axes))
+    inputs = all(two[letter] == 1 for letter in only(axes, INPUTS) if letter != "I")
+    return taps and inputs and all(one[x] == 1 for x in only(axes, OUTPUTS) if x != "O")
 
 
 def dense_shape(one: Sequence[int], two: Sequence[int], axes: str) -> tuple[int, ...]:

@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from lowrank_jax.factorization.forms import form_of
+
 Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
 
 AXES = {1: "WIO", 2: "HWIO", 3: "DHWIO"}  # Flax's layout by the number of spatial dimensions
+INPUTS, OUTPUTS = "IJKL", "OPQR"  # letters of the channels; a product may have several of each
 
 
 def to_matrix(kernel: Array, groups: int = 1) -> Array:
@@ -72,26 +75,20 @@ def from_matrix(matrix: Array, shape: tuple[int, int, int, int]) -> Array:
 
 def to_pair(kernel: Array, axes: str, first: str) -> Array:
     """Brings a kernel of any layout to (..., a, b, c, n): taps of the first and of the second
-    convolution.
+    convolution, channels.
 
     Args:
         kernel: array whose last axes are those named; axes before them are a stack of kernels.
-        axes: one letter for each axis, I for the input channels, O for the output channels, such as
-            HWIO or OIHW.
-        first: "vertical" if the first convolution runs along the first spatial axis, "horizontal"
-            if along the others.
+        axes: one letter for each axis, such as HWIO or OIHW; see `INPUTS` and `OUTPUTS`.
+        first: name of a form, such as "vertical" if the first convolution runs along the first
+            spatial axis.
 
     Example:
         >>> import jax.numpy as jnp
         >>> to_pair(jnp.ones((8, 4, 3, 5)), "OIHW", "horizontal").shape
         (5, 3, 4, 8)
     """
-    stack: int = kernel.ndim - len(axes)
-    one, two = split_axes(axes, first)
-    moved = kernel.transpose(_order(stack, axes, one + two + "IO"))
-    sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
-    taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
-    return moved.reshape(*kernel.shape[:stack], *taps, *moved.shape[-2:])
+    return merged(kernel, axes, _parts(axes, first))
 
 
 def from_pair(factor: Array, axes: str, first: str, sizes: Mapping[str, int]) -> Array:
@@ -100,13 +97,61 @@ def from_pair(factor: Array, axes: str, first: str, sizes: Mapping[str, int]) ->
     Args:
         factor: array of shape (..., a, b, c, n).
         axes, first: as in `to_pair`.
-        sizes: spatial axis to its size; axes that are not named have size 1.
+        sizes: axis to its size; of those that are not named I and O have what is left, and the
+            others size 1.
     """
-    stack: int = factor.ndim - 4
-    order = "".join(split_axes(axes, first)) + "IO"
-    spatial = [sizes.get(letter, 1) for letter in order[:-2]]
-    spread = factor.reshape(*factor.shape[:stack], *spatial, *factor.shape[-2:])
+    own = dict.fromkeys(axes, 1) | dict(sizes)
+    for letter, group, size in zip("IO", (INPUTS, OUTPUTS), factor.shape[-2:], strict=True):
+        own[letter] = size // math.prod(own[x] for x in axes if x in group and x != letter)
+    return parted(factor, axes, _parts(axes, first), own)
+
+
+def merged(kernel: Array, axes: str, parts: Sequence[str]) -> Array:
+    """Brings the last axes of a kernel into the order of some parts, one axis for each of them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> merged(jnp.ones((8, 4, 3, 5)), "OIHW", ["HW", "I", "O"]).shape
+        (15, 4, 8)
+    """
+    stack: int = kernel.ndim - len(axes)
+    sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
+    moved = kernel.transpose(_order(stack, axes, "".join(parts)))
+    whole = [math.prod(sizes[letter] for letter in part) for part in parts]
+    return moved.reshape(*kernel.shape[:stack], *whole)
+
+
+def parted(array: Array, axes: str, parts: Sequence[str], sizes: Mapping[str, int]) -> Array:
+    """Brings an array with one axis for each part back to a layout; the inverse of `merged`."""
+    stack, order = array.ndim - len(parts), "".join(parts)
+    spread = array.reshape(*array.shape[:stack], *(sizes[letter] for letter in order))
     return spread.transpose(_order(stack, order, axes))
+
+
+def spatial_axes(axes: str) -> str:
+    """The letters of the spatial axes, in their order."""
+    return "".join(letter for letter in axes if letter not in INPUTS + OUTPUTS)
+
+
+def _parts(axes: str, first: str) -> tuple[str, str, str, str]:
+    """The letters of the taps of both factors, of the inputs and of the outputs."""
+    return *split_axes(axes, first), only(axes, INPUTS), only(axes, OUTPUTS)
+
+
+def only(axes: str, letters: str) -> str:
+    """Those of the axes that are among some letters, in the order of the axes."""
+    return "".join(letter for letter in axes if letter in letters)
+
+
+def own_letters(axes: str, first: str, index: int) -> str:
+    """The letters of the axes that a factor shares with its kernel.
+
+    Example:
+        >>> import lowrank_jax
+        >>> own_letters("HWIO", "vertical", 0), own_letters("HWIO", "vertical", 1)
+        ('HI', 'WO')
+    """
+    return split_axes(axes, first)[index] + only(axes, (INPUTS, OUTPUTS)[index])
 
 
 def _order(stack: int, old: str, new: str) -> list[int]:
@@ -115,20 +160,20 @@ def _order(stack: int, old: str, new: str) -> list[int]:
 
 
 def split_axes(axes: str, first: str) -> tuple[str, str]:
-    """The spatial axes of the first and of the second convolution.
+    """The spatial axes of the first and of the second factor, by the form of this name.
 
-    The vertical one has the first spatial axis, the horizontal one all the others (none in one
-    dimension).
+    Raises:
+        ValueError: the layout has no such axes, or the form is not known.
     """
-    spatial = axes.replace("I", "").replace("O", "")
-    if len(set(axes)) != len(axes) or len(spatial) != len(axes) - 2 or not spatial:
+    spatial = spatial_axes(axes)
+    form = form_of(first)
+    whole = len(set(axes)) == len(axes) and {"I", "O"} <= set(axes)
+    if not whole or bool(spatial) != form.spatial or (spatial and len(axes) != len(spatial) + 2):
+        fitting = "'HWIO' or 'OIHW'" if form.spatial else "'IO', or 'IPO' for heads of outputs"
         raise ValueError(
-            f"axes={axes!r} is not allowed; name every axis once, with I and O, such as 'HWIO' "
-            "or 'OIHW'."
+            f"axes={axes!r} is not allowed; name every axis once, with I and O, such as {fitting}."
         )
-    if first not in ("vertical", "horizontal"):
-        raise ValueError(f"first={first!r} is not allowed; give 'vertical' or 'horizontal'.")
-    return (spatial[:1], spatial[1:]) if first == "vertical" else (spatial[1:], spatial[:1])
+    return form.split(spatial)
 
 
 def fit_axes(axes: str, ndim: int) -> str:

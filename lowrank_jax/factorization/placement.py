@@ -7,17 +7,18 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from lowrank_jax.factorization.layout import split_axes
+from lowrank_jax.factorization.layout import own_letters
 
 
 def shared_axes(axes: str, first: str, index: int) -> str:
     """The letters of the axes that a factor shares with its kernel; "." is a stack.
 
     Example:
+        >>> import lowrank_jax
         >>> shared_axes("HWIO", "vertical", 0), shared_axes("HWIO", "vertical", 1)
         ('HI.', 'WO.')
     """
-    return split_axes(axes, first)[index] + "IO"[index] + "."
+    return own_letters(axes, first, index) + "."
 
 
 def place_of(array: jax.Array) -> Sharding | None:

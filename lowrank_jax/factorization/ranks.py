@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-from lowrank_jax.factorization.layout import split_axes
+from lowrank_jax.factorization.layout import own_letters
 
 
 def max_rank(
@@ -18,7 +18,7 @@ def max_rank(
         axes, first: as in `Separable`.
 
     Returns:
-        min(h * c, w * n / groups), the smaller side of the matrix of one group.
+        The smaller side of the matrix of one group, such as min(h * c, w * n / groups).
 
     Raises:
         ValueError: the shape has too few axes, or the layout names none.
@@ -33,8 +33,10 @@ def max_rank(
             "whole shape."
         )
     sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
-    taps = [math.prod(sizes[letter] for letter in part) for part in split_axes(axes, first)]
-    return int(min(taps[0] * sizes["I"], taps[1] * (sizes["O"] // groups)))
+    rows, columns = (
+        math.prod(sizes[letter] for letter in own_letters(axes, first, i)) for i in (0, 1)
+    )
+    return int(min(rows, columns // groups))
 
 
 def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.factorization.layout import OUTPUTS, only, split_axes
 from lowrank_jax.program.kernel import Kernel
-from lowrank_jax.program.reading import Reading, factor_axes, stored_letters
+from lowrank_jax.program.reading import Reading, stored_letters
 
 
 def run_factored(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:
@@ -21,7 +22,7 @@ def run_factored(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | 
         x: the other operand.
         kernel: has factors.
     """
-    order = reading.order(kernel.axes, kernel.groups)
+    order = reading.order(kernel.axes, kernel.first, kernel.groups)
     if order is None or kernel.factors is None:
         return None
     if reading.is_convolution:
@@ -33,7 +34,7 @@ def _two_convolutions(
     reading: Reading, x: jax.Array, kernel: Kernel, order: tuple[int, int]
 ) -> jax.Array:
     params = reading.eqn.params
-    taps = factor_axes(kernel.axes, kernel.first)
+    taps = split_axes(kernel.axes, kernel.first)
     assert kernel.factors is not None
     for step, index in enumerate(order):
         last = step == 1
@@ -118,50 +119,53 @@ def arranged(reading: Reading, kernel: Kernel, index: int) -> jax.Array:
 
 def _two_products(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array:
     """A product with one factor and then with the other, in the order of the smaller result."""
-    assert kernel.factors is not None
-    names, params = _Names.of(reading, x.ndim), reading.eqn.params
-    pairs = [(_term(kernel, names, index), kernel.factors[index]) for index in (0, 1)]
+    names, params = _Names.of(reading, x.ndim, kernel), reading.eqn.params
+    pairs = [_operand(kernel, names, index) for index in (0, 1)]
     orders = pairs, pairs[::-1]
     (first, one), (second, two) = min(orders, key=lambda order: _size(names, x, *order))
     between, out = names.after(first, second), names.after(first, second, last=True)
     precision = params["precision"]
-    formula = f"{''.join(names.x)},{''.join(first)}->{between}"
-    y = jnp.einsum(formula, x, _without_ones(one, first), precision=precision)
+    y = jnp.einsum(f"{names.x},{first}->{between}", x, one, precision=precision)
     y = jnp.einsum(
-        f"{between},{''.join(second)}->{out}",
+        f"{between},{second}->{out}",
         y.astype(jnp.result_type(x, one)),
-        _without_ones(two, second),
+        two,
         precision=precision,
         preferred_element_type=params["preferred_element_type"],
     )
-    return y if len(out) == len(names.out) else y.reshape(reading.eqn.outvars[0].aval.shape)
+    return y.reshape(reading.eqn.outvars[0].aval.shape)
 
 
 def _size(names: "_Names", x: jax.Array, first: tuple, second: tuple) -> int:
     """Entries of what a product with the first factor gives."""
     sizes = dict(zip(names.x, x.shape, strict=True))
     for term, factor in (first, second):
-        sizes |= {name: n for name, n in zip(term, factor.shape, strict=True) if name}
+        sizes |= dict(zip(term, factor.shape, strict=True))
     return math.prod(sizes[name] for name in names.after(first[0], second[0]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """One letter for each axis of a product.
+    """One letter for each axis of a product; the axis that groups divide has two.
 
     Attributes:
-        x, kernel: of the axes of the operands.
+        x: of the axes of the other operand.
+        kernel: of each axis of the kernel.
         out: of the result: those of the batch, of the left operand, of the other.
         between: of the channels between two factors.
+        group: of the groups; "" if there is one.
+        divided: the axis of the kernel that they divide.
     """
 
-    x: list[str]
+    x: str
     kernel: list[str]
-    out: list[str]
+    out: str
     between: str
+    group: str
+    divided: int
 
     @classmethod
-    def of(cls, reading: Reading, ndim: int) -> "_Names":
+    def of(cls, reading: Reading, ndim: int, used: Kernel) -> "_Names":
         names = iter(string.ascii_letters)
         x = [next(names) for _ in range(ndim)]
         kernel = [next(names) for _ in range(reading.eqn.invars[reading.operand].aval.ndim)]
@@ -172,29 +176,50 @@ class _Names:
         for own, other in (contracting, batch):
             for a, b in zip(own, other, strict=True):
                 kernel[a] = x[b]
+        between, group, divided = next(names), "", -1
+        if used.groups > 1:
+            group, divided = next(names), _divided(reading, used)
+            kernel[divided] = group + kernel[divided]
         gone = {x[axis] for axis in (*contracting[1], *batch[1])}
         free = [[name for name in own if name not in gone] for own in (x, kernel)]
         left, right = free[::-1] if reading.operand == 0 else free
         out = [*(x[axis] for axis in batch[1]), *left, *right]
-        return cls(x, kernel, out, next(names))
+        return cls("".join(x), kernel, "".join(out), between, group, divided)
 
-    def after(self, first: Sequence[str], second: Sequence[str], last: bool = False) -> str:
+    def after(self, first: str, second: str, last: bool = False) -> str:
         """The axes after the product with the first factor, or after that with both."""
-        given = dict.fromkeys([*self.x, *first])
+        given = dict.fromkeys(self.x + first)
         if last:
             return "".join(name for name in self.out if name in {*given, *second})
-        return "".join(name for name in given if name and name in {*self.out, *second})
+        return "".join(name for name in given if name in self.out + second)
 
 
-def _term(kernel: Kernel, names: _Names, index: int) -> list[str]:
-    """The name of each axis of a factor; "" for an axis of size 1 that the other factor has."""
-    source, own = kernel.source, kernel.shared(index)
-    named = {dim[0]: name for dim, name in zip(source.dims or (), names.kernel, strict=True) if dim}
-    return [
-        names.between if letter == "OI"[index] else named.get(axis, "") if letter in own else ""
-        for axis, letter in zip(source.kept(), kernel.letters, strict=True)
-    ]
+def _divided(reading: Reading, kernel: Kernel) -> int:
+    """The axis of the kernel, as the product reads it, that holds the first axis of the outputs."""
+    leading = dict(reading.layout.places)[only(kernel.axes, OUTPUTS)[0]]
+    dims = reading.source.dims if reading.source else None
+    return next(place for place, dim in enumerate(dims or ()) if leading in dim)
 
 
-def _without_ones(factor: jax.Array, term: Sequence[str]) -> jax.Array:
-    return factor.squeeze(tuple(place for place, name in enumerate(term) if not name))
+def _operand(kernel: Kernel, names: _Names, index: int) -> tuple[str, jax.Array]:
+    """A factor with the axes that the product reads, and the channels between the factors.
+
+    An axis of which the other factor has the entries is left out.
+    """
+    assert kernel.factors is not None and kernel.source.dims is not None
+    kept, own, groups = kernel.source.kept(), kernel.shared(index), kernel.groups
+    channels = kernel.letters.index("OI"[index])
+    factor = jnp.expand_dims(jnp.moveaxis(kernel.factors[index], channels, -1), channels)
+    term, sizes, places = "", [], []
+    for axis, (name, dim) in enumerate(zip(names.kernel, kernel.source.dims, strict=True)):
+        mine = [kept.index(part) for part in dim]
+        if not mine or not {kernel.letters[place] for place in mine} & set(own):
+            continue
+        size = math.prod(factor.shape[place] for place in mine)
+        term, places = term + name, places + mine
+        sizes += [groups, size // groups] if axis == names.divided else [size]
+    others = [place for place in range(len(kept)) if place not in places]
+    flat = factor.transpose(*places, *others, len(kept))
+    grouped = names.group if index == 0 else ""
+    last = [groups, -1] if grouped else [factor.shape[-1]]
+    return term + grouped + names.between, flat.reshape(*sizes, *last)

@@ -26,7 +26,7 @@ class Kernel:
     Attributes:
         source: which parameter it is, and what was done to its axes.
         axes: layout of the factors; "" where there are none.
-        first: which convolution comes first, "vertical" or "horizontal".
+        first: name of the form of the factors.
         value: the dense kernel as the program has it here; None where only factors run.
         factors: both as they are stored, without the axes that are gone; what moves axes is noted
             in the source alone.
@@ -81,7 +81,7 @@ class Kernel:
         """Whether an equation can run what stands for the kernel."""
         if self.factors is None:
             return not reading.reason
-        return reading.order(self.axes, self.groups) is not None
+        return reading.order(self.axes, self.first, self.groups) is not None
 
     def with_value(self) -> "Kernel":
         """Both the factors and their product."""

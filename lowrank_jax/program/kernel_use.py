@@ -4,8 +4,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from lowrank_jax.factorization.layout import split_axes
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.layout import OUTPUTS, spatial_axes, split_axes
+from lowrank_jax.factorization.scheme import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,8 @@ class KernelUse:
         kind: "conv", "conv_transpose" (dilated input) or "product" (dense layers and other matrix
             products).
         kernel_shape: as stored; axes before those named by ``axes`` are a stack of kernels.
-        axes: the stored layout, such as "HWIO": I and O the channels, the others spatial; "" if not
-            known.
+        axes: the stored layout, such as "HWIO": I and O the channels, the others spatial; of a
+            product such as "IO", see `Matrix`; "" if not known.
         strides, dilation, input_dilation: one entry for each spatial axis.
         padding: (before, after) for each spatial axis.
         groups: number of feature groups.
@@ -67,33 +68,66 @@ class KernelUse:
         unaltered."""
         return not self.reason
 
-    def scheme(self, rank: int, first: str = "vertical") -> Separable:
-        """The separable scheme of a rank for this layer."""
-        return Separable(rank, self.groups, self.axes, first)
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Names of the forms in which two factors may stand for the kernel, the usual one first.
 
-    def parameters_at(self, scheme: Separable) -> int:
+        Those that would be the same product are named once.
+        """
+        if not self.axes:
+            return ()
+        spatial = spatial_axes(self.axes)
+        if not spatial:
+            return ("left", "heads") if self.heads > 1 else ("left",)
+        sizes = dict(zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True))
+        different: dict[tuple[str, ...], str] = {}
+        for first, form in FORMS.items():
+            if form.spatial:
+                parts = [[x for x in part if sizes[x] > 1] for part in form.split(spatial)]
+                different.setdefault(tuple(map("".join, parts)), first)
+        return tuple(different.values())
+
+    @property
+    def heads(self) -> int:
+        """The size of the first axis of the outputs of a product that has several, else 1."""
+        sizes = dict(zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True))
+        outputs = [x for x in self.axes if x in OUTPUTS]
+        return sizes[outputs[0]] if len(outputs) > 1 else 1
+
+    def scheme(self, rank: int, first: str | None = None) -> Scheme:
+        """The scheme of a rank and a form for this layer; the usual form if none is named."""
+        form = first or self.forms[0]
+        groups = self.heads if form == "heads" else self.groups
+        return SCHEMES[form](rank, groups, self.axes, form)
+
+    def parameters_at(self, scheme: Scheme) -> int:
         """Parameters of the factors, of all kernels of a stack."""
         return scheme.parameters(self.kernel_shape) * math.prod(
             self.kernel_shape[: -len(scheme.axes)]
         )
 
-    def macs_at(self, scheme: Separable) -> int:
+    def macs_at(self, scheme: Scheme) -> int:
         """Macs of all the uses with the factors in place of the kernel.
 
         The first convolution runs at the input's size along the axes that it leaves alone, so that
         with a stride the macs do not follow the parameters. Padding that the program adds as
         an operation of its own, such as circular padding, is counted as part of that input.
         """
-        spatial = [letter for letter in scheme.axes if letter not in "IO"]
-        one, two = split_axes(scheme.axes, scheme.first)
-        size = dict(zip(scheme.axes, self.kernel_shape[-len(scheme.axes) :], strict=True))
-        extent = zip(spatial, self.inputs[1:-1], self.outputs[1:-1], strict=True)
-        between = self.inputs[0] * math.prod(
-            out if letter in one else own for letter, own, out in extent
-        )
-        first = between * math.prod(size[letter] for letter in one) * size["I"] * self.groups
-        second = self.positions * math.prod(size[letter] for letter in two) * size["O"]
-        return self.uses * scheme.rank * (first + second)
+        entries = math.prod(self.kernel_shape[-len(scheme.axes) :])
+        if self.kind == "product":
+            return self.macs * scheme.parameters(self.kernel_shape) // entries
+        one, two = scheme.parts(self.kernel_shape)
+        first = self.between(scheme) * one * self.groups
+        return self.uses * scheme.rank * (first + self.positions * two)
+
+    def between(self, scheme: Scheme) -> int:
+        """Positions of one use between the two factors, over the whole batch."""
+        if self.kind == "product":
+            return self.macs // math.prod(self.kernel_shape[-len(scheme.axes) :]) // self.uses
+        along = split_axes(scheme.axes, scheme.first)[0]
+        extent = zip(spatial_axes(scheme.axes), self.inputs[1:-1], self.outputs[1:-1], strict=True)
+        sizes = [out if letter in along else own for letter, own, out in extent]
+        return self.inputs[0] * math.prod(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +177,7 @@ class Trace:
         paths = dict.fromkeys(use.path for use in self)
         return [path for path in paths if all(use.safe for use in self.at(path))]
 
-    def half_parameters(self) -> dict[str, Separable]:
+    def half_parameters(self) -> dict[str, Scheme]:
         """Every safe layer at the largest rank that leaves at most half of its parameters."""
         uses = [self.at(path)[0] for path in self.safe_paths()]
         ranks = {

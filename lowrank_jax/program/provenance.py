@@ -7,10 +7,12 @@ here, so that what the one says is what the other runs.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+
+from lowrank_jax.factorization.layout import INPUTS, OUTPUTS
 
 UNALTERED = (
     "convert_element_type",
@@ -192,14 +194,56 @@ def layout(source: Source | None, letters: dict[int, str]) -> Layout:
         source: of the kernel; None if the program computes it from the inputs.
         letters: axis of the value to its letter.
     """
-    if source is None:
-        return Layout(reason="its kernel is computed by the program")
-    if source.dims is None:
-        names = ", ".join(dict.fromkeys(source.changed))
-        return Layout(reason=f"its kernel is changed by {names} before it is used")
+    if source is None or source.dims is None:
+        return Layout(reason=_why_unknown(source))
     if len(letters) < 3:
         return Layout(reason="it is a convolution without spatial axes")
     return _read(source, source.dims, letters)
+
+
+def _why_unknown(source: Source | None) -> str:
+    if source is None:
+        return "its kernel is computed by the program"
+    names = ", ".join(dict.fromkeys(source.changed))
+    return f"its kernel is changed by {names} before it is used"
+
+
+def product_layout(source: Source | None, roles: dict[int, str]) -> Layout:
+    """The stored layout of a matrix that a product reads.
+
+    Args:
+        source: as in `layout`.
+        roles: axis of the value to "I" where it is contracted, "O" where it is free, and "." where
+            it is an axis of the batch, so that a stack of matrices runs at once.
+    """
+    if source is None or source.dims is None:
+        return Layout(reason=_why_unknown(source))
+    if source.flips:
+        return Layout(reason="its kernel is reversed before it is used")
+    own = {axis: roles[place] for place, dim in enumerate(source.dims) for axis in dim}
+    letters = _letters_of_product(source, own)
+    axes = "".join(letters).lstrip(".")
+    if not {"I", "O"} <= set(axes):
+        return Layout(reason="its kernel is no matrix")
+    if "." in axes or "?" in axes:
+        return Layout(reason="the stack that its kernel is part of is not along the first axis")
+    places = tuple((letter, axis) for axis, letter in enumerate(letters) if letter != ".")
+    return Layout(axes, places, tuple(axis for axis, role in own.items() if role == "."))
+
+
+def _letters_of_product(source: Source, roles: Mapping[int, str]) -> list[str]:
+    """The letter of each stored axis; the last of the inputs is I, the last of the outputs O."""
+    found, before = [], "."
+    kept = source.kept()
+    for axis in range(len(source.shape)):
+        # An axis of size 1 that a reshape has dropped belongs to what is beside it.
+        before = roles.get(axis, before) if axis in kept else "."
+        found.append(before)
+    for role, names in (("I", INPUTS), ("O", OUTPUTS)):
+        places = [axis for axis, own in enumerate(found) if own == role]
+        for letter, axis in zip(names.ljust(len(places), "?"), places[::-1], strict=False):
+            found[axis] = letter
+    return found
 
 
 def _read(source: Source, dims: Sequence[tuple[int, ...]], letters: dict[int, str]) -> Layout:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank_jax.factorization.layout import AXES, split_axes
-from lowrank_jax.program.provenance import Layout, Source, layout
+from lowrank_jax.factorization.layout import AXES, OUTPUTS, only, own_letters, spatial_axes
+from lowrank_jax.program.provenance import Layout, Source, layout, product_layout
 
 READERS = ("conv_general_dilated", "dot_general")
 
@@ -19,7 +19,8 @@ class Reading:
         eqn: the equation.
         operand: index of the kernel among its operands.
         source: of the kernel; None if the program computes it.
-        letters: axis of the kernel to its letter; those of a product are not known.
+        letters: axis of the kernel to its letter; of a product to "I" where it is contracted, "O"
+            where it is free and "." where it is an axis of the batch.
         layout: how the stored axes are read.
     """
 
@@ -37,8 +38,8 @@ class Reading:
             letters = dict(zip(spec, "OI" + AXES.get(ndim - 2, "")[:-2], strict=False))
             return cls(eqn, 1, sources[1], letters, layout(sources[1], letters))
         operand = next((i for i in (1, 0) if sources[i]), 1)
-        reason = Layout(reason="it is a matrix product, not a convolution")
-        return cls(eqn, operand, sources[operand], {}, reason)
+        roles = _roles(eqn, operand)
+        return cls(eqn, operand, sources[operand], roles, product_layout(sources[operand], roles))
 
     @property
     def is_convolution(self) -> bool:
@@ -62,7 +63,7 @@ class Reading:
 
     @property
     def reason(self) -> str:
-        """Why two convolutions cannot take the place of this one; "" if they can."""
+        """Why two operations cannot take the place of this one; "" if they can."""
         if self.layout.reason or not self.is_convolution:
             return self.layout.reason
         count = self.eqn.params["feature_group_count"]
@@ -77,11 +78,12 @@ class Reading:
         flips = self.source.flips if self.source else ()
         return dict(self.layout.places).get(letter) in flips
 
-    def order(self, axes: str, groups: int) -> tuple[int, int] | None:
+    def order(self, axes: str, first: str, groups: int) -> tuple[int, int] | None:
         """Which factor of a kernel runs first and which second.
 
         Args:
             axes: layout of the stored kernel.
+            first: name of the form of its factors.
             groups: for how many groups of channels it was decomposed.
 
         Returns:
@@ -92,7 +94,7 @@ class Reading:
         if source is None or source.dims is None or not _takes_whole(source, axes):
             return None
         if not self.is_convolution:
-            return self._order_of_product() if groups == 1 else None
+            return self._order_of_product(axes, first, groups)
         if self.reason or groups != self.groups or not self._same_stack(source, axes):
             return None
         stored = stored_letters(source, axes)
@@ -108,13 +110,24 @@ class Reading:
         whole = all(stored[axis] == "." for axis in self.layout.stack)
         return whole and all(stored[axis] != "." for _, axis in self.layout.places)
 
-    def _order_of_product(self) -> tuple[int, int] | None:
+    def _order_of_product(self, axes: str, first: str, groups: int) -> tuple[int, int] | None:
         """A product may contract any axes, each of which one factor has."""
         source = self.source
-        if source is None or source.dims is None:
+        if source is None or source.dims is None or source.flips or not self._names_all(source):
             return None
-        whole = all(len(dim) <= 1 for dim in source.dims) and not source.flips
-        return (0, 1) if whole and self._names_all(source) else None
+        stored = stored_letters(source, axes)
+        owns = [own_letters(axes, first, index) for index in (0, 1)]
+        parts = [{stored[axis] for axis in dim if source.shape[axis] > 1} for dim in source.dims]
+        whole = all(part <= {"."} or any(part <= set(own) for own in owns) for part in parts)
+        return (0, 1) if whole and (groups == 1 or self._keeps_groups(axes)) else None
+
+    def _keeps_groups(self, axes: str) -> bool:
+        """Whether the outputs of a matrix are free here, those of the first axis outermost."""
+        source, layout = self.source, self.layout
+        if source is None or spatial_axes(axes) or layout.axes != axes:
+            return False
+        leading = dict(layout.places)[only(axes, OUTPUTS)[0]]
+        return any(dim and dim[0] == leading for dim in source.dims or ())
 
     def _names_all(self, source: Source) -> bool:
         named = {axis for dim in source.dims or () for axis in dim}
@@ -134,6 +147,7 @@ def _takes_whole(source: Source, axes: str) -> bool:
     return all(x == "." or (x not in "IO" and index is not None) for x, index in letters)
 
 
-def factor_axes(axes: str, first: str) -> tuple[str, str]:
-    """The spatial letters of the first and of the second factor."""
-    return split_axes(axes, first)
+def _roles(eqn: Any, operand: int) -> dict[int, str]:
+    contracting, batch = (dims[operand] for dims in eqn.params["dimension_numbers"])
+    roles = dict.fromkeys(range(eqn.invars[operand].aval.ndim), "O")
+    return roles | dict.fromkeys(contracting, "I") | dict.fromkeys(batch, ".")

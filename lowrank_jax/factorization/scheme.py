@@ -1,21 +1,28 @@
-"""The decompositions of one kernel, each a small frozen config."""
+"""A decomposition of one kernel into two factors, as a small frozen config: the base of all."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.factorization.factors import FACTORS as FACTORS
-from lowrank_jax.factorization.factors import as_kernel
+from lowrank_jax.factorization.factors import as_kernel, dense_shape
+from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
 from lowrank_jax.factorization.layout import (
+    INPUTS,
+    OUTPUTS,
     Array,
     from_matrix,
     from_pair,
+    merged,
+    only,
+    own_letters,
+    parted,
+    spatial_axes,
     split_axes,
     to_matrix,
     to_pair,
@@ -29,62 +36,56 @@ from lowrank_jax.factorization.placement import (
     placed,
     typed_sharding,
 )
-from lowrank_jax.factorization.ranks import check_rank
-from lowrank_jax.factorization.ranks import max_rank as max_rank
+from lowrank_jax.factorization.ranks import check_rank, max_rank
 from lowrank_jax.factorization.truncated import truncated
 
 
 @dataclasses.dataclass(frozen=True)
-class Separable:
-    """A vertical (h x 1) and a horizontal (1 x w) kernel in place of an (h x w) one.
+class Scheme:
+    """Two factors in place of a kernel, by the truncated SVD of one of its matrices.
 
-    The factors are the closed-form optimum of Tai et al., 2016 (arXiv 1511.06067): with the
-    singular value decomposition M = U S Q^T of the kernel's matrix, V = U_K S_K^1/2 and H = S_K^1/2
-    Q_K^T. No other pair of that rank has a smaller Frobenius error, which is the root of the sum of
-    the squared singular values left out (Eckart and Young, 1936).
-
-    In one dimension the vertical kernel has all the taps and the horizontal one is pointwise; in
-    three the vertical one has the first axis and the horizontal one the other two.
+    The rows of the matrix are the axes of the first factor, the columns those of the second. A
+    subclass names its forms, each of which divides the axes in one way. Everything else follows:
+    costs, plans, fits and the two operations that run.
 
     Attributes:
-        rank: number K of channels between the two convolutions, per group.
-        groups: ``feature_group_count`` of the dense convolution; a parameter tree does not tell it.
-        axes: the kernel's layout, one letter an axis; I and O are the channels, the others are
-            spatial.
-        first: "vertical", or "horizontal" where the horizontal convolution is to come first.
-
-    Example:
-        >>> import jax
-        >>> kernel = jax.random.normal(jax.random.key(0), (5, 5, 3, 192))
-        >>> vertical, horizontal = Separable(rank=10).factor(kernel)
-        >>> vertical.shape, horizontal.shape
-        ((5, 1, 3, 10), (1, 5, 10, 192))
+        rank: number K of channels between the two factors, per group.
+        groups: into how many groups the outputs are divided, each with factors of its own.
+        axes: the kernel's layout, one letter an axis; I and O are the channels, the others spatial.
+        first: name of the form.
     """
 
     rank: int
     groups: int = 1
     axes: str = "HWIO"
-    first: str = "vertical"
+    first: str = ""
+
+    def __init_subclass__(cls, forms: Mapping[str, Form], **kwargs: Any) -> None:
+        """Makes the forms known under their names."""
+        super().__init_subclass__(**kwargs)
+        FORMS.update(forms)
+        SCHEMES.update(dict.fromkeys(forms, cls))
 
     def factor(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Factors a kernel, or each of a stack of kernels.
 
         Computed in float32, or float64 where the kernel is, and returned in the kernel's own type.
         Under a transformation by ``jnp.linalg.svd``; a kernel with values on one device by the
-        faster of the routes of `truncated`, on the host. Gradients are those of the
-        product of the factors, and finite for equal singular values.
+        faster of the routes of `truncated`, on the host. Gradients are those of the product of the
+        factors, and finite for equal singular values. No other factors of that rank have a smaller
+        Frobenius error, which is the root of the sum of the squared singular values left out
+        (Eckart and Young, 1936).
 
         Args:
-            kernel: floating-point array of shape (..., h, w, c, n), or as ``axes`` says, c being
-                the input channels per group.
+            kernel: floating-point array whose last axes are those named.
 
         Returns:
-            The first kernel, (..., h, 1, c, groups * rank) if it is the vertical one, and the
-            second, (..., 1, w, rank, n), both in the kernel's layout. Within each group both have
+            The two factors in the kernel's layout, as `shapes` says. Within each group both have
             the same norm.
 
         Raises:
-            ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide n.
+            ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide the
+                outputs.
         """
         return factor_all([self], [kernel])[0]
 
@@ -112,30 +113,34 @@ class Separable:
             right: array of shape (..., groups, rank, b * n / groups).
             shape: of the dense kernel.
         """
-        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
-        taps = [math.prod(sizes[letter] for letter in part) for part in (one, two)]
-        first = from_matrix(left, (taps[0], 1, sizes["I"], self.groups * self.rank))
-        second = from_matrix(right, (1, taps[1], self.rank, sizes["O"]))
-        kernels = ((first, one), (second, two))
-        return tuple(
-            from_pair(x, self.axes, self.first, {a: sizes[a] for a in part}) for x, part in kernels
-        )  # type: ignore[return-value]
+        sizes, whole = self._sizes(shape), to_pair(np.empty(shape[-len(self.axes) :]), *self._form)
+        a, b, c, n = whole.shape
+        first = from_matrix(left, (a, 1, c, self.groups * self.rank))
+        second = from_matrix(right, (1, b, self.rank, n))
+        return self._placed(first, 0, sizes), self._placed(second, 1, sizes)
+
+    @property
+    def _form(self) -> tuple[str, str]:
+        return self.axes, self.first
+
+    def _placed(self, factor: Array, index: int, sizes: Mapping[str, int]) -> Array:
+        own = {letter: sizes[letter] for letter in own_letters(*self._form, index)}
+        return from_pair(factor, *self._form, own)
 
     def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the two kernels in place of a kernel of this shape, which has no stack."""
-        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
-        first = {"I": sizes["I"], "O": self.groups * self.rank} | {
-            letter: sizes[letter] for letter in one
-        }
-        second = {"I": self.rank, "O": sizes["O"]} | {letter: sizes[letter] for letter in two}
+        """Shapes of the two factors in place of a kernel of this shape, which has no stack."""
+        sizes = self._sizes(shape)
+        one, two = ({x: sizes[x] for x in own_letters(*self._form, i)} for i in (0, 1))
+        first, second = one | {"O": self.groups * self.rank}, two | {"I": self.rank}
         return tuple(first.get(x, 1) for x in self.axes), tuple(second.get(x, 1) for x in self.axes)
 
     def check(self, shape: Sequence[int], where: str) -> int:
         """Returns the rank as an int, or raises ValueError that names where it was given."""
-        channels = self._sizes(shape, where)["O"]
-        if self.groups < 1 or channels % self.groups:
+        sizes = self._sizes(shape, where)
+        outputs = next(letter for letter in self.axes if letter in OUTPUTS)
+        if self.groups < 1 or sizes[outputs] % self.groups:
             raise ValueError(
-                f"{where}: groups={self.groups} must be at least 1 and divide the {channels} "
+                f"{where}: groups={self.groups} must be at least 1 and divide the {sizes[outputs]} "
                 "outputs."
             )
         return check_rank(
@@ -148,12 +153,19 @@ class Separable:
 
     def parameters(self, shape: Sequence[int]) -> int:
         """Number of parameters of both factors of a kernel of this shape."""
-        sizes, (one, two) = self._sizes(shape), split_axes(self.axes, self.first)
-        first = math.prod(sizes[letter] for letter in one) * sizes["I"] * self.groups
-        return self.rank * (first + math.prod(sizes[letter] for letter in two) * sizes["O"])
+        one, two = self.parts(shape)
+        return self.rank * (self.groups * one + two)
 
-    def _sizes(self, shape: Sequence[int], where: str = "Separable") -> dict[str, int]:
-        split_axes(self.axes, self.first)  # refuses a layout that names no axes
+    def parts(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Entries of both factors for a channel between them: the first of one group."""
+        sizes = self._sizes(shape)
+        one, two = (
+            math.prod(sizes[letter] for letter in own_letters(*self._form, i)) for i in (0, 1)
+        )
+        return one, two
+
+    def _sizes(self, shape: Sequence[int], where: str = "Scheme") -> dict[str, int]:
+        split_axes(*self._form)  # refuses a layout that names no axes
         if len(shape) < len(self.axes):
             raise ValueError(
                 f"{where}: a kernel of shape {tuple(shape)} has fewer axes than "
@@ -163,15 +175,16 @@ class Separable:
 
 
 def factor_all(
-    schemes: Sequence[Separable], kernels: Sequence[jax.Array]
+    schemes: Sequence[Scheme], kernels: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Factors of many kernels, each as `Separable.factor` gives them; those with values are done
+    """Factors of many kernels, each as `Scheme.factor` gives them; those with values are done
     side by side."""
     # A float64 array of NumPy takes the widest type that is enabled.
-    kernels = [jnp.asarray(as_kernel(kernel, "Separable")) for kernel in kernels]
+    pairs = zip(schemes, kernels, strict=True)
+    kernels = [jnp.asarray(as_kernel(kernel, type(own).__name__)) for own, kernel in pairs]
     places, jobs = list(map(place_of, kernels)), []
     for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
-        scheme.check(kernel.shape, "Separable")
+        scheme.check(kernel.shape, type(scheme).__name__)
         given: Any = np.asarray(kernel) if where else kernel
         jobs.append(
             functools.partial(scheme._factors, given, jnp.promote_types(kernel.dtype, jnp.float32))
@@ -191,32 +204,32 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     """Multiplies two factors back into one dense kernel.
 
     Args:
-        first, second: kernels as `Separable.factor` returns them, (..., h, 1, c, groups * rank) and
-            (..., 1, w, rank, n) or in the layout given.
+        first, second: factors as `Scheme.factor` returns them, such as (..., h, 1, c, groups *
+            rank) and (..., 1, w, rank, n), in the layout given.
         axes: their layout.
 
     Returns:
-        The kernel of shape (..., h, w, c, n) that the two convolutions together apply.
+        The kernel, such as (..., h, w, c, n), that the two operations together apply.
 
     Example:
         >>> import jax.numpy as jnp
         >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
         (5, 5, 3, 192)
     """
-    channels = [axes.index(letter) - len(axes) for letter in "IO"]
+    shape = dense_shape(first.shape, second.shape, axes)
     dtype = jnp.result_type(first, second)
     wide = jnp.promote_types(dtype, jnp.float32)
-    pair = (gathered(x).astype(wide) for x in (first, second))
-    left, right = (jnp.moveaxis(x, channels, (-2, -1)) for x in pair)
-    rank = right.shape[-2]
+    parts = [*spatial_axes(axes), only(axes, INPUTS), only(axes, OUTPUTS)]
+    left, right = (merged(gathered(x).astype(wide), axes, parts) for x in (first, second))
+    rank, n = right.shape[-2:]
     left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
     right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
     # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
     # other.
     product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
-    dense = product.reshape(*product.shape[:-2], -1)
-    kernel = jnp.moveaxis(dense, (-2, -1), channels).astype(dtype)
-    return placed(kernel, dense_sharding((first, second), axes))
+    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    dense = parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
+    return placed(dense.astype(dtype), dense_sharding((first, second), axes))
 
 
 def spectrum(
