@@ -12,14 +12,14 @@ from tqdm import tqdm
 from lowrank_jax.calibration.importance import channel_importance
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.calibration.patches import Geometry, patch_sums
 from lowrank_jax.calibration.storing import read_moments, write_moments
+from lowrank_jax.calibration.sums import geometry_of, patch_sums
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
-from lowrank_jax.program.kernel import Kernel, dense
+from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
-from lowrank_jax.program.reading import Reading
+from lowrank_jax.program.reading import READERS, Reading
 
 FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
 Slice = tuple[int, ...]  # index of a kernel in its stack; () where there is no stack
@@ -47,7 +47,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measure(Rule):
-    """Adds up the moments of the convolutions that read some kernels.
+    """Adds up the moments of the convolutions and products that read some kernels.
 
     Attributes:
         paths: of the kernels.
@@ -58,18 +58,17 @@ class Measure(Rule):
     turn: Any = 0
 
     def apply(self, eqn: Any, values: list) -> Found | None:
-        if eqn.primitive.name != "conv_general_dilated":
+        if eqn.primitive.name not in READERS:
             return None
-        reading = Reading.of(eqn, [v.source if isinstance(v, Kernel) else None for v in values])
-        if reading.reason or reading.source is None or isinstance(values[0], Kernel):
+        reading = Reading.of(eqn, sources_of(values))
+        x, source = values[1 - reading.operand], reading.source
+        if reading.reason or source is None or source.path not in self.paths:
             return None
-        source = reading.source
-        if source.path not in self.paths:
+        if isinstance(x, Kernel):
             return None
-        outputs = bind(eqn, [values[0], dense(values[1])])
+        outputs = bind(eqn, [dense(value) for value in values])
         key = Key(source.path, source.gone, reading.layout.stack)
-        sums = patch_sums(Geometry.of(reading), values[0], outputs[0], self.turn)
-        return outputs, {key: sums}
+        return outputs, {key: patch_sums(geometry_of(reading), x, outputs[0], self.turn)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,7 +150,7 @@ def calibrate(
     paths: Collection[str] | None = None,
     **kwargs: Any,
 ) -> Calibration:
-    """Gathers the second moments of what every convolution reads and gives.
+    """Gathers the second moments of what every convolution and product reads and gives.
 
     The moments are additional outputs of the network's own program, inside loops and calls too. One
     batch is held at a time.

@@ -36,8 +36,8 @@ def channel_importance(network: Network, inputs: tuple) -> dict[str, np.ndarray]
     chains: dict[str, list[Step]] = {}
     for found in Survey.of(jaxpr, traced.sources).found:
         reading = found.reading
-        if reading.is_convolution and not reading.reason and reading.source is not None:
-            axis = reading.eqn.params["dimension_numbers"].out_spec[1]
+        axis = reading.channel_axis
+        if axis is not None and not reading.reason and reading.source is not None:
             steps = channels.after(reading.eqn.outvars[0], axis)
             scales = [step for step in steps if step.name in SCALES]
             if scales and not reading.layout.stack:

@@ -1,4 +1,4 @@
-"""Second moments of what a convolution reads, summed on the device: patches x and outputs y."""
+"""What a convolution reads and gives, as rows: patches of its inputs, and outputs."""
 
 import dataclasses
 import math
@@ -10,11 +10,9 @@ import jax.numpy as jnp
 
 from lowrank_jax.program.reading import Reading
 
-POSITIONS = 16  # of each image; neighbours tell nearly the same, and the cost is proportional
 SAMPLES = 2048  # of a batch, at least, where its images have so many
 SPREAD = 0.618  # of the starts of a grid lie between two images: all are met, in any number evenly
 
-Sums = dict[str, jax.Array]
 Ints = tuple[int, ...]
 
 
@@ -74,31 +72,21 @@ class Geometry:
         """Groups of channels that are read apart."""
         return 1 if self.shared else self.stack * self.groups
 
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The axis of the batch of the inputs, and that of the channels of the outputs."""
+        return self.inputs[0], self.outputs[-1]
 
-def patch_sums(
-    geometry: Geometry,
-    x: jax.Array,
-    y: jax.Array,
-    turn: jax.Array | int,
-    positions: int = POSITIONS,
-) -> Sums:
-    """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
-
-    Args:
-        geometry: of the convolution.
-        x: inputs, as the convolution reads them.
-        y: outputs that it is to give, as it gives them.
-        turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
-        positions: about how many positions of each image are taken.
-
-    Returns:
-        count (S,), x (S, g, p), y (S, g, m), xx (S, g, p, p), xy (S, g, p, m), yy (S, g, m) in
-        float32 or wider: S kernels that run at once, g groups, p entries of a patch in the stored
-        order of the kernel's axes without the outputs, m outputs of a group.
-    """
-    inputs, outputs = _padded(geometry, x), y.transpose(geometry.outputs)
-    grids = _grids(outputs.shape, turn, positions)
-    return _products(geometry, _patches(geometry, inputs, grids), _taken(outputs, grids))
+    def rows(
+        self, x: jax.Array, y: jax.Array, turn: jax.Array | int, positions: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Patches and outputs at a few positions of each image, as `patch_sums` wants them."""
+        inputs, outputs = _padded(self, x), y.transpose(self.outputs)
+        grids = _grids(outputs.shape, turn, positions)
+        patches, taken = _patches(self, inputs, grids), _taken(outputs, grids)
+        own = taken.reshape(len(patches), self.stack, self.groups, -1)
+        own = jnp.flip(own, 3) if len(self.sizes) + 1 in self.flips else own
+        return patches.reshape(len(patches), 1 if self.shared else self.stack, self.groups, -1), own
 
 
 def _grids(shape: Ints, turn: jax.Array | int, positions: int) -> list[jax.Array]:
@@ -168,31 +156,3 @@ def _in_stored_order(geometry: Geometry, patches: jax.Array) -> jax.Array:
     backward = [2 + axis for axis in geometry.flips if axis <= len(geometry.sizes)]
     moved = jnp.flip(patches, backward).transpose(0, 1, *(2 + axis for axis in geometry.stored))
     return moved.reshape(*patches.shape[:2], -1)
-
-
-def _products(geometry: Geometry, x: jax.Array, outputs: jax.Array) -> Sums:
-    """The sums over all rows."""
-    rows, stack, groups = len(x), geometry.stack, geometry.groups
-    y = outputs.astype(x.dtype).reshape(rows, stack, groups, -1)
-    y = jnp.flip(y, 3) if len(geometry.sizes) + 1 in geometry.flips else y
-    # Without a barrier XLA compiles the gathering into each of the five sums.
-    x, y = jax.lax.optimization_barrier((x, y))
-    x = x.reshape(rows, 1 if geometry.shared else stack, groups, -1)
-    every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
-    xx = _summed_products(x, x)
-    return {
-        "count": jnp.full(stack, rows, x.dtype),
-        "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
-        "y": y.sum(0),
-        "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
-        "xy": _summed_products(every, y),
-        "yy": (y * y).sum(0),
-    }
-
-
-def _summed_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums (S, g, p, m) of the products of the rows of (rows, S, g, p) and (rows, S, g, m)."""
-    if x.shape[1:3] == (1, 1):  # a plain product runs twice as fast on the CPU as a batch of one
-        flat = jnp.matmul(x[:, 0, 0].T, y[:, 0, 0], precision=jax.lax.Precision.HIGHEST)
-        return flat[None, None]
-    return jnp.einsum("rsgp,rsgm->sgpm", x, y, precision=jax.lax.Precision.HIGHEST)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.provenance import Source
 
@@ -24,7 +24,7 @@ class Factors:
         stored: path to the dense kernel, or stack of kernels.
     """
 
-    def __init__(self, network: Network, schemes: Mapping[str, Separable]) -> None:
+    def __init__(self, network: Network, schemes: Mapping[str, Scheme]) -> None:
         self.schemes = schemes
         leaves = network.named()
         self.stored = {path: np.asarray(leaves[path]) for path in schemes}

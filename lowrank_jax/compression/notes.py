@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.collecting import FOLDS
-from lowrank_jax.calibration.patches import Geometry, patch_sums
+from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import Live, Note
 from lowrank_jax.factorization.moments import Moments
@@ -22,8 +22,8 @@ from lowrank_jax.program.reading import Reading
 def fit_note(outline: Outline, place: int) -> Note:
     """What a fit needs of a batch: moments, and sums for the means."""
     reading = outline.readings[place]
-    x_number, y_number = outline.reads(reading.eqn)[0], outline.gives(reading.eqn)[0]
-    geometry = Geometry.of(reading)
+    x_number = outline.number(reading.eqn.invars[1 - reading.operand])
+    y_number, geometry = outline.gives(reading.eqn)[0], geometry_of(reading)
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
@@ -32,24 +32,27 @@ def fit_note(outline: Outline, place: int) -> Note:
     return note
 
 
-def _fit_sums(geometry: Geometry, x: jax.Array, y: jax.Array, turn: int) -> dict[str, Any]:
+def _fit_sums(geometry: AnyGeometry, x: jax.Array, y: jax.Array, turn: int) -> dict[str, Any]:
     """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
     return _compiled(geometry)(x, y, turn)
 
 
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
-def _compiled(geometry: Geometry) -> Callable:
+def _compiled(geometry: AnyGeometry) -> Callable:
     def sums(x: jax.Array, y: jax.Array, turn: jax.Array) -> dict[str, Any]:
         return {"sums": patch_sums(geometry, x, y, turn), **_mean_sums(geometry, x, y)}
 
     return jax.jit(sums, compiler_options=default_options())
 
 
-def _mean_sums(geometry: Geometry, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    batch, channels = geometry.inputs[0], geometry.outputs[-1]
+def _mean_sums(geometry: AnyGeometry, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    batch, channels = geometry.axes
+    if channels is None:  # the means of several axes of outputs are not matched
+        return {}
+    total = wide(x).sum(batch, keepdims=True)
     return {
-        "inputs": wide(x).sum(batch, keepdims=True),
-        "images": jnp.float32(x.shape[batch]),
+        "inputs": total,
+        "images": jnp.float32(x.size // total.size),
         "outputs": wide(y).sum(_others(y, channels)),
         "positions": jnp.float32(y.size // y.shape[channels]),
     }
@@ -101,13 +104,14 @@ def drifted_mean(found: Sequence[tuple]) -> np.ndarray:
 def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> np.ndarray:
     """What the means of a layer's outputs lack beside those of the dense layer.
 
-    A convolution is linear: the mean of its outputs is the output of the mean of its inputs.
+    A layer is linear: the mean of its outputs is the output of the mean of its inputs.
     """
     totals = {name: _total(found, name) for name in ("inputs", "images", "outputs", "positions")}
     x = jnp.asarray(totals["inputs"] / totals["images"], jnp.float32)
     outputs = run_factored(reading, x, jax.tree.map(lambda a: a.astype(jnp.float32), kernel))
     assert outputs is not None
-    axis = reading.eqn.params["dimension_numbers"].out_spec[1]
+    axis = reading.channel_axis
+    assert axis is not None
     mean = np.asarray(outputs, np.float64).mean(_others(outputs, axis))
     return totals["outputs"] / totals["positions"] - mean
 

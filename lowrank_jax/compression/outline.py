@@ -164,7 +164,7 @@ def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
     """The equations at which a kernel of a table is read, and its path."""
     found = {}
     for place, reading in sorted(outline.readings.items()):
-        known = reading.source is not None and not reading.reason
-        if known and reading.is_convolution and reading.source.path in schemes:  # type: ignore[union-attr]
-            found[place] = reading.source.path  # type: ignore[union-attr]
+        source = reading.source
+        if source is not None and not reading.reason and source.path in schemes:
+            found[place] = source.path
     return found

@@ -32,7 +32,7 @@ from lowrank_jax.compression.outline import (
 )
 from lowrank_jax.compression.segments import Segments, Values
 from lowrank_jax.factorization.fitting import Fit, fit_layer
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.transform import prepare
 from lowrank_jax.tree.decomposing import replaced
@@ -51,7 +51,7 @@ class Job:
 
     network: Network
     inputs: Inputs
-    schemes: Mapping[str, Separable]
+    schemes: Mapping[str, Scheme]
     importance: Mapping[str, np.ndarray]
 
 
@@ -111,8 +111,8 @@ class Reconstruction:
         """Fits the kernels that an equation reads, unless they are, and matches the means."""
         reading = self.outline.readings[place]
         wanted = set(slices(reading)) - set(self.fits.get(path, {}))
-        axis = reading.eqn.params["dimension_numbers"].out_spec[1]
-        shift = shift_after(self.outline, place, axis) if self.match_means else None
+        axis = reading.channel_axis if self.match_means else None
+        shift = None if axis is None else shift_after(self.outline, place, axis)
         if not wanted and shift is None:
             return
         found = self.segments.advance(place, self._small(), fit_note(self.outline, place))

@@ -26,7 +26,7 @@ from lowrank_jax.factorization.cross_validation import (
 )
 from lowrank_jax.factorization.groups import Groups, mean_variance
 from lowrank_jax.factorization.moments import Moments
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 
 Array = np.ndarray
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
@@ -65,7 +65,7 @@ class Fit:
 def fit_layer(
     kernel: Array,
     folds: Sequence[Moments],
-    scheme: Separable,
+    scheme: Scheme,
     scale: Float[Array, "n"] | None = None,
     sweeps: int = 1,
 ) -> Fit:
@@ -107,7 +107,7 @@ def _fitted(layer: Groups, folds: Sequence[Moments], sweeps: int) -> Fit:
 def whitened_spectrum(
     kernel: Array,
     moments: Moments,
-    scheme: Separable,
+    scheme: Scheme,
     scale: Float[Array, "n"] | None = None,
 ) -> Float[Array, "g k"]:
     """Singular values of the whitened matrix of each group: the errors of the outputs.

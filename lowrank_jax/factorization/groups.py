@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.factorization import whitening
-from lowrank_jax.factorization.layout import from_pair, split_axes
+from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, split_axes
 from lowrank_jax.factorization.moments import Moments
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.whitening import TINY, Pair, Target
 
 Array = np.ndarray
@@ -24,14 +24,17 @@ class Groups:
         weights: importance of the outputs (n,) of each group.
     """
 
-    def __init__(self, kernel: Array, scheme: Separable, scale: Float[Array, "n"] | None) -> None:
+    def __init__(self, kernel: Array, scheme: Scheme, scale: Float[Array, "n"] | None) -> None:
         self.scheme, self.sizes = scheme, dict(zip(scheme.axes, kernel.shape, strict=True))
         self.one, self.two = split_axes(scheme.axes, scheme.first)
-        self.order = self.two + self.one + "I"
+        self.stored = "".join(letter for letter in scheme.axes if letter not in OUTPUTS)
+        self.order = self.two + self.one + only(scheme.axes, INPUTS)
+        outputs = only(scheme.axes, OUTPUTS)
         self.taps = math.prod(self.sizes[letter] for letter in self.two)
-        self.weights = _importance(scale, self.sizes["O"]).reshape(scheme.groups, -1)
-        moved = kernel.transpose([scheme.axes.index(letter) for letter in self.order + "O"])
-        split = moved.reshape(self.taps, -1, *self.weights.shape)
+        width = math.prod(self.sizes[letter] for letter in outputs)
+        self.weights = _importance(scale, width).reshape(scheme.groups, -1)
+        parts = merged(kernel, scheme.axes, [self.order, outputs])
+        split = parts.reshape(self.taps, -1, *self.weights.shape)
         self.own = split.transpose(2, 0, 1, 3)
 
     def plain(self) -> list[Pair]:
@@ -50,36 +53,44 @@ class Groups:
     def targets(self, moments: Moments) -> list[Target]:
         """What each group is to be fitted to."""
         found = []
-        covariances, crosses, variances = moments.covariance, moments.cross, moments.variance
-        for group, cross in enumerate(crosses):
-            covariance = self._arranged(self._arranged(covariances[group]).T)
-            found.append(Target(covariance, self._arranged(cross), variances[group], self.taps))
+        for covariance, cross, variance in zip(
+            self._of_groups(moments.covariance),
+            self._of_groups(moments.cross, outputs=True),
+            self._of_groups(moments.variance, outputs=True),
+            strict=True,
+        ):
+            arranged = self._arranged(self._arranged(covariance).T)
+            found.append(Target(arranged, self._arranged(cross), variance, self.taps))
         return found
+
+    def _of_groups(self, rows: Float[Array, "g ..."], outputs: bool = False) -> list[Array]:
+        """The part of each group; those of a matrix read the same inputs."""
+        if len(rows) == self.scheme.groups:
+            return list(rows)
+        shared = self.scheme.groups
+        return np.split(rows[0], shared, axis=-1) if outputs else [rows[0]] * shared
 
     def gaps(self, fold: Moments, rest: Moments) -> list[Gap]:
         """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
         dx, dy = fold.mean_x - rest.mean_x, fold.mean_y - rest.mean_y
-        rows = [self._arranged(part[:, None]).reshape(self.taps, -1) for part in dx]
-        return list(zip(rows, dy, strict=True))
+        rows = [
+            self._arranged(part[:, None]).reshape(self.taps, -1) for part in self._of_groups(dx)
+        ]
+        return list(zip(rows, self._of_groups(dy, outputs=True), strict=True))
 
     def _arranged(self, flat: Float[Array, "p m"]) -> Float[Array, "p m"]:
         """Brings patches from the stored order to taps of the second, of the first, channels."""
-        stored = [letter for letter in self.scheme.axes if letter != "O"]
-        spread = flat.reshape(*(self.sizes[letter] for letter in stored), -1)
-        moved = spread.transpose(*(stored.index(letter) for letter in self.order), len(stored))
+        spread = flat.reshape(*(self.sizes[letter] for letter in self.stored), -1)
+        moved = spread.transpose(*(self.stored.index(x) for x in self.order), len(self.stored))
         return moved.reshape(flat.shape)
 
     def kernels(self, pairs: list) -> tuple[Array, Array]:
         """The two kernels of the factors of all groups."""
         pairs = [whitening.balance(*pair) for pair in pairs]
-        channels = self.sizes["I"]
+        channels = math.prod(self.sizes[letter] for letter in only(self.scheme.axes, INPUTS))
         first = np.concatenate([v.reshape(-1, 1, channels, v.shape[-1]) for v, _ in pairs], -1)
         second = np.concatenate([h[None] for _, h in pairs], -1)
-        return self._placed(first, self.one), self._placed(second, self.two)
-
-    def _placed(self, factor: Float[Array, "a b c n"], own: str) -> Array:
-        sizes = {letter: self.sizes[letter] for letter in own}
-        return from_pair(factor, self.scheme.axes, self.scheme.first, sizes)
+        return self.scheme.placed(first, 0, self.sizes), self.scheme.placed(second, 1, self.sizes)
 
 
 def mean_variance(target: Target) -> float:

@@ -193,19 +193,19 @@ def split_options(
 
     Args:
         size: of the kernel along each spatial axis.
-        first: which factor comes first, as in `split_axes`.
+        first: name of the form, as in `split_axes`.
         options: "padding" with (before, after) for each spatial axis, others with one int each.
 
     Returns:
         The options of each factor; an axis that it leaves alone has 1, or no padding.
 
     Example:
+        >>> import lowrank_jax
         >>> split_options((3, 3), "vertical", {"strides": (2, 1)})
         ({'strides': (2, 1)}, {'strides': (1, 1)})
     """
-    vertical = [axis == 0 for axis in range(len(size))]
-    horizontal = [not own for own in vertical]
-    masks = (vertical, horizontal) if first == "vertical" else (horizontal, vertical)
+    spatial = AXES[len(size)][:-2]
+    masks = [[x in part for x in spatial] for part in form_of(first).split(spatial)]
     one, two = ({name: _own(name, mask, x) for name, x in options.items()} for mask in masks)
     return one, two
 

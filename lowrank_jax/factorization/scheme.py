@@ -113,17 +113,24 @@ class Scheme:
             right: array of shape (..., groups, rank, b * n / groups).
             shape: of the dense kernel.
         """
-        sizes, whole = self._sizes(shape), to_pair(np.empty(shape[-len(self.axes) :]), *self._form)
-        a, b, c, n = whole.shape
+        sizes = self._sizes(shape)
+        a, b, c, n = to_pair(np.empty(tuple(sizes.values())), *self._form).shape
         first = from_matrix(left, (a, 1, c, self.groups * self.rank))
         second = from_matrix(right, (1, b, self.rank, n))
-        return self._placed(first, 0, sizes), self._placed(second, 1, sizes)
+        return self.placed(first, 0, sizes), self.placed(second, 1, sizes)
 
     @property
     def _form(self) -> tuple[str, str]:
         return self.axes, self.first
 
-    def _placed(self, factor: Array, index: int, sizes: Mapping[str, int]) -> Array:
+    def placed(self, factor: Array, index: int, sizes: Mapping[str, int]) -> Array:
+        """A factor (..., taps of the first, taps of the second, in, out) in the kernel's layout.
+
+        Args:
+            factor: either factor.
+            index: its number.
+            sizes: of the kernel, by letter.
+        """
         own = {letter: sizes[letter] for letter in own_letters(*self._form, index)}
         return from_pair(factor, *self._form, own)
 

@@ -9,7 +9,7 @@ import jax
 from flax import nnx, traverse_util
 
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, read_factors
-from lowrank_jax.factorization.separable import merge
+from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.program.transform import lowrank
 
 

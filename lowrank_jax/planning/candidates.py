@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax.factorization.separable import Separable, max_rank
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.budget import Budget, check_budget, check_measure, number
 from lowrank_jax.planning.costs import Candidate, at_ranks
 from lowrank_jax.planning.plans import Choice, Plan, Rest
@@ -76,7 +77,7 @@ class Candidates:
             f"as they are. Raise the budget.{hint}"
         )
 
-    def at(self, path: str, scheme: Separable) -> Candidate:
+    def at(self, path: str, scheme: Scheme) -> Candidate:
         """The candidate of any scheme that a layer allows, be it cheaper than dense or not.
 
         Raises:
@@ -85,11 +86,10 @@ class Candidates:
         use = known_use(self.trace, path)
         if path not in self.layers or scheme.first not in self.spectra.values[path]:
             raise ValueError(
-                f"{path}: there is no spectrum of it with the {scheme.first} convolution first; "
-                "add one."
+                f"{path}: there is no spectrum of its form {scheme.first!r}; add one."
             )
-        if (scheme.groups, scheme.axes) != (use.groups, use.axes):
-            fitting = use.scheme(scheme.rank, scheme.first)
+        fitting = use.scheme(scheme.rank, scheme.first)
+        if scheme != fitting:
             raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")
         rank = scheme.check(use.kernel_shape, path)
         return at_ranks(self.trace.at(path), self.spectra, scheme.first, [rank])[0]
@@ -107,7 +107,7 @@ class Candidates:
 
 
 def candidates(trace: Trace, spectra: Spectra, multiple: int = 1) -> Candidates:
-    """Lists dense and every useful rank in both orders, for each layer that has a spectrum.
+    """Lists dense and every useful rank in each form, for each layer that has a spectrum.
 
     A rank is useful if it is cheaper than dense by any measure. A layer that runs at more than one
     place or size costs the sum; the kernels of a stack and the groups of a kernel have one rank.
@@ -177,7 +177,7 @@ def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Ca
     kernel, calls = known_use(trace, path), trace.at(path)
     macs, moved = sum(call.macs for call in calls), sum(call.bytes for call in calls)
     dense = Candidate(scheme=None, parameters=kernel.parameters, macs=macs, bytes=moved)
-    found: dict[tuple, Candidate] = {}  # one of two orders that cost and lose the same is enough
+    found: dict[tuple, Candidate] = {}  # one of two forms that cost and lose the same is enough
     for first, values in spectra.values[path].items():
         limit = _check_size(kernel, first, values)
         for low in at_ranks(calls, spectra, first, range(multiple, limit + 1, multiple)):
@@ -188,13 +188,14 @@ def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Ca
 
 def _check_size(kernel: KernelUse, first: str, values: np.ndarray) -> int:
     """The largest rank of a kernel, or an error if its spectrum has another size."""
-    limit = max_rank(kernel.kernel_shape, kernel.groups, kernel.axes, first)
+    groups = kernel.scheme(1, first).groups
+    limit = max_rank(kernel.kernel_shape, groups, kernel.axes, first)
     if values.shape[-1] == limit:
         return limit
     raise ValueError(
         f"{kernel.path}: a spectrum of {values.shape[-1]} values does not fit the kernel "
-        f"{kernel.kernel_shape} with the {first} convolution first, which has {limit}; compute the "
-        "spectra from this network."
+        f"{kernel.kernel_shape} in the form {first!r}, which has {limit}; compute the spectra from "
+        "this network."
     )
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lowrank_jax.factorization.layout import split_axes
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.budget import check_measure
 from lowrank_jax.planning.spectra import Spectra
 from lowrank_jax.program.kernel_use import KernelUse
@@ -31,7 +30,7 @@ class Candidate:
         90
     """
 
-    scheme: Separable | None
+    scheme: Scheme | None
     parameters: int
     macs: int
     bytes: int
@@ -52,7 +51,7 @@ def at_ranks(
     Args:
         calls: all calls of the layer in the program.
         spectra: that hold the layer, with this order of the factors.
-        first: "vertical" or "horizontal".
+        first: name of the form.
         ranks: from 1 to that of the kernel.
     """
     kernel, path = calls[0], calls[0].path
@@ -73,16 +72,12 @@ def at_ranks(
     ]
 
 
-def _bytes(call: KernelUse, unit: Separable) -> tuple[float, float]:
+def _bytes(call: KernelUse, unit: Scheme) -> tuple[float, float]:
     """Bytes that move at any rank, and those that each rank adds.
 
     A rank adds its parameters, and the array between the factors, which is written and read.
     """
-    spatial = [letter for letter in unit.axes if letter not in "IO"]
-    along = split_axes(unit.axes, unit.first)[0]
-    extent = zip(spatial, call.inputs[1:-1], call.outputs[1:-1], strict=True)
-    sizes = [after if letter in along else before for letter, before, after in extent]
-    between = call.inputs[0] * math.prod(sizes) * call.groups
+    between = call.between(unit) * unit.groups
     kernel = math.prod(call.kernel_shape[-len(unit.axes) :])
     entries = math.prod(call.inputs) + kernel + math.prod(call.outputs)
     entry = call.bytes / entries  # of all the calls; the mean if the types of the arrays differ

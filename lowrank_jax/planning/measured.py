@@ -6,11 +6,11 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.candidates import Candidate, Candidates
 from lowrank_jax.planning.spectra import known_use
 
-Times = Mapping[str, Mapping[Separable | None, float]]
+Times = Mapping[str, Mapping[Scheme | None, float]]
 Divergences = Mapping[str, Mapping[tuple[str, int], float]]
 
 
@@ -42,14 +42,14 @@ def timed(candidates: Candidates, times: Times) -> Candidates:
         >>> [(each.scheme and each.scheme.rank, each.latency) for each in table.layers["layers_0"]]
         [(None, 1.0), (2, 0.5)]
     """
-    _check(candidates, times, "times", lambda key: key is None or isinstance(key, Separable))
+    _check(candidates, times, "times", lambda key: key is None or isinstance(key, Scheme))
     for path, row in times.items():
         if None not in row or min(row.values()) <= 0:
             raise ValueError(
                 f"times: {path}: give times above 0, with that of the dense layer under None."
             )
 
-    def latency(path: str, scheme: Separable | None) -> float:
+    def latency(path: str, scheme: Scheme | None) -> float:
         return times[path].get(scheme, math.inf) if path in times else 0.0
 
     def faster(path: str, layer: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
@@ -83,7 +83,7 @@ def listed(candidates: Candidates, divergences: Divergences) -> Candidates:
     return dataclasses.replace(candidates, layers=layers)
 
 
-def order_and_rank(scheme: Separable) -> tuple[str, int]:
+def order_and_rank(scheme: Scheme) -> tuple[str, int]:
     """The key of a scheme in a table of divergences.
 
     Example:

@@ -2,18 +2,17 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.calibration.inputs import shapes_of
-from lowrank_jax.factorization.factors import FACTORS
 from lowrank_jax.factorization.fitting import whitened_spectrum
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.parallel import side_by_side
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.measured import timed
@@ -109,7 +108,7 @@ def one_budget(**given: int | float | None) -> Budget:
 
 def _latencies(
     found: Calibration, batch: int, timer: "Timer | None", paths: list[str], multiple: int
-) -> dict[str, dict[Separable | None, float]]:
+) -> dict[str, dict[Scheme | None, float]]:
     from lowrank_jax.tuning.latency import layer_seconds  # loads with this budget alone
     from lowrank_jax.tuning.timer import Timer
 
@@ -128,7 +127,7 @@ def calibrated_spectra(found: Calibration) -> Spectra:
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((4, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
         >>> calibrated_spectra(calibrate(model.apply, variables, images)).values["layers_0"].keys()
-        dict_keys(['vertical', 'horizontal'])
+        dict_keys(['vertical', 'horizontal', 'spatial', 'pointwise'])
     """
     if found not in _KNOWN:
         _KNOWN[found] = _spectra(found)
@@ -150,27 +149,19 @@ def _spectra(found: Calibration) -> Spectra:
     for (_, path, first), own in zip(jobs, results, strict=True):
         rows.setdefault(path, {}).setdefault(first, []).append(own)
     for path, orders in rows.items():
-        stacked = {first: np.concatenate(parts) for first, parts in orders.items()}
-        values[path] = {first: stacked.get(first, stacked["vertical"]) for first in FACTORS}
+        values[path] = {first: np.concatenate(parts) for first, parts in orders.items()}
     return Spectra(values)
 
 
 def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Moments]]:
-    """Path, order, kernel and moments of every kernel of every stack."""
+    """Path, form, kernel and moments of every kernel of every stack."""
     leaves = found.network.named()
     for path, slices in found.moments.items():
         use = found.trace.at(path)[0]
         for index, folds in slices.items():
             kernel = np.asarray(leaves[path][index], np.float64)
-            for first in _orders(use):
+            for first in use.forms:
                 yield path, first, kernel, _sum(folds)
-
-
-def _orders(use: KernelUse) -> Iterable[str]:
-    """A pointwise kernel has the same matrix in both orders."""
-    sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
-    taps = [size for letter, size in sizes.items() if letter not in "IO"]
-    return ("vertical",) if max(taps) == 1 else FACTORS
 
 
 def _sum(folds: tuple[Moments, ...]) -> Moments:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import split_axes
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.planning.budget import Budget, check_measure, number
 from lowrank_jax.program.kernel_use import table
@@ -34,7 +35,7 @@ class Choice:
     """
 
     path: str
-    scheme: Separable | None
+    scheme: Scheme | None
     parameters: Pair
     macs: Pair
     bytes: Pair
@@ -90,7 +91,7 @@ class Plan:
         return iter(self.choices)
 
     @property
-    def ranks(self) -> dict[str, Separable]:
+    def ranks(self) -> dict[str, Scheme]:
         """The table for `lowrank_jax.decompose`: the layers that do not stay dense."""
         return {choice.path: choice.scheme for choice in self if choice.scheme}
 
@@ -197,11 +198,11 @@ def _choice(
     )
 
 
-def _scheme(rank: int, groups: int, axes: str, first: str) -> Separable:
+def _scheme(rank: int, groups: int, axes: str, first: str) -> Scheme:
     if any(type(value) is not int or value < 1 for value in (rank, groups)):
         raise ValueError(f"a scheme has the rank {rank!r} and the groups {groups!r}")
-    split_axes(axes, first)  # refuses what is no layout and no order
-    return Separable(rank, groups, axes, first)
+    split_axes(axes, first)  # refuses what is no layout and no form
+    return SCHEMES[first](rank, groups, axes, first)
 
 
 def _pair(costs: list) -> Pair:

@@ -106,7 +106,7 @@ def _bases(
 
 def _basis(kernel: np.ndarray, use: KernelUse, first: str) -> Basis:
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    matrix = to_matrix(to_pair(wide, use.axes, first), use.groups)
+    matrix = to_matrix(to_pair(wide, use.axes, first), use.scheme(1, first).groups)
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     return u, s, v
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lowrank_jax.factorization.forms import FORMS, form_of
 from lowrank_jax.factorization.layout import to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
-from lowrank_jax.factorization.separable import FACTORS
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.program.kernel_use import KernelUse, Trace
@@ -25,12 +25,11 @@ class Spectra:
     """Singular values of the layers, plain or whitened.
 
     Attributes:
-        values: path, then the order of the factors ("vertical" or "horizontal" first), then the
-            values: float64 of shape (matrices, max_rank), largest first, one row for each group of
+        values: path, then the form of the factors, such as "vertical", then the values: float64 of shape (matrices, max_rank), largest first, one row for each group of
             each kernel of a stack. Arrays of more or fewer axes are brought to this shape.
 
     Raises:
-        ValueError: an order is unknown, or values are not finite, negative or not sorted.
+        ValueError: a form is unknown, or values are not finite, negative or not sorted.
 
     Example:
         >>> spectra = Spectra({"Conv_0": {"vertical": np.array([2.0, 1.0, 1.0])}})
@@ -102,9 +101,9 @@ def spectra(
     trace: Trace,
     paths: Iterable[str] | None = None,
     *,
-    orders: Iterable[str] = tuple(FACTORS),
+    forms: Iterable[str] | None = None,
 ) -> Spectra:
-    """Computes the singular values of the layers of a network, in both orders of the factors.
+    """Computes the singular values of the layers of a network, in each form of the factors.
 
     The layers are done side by side on the host; nothing is compiled.
 
@@ -112,7 +111,7 @@ def spectra(
         tree: pytree of arrays, as for `decompose`: parameters, or all variables of a model.
         trace: `lowrank_jax.trace` of the forward pass.
         paths: the layers; without them all that the trace proves safe.
-        orders: which convolution may come first, of "vertical" and "horizontal".
+        forms: names of the forms wanted, such as "vertical"; without them all that a layer allows.
 
     Raises:
         ValueError: a path is unknown or cannot be decomposed safely, or a kernel is no array, holds
@@ -126,21 +125,34 @@ def spectra(
         >>> variables = model.init(jax.random.key(0), images)
         >>> found = spectra(variables, trace(model.apply, variables, images))
         >>> {first: values.shape for first, values in found.values["layers_0"].items()}
-        {'vertical': (1, 12), 'horizontal': (1, 12)}
+        {'vertical': (1, 12), 'horizontal': (1, 12), 'spatial': (1, 8), 'pointwise': (1, 4)}
     """
-    leaves, orders = named_leaves(tree), tuple(orders)
+    leaves = named_leaves(tree)
+    wanted = None if forms is None else tuple(map(_known_form, forms))
     jobs, sizes = {}, []
     for path in trace.safe_paths() if paths is None else paths:
         use = known_use(trace, path)
         kernel = check_kernel(path, find_leaf(path, leaves))
-        for shared in [orders] if _pointwise(use) else [(first,) for first in orders]:
-            jobs[path, shared] = partial(singular_values, np.asarray(kernel), use, shared[0])
+        for first in forms_of(use, wanted):
+            jobs[path, first] = partial(singular_values, np.asarray(kernel), use, first)
             sizes.append(kernel.size)
     results = side_by_side(list(jobs.values()), sizes, lambda _, found: found)
     values: dict[str, dict[str, np.ndarray]] = {}
-    for (path, shared), found in zip(jobs, results, strict=True):
-        values.setdefault(path, {}).update(dict.fromkeys(shared, found))
+    for (path, first), found in zip(jobs, results, strict=True):
+        values.setdefault(path, {})[first] = found
     return Spectra(values)
+
+
+def forms_of(use: KernelUse, wanted: Iterable[str] | None = None) -> list[str]:
+    """The forms of a layer that are wanted; the usual one where it allows none of them."""
+    if wanted is None:
+        return list(use.forms)
+    return [first for first in use.forms if first in wanted] or [use.forms[0]]
+
+
+def _known_form(first: str) -> str:
+    form_of(first)
+    return first
 
 
 def singular_values(kernel: np.ndarray, use: KernelUse, first: str) -> np.ndarray:
@@ -152,12 +164,13 @@ def singular_values(kernel: np.ndarray, use: KernelUse, first: str) -> np.ndarra
     Args:
         kernel: in the layout of its use; axes before that are a stack.
         use: of the kernel in the program, for its layout and groups.
-        first: "vertical" or "horizontal".
+        first: name of the form.
 
     Returns:
         Array of shape (..., groups, max_rank).
     """
-    matrix = to_matrix(to_pair(kernel.astype(np.float64), use.axes, first), use.groups)
+    groups = use.scheme(1, first).groups
+    matrix = to_matrix(to_pair(kernel.astype(np.float64), use.axes, first), groups)
     turned = np.swapaxes(matrix, -1, -2)
     gram = matrix @ turned if matrix.shape[-2] <= matrix.shape[-1] else turned @ matrix
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[..., ::-1], 0.0))
@@ -172,18 +185,12 @@ def known_use(trace: Trace, path: str) -> KernelUse:
     return use
 
 
-def _pointwise(use: KernelUse) -> bool:
-    """Whether a kernel has one tap; its matrix is the same in both orders."""
-    sizes = dict(zip(reversed(use.axes), reversed(use.kernel_shape), strict=False))
-    return all(size == 1 for letter, size in sizes.items() if letter not in "IO")
-
-
 def _check(path: str, first: str, array: np.ndarray) -> np.ndarray:
     """The values in float64, of shape (matrices, max_rank), or an error that says what is wrong."""
-    where = f"{path}, {first} first"
-    if first not in FACTORS:
-        known = ", ".join(map(repr, FACTORS))
-        raise ValueError(f"{where}: the order {first!r} is not known; give one of {known}.")
+    where = f"{path}, {first}"
+    if first not in FORMS:
+        known = ", ".join(map(repr, FORMS))
+        raise ValueError(f"{where}: the form {first!r} is not known; give one of {known}.")
     values = np.asarray(array, np.float64)
     if not values.ndim or not values.size:
         raise ValueError(

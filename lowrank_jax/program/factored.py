@@ -133,7 +133,7 @@ def _two_products(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array:
         precision=precision,
         preferred_element_type=params["preferred_element_type"],
     )
-    return y.reshape(reading.eqn.outvars[0].aval.shape)
+    return y.reshape(names.shape(dict(zip(out, y.shape, strict=True))))
 
 
 def _size(names: "_Names", x: jax.Array, first: tuple, second: tuple) -> int:
@@ -151,7 +151,7 @@ class _Names:
     Attributes:
         x: of the axes of the other operand.
         kernel: of each axis of the kernel.
-        out: of the result: those of the batch, of the left operand, of the other.
+        out: of each axis of the result: those of the batch, of the left operand, of the other.
         between: of the channels between two factors.
         group: of the groups; "" if there is one.
         divided: the axis of the kernel that they divide.
@@ -159,7 +159,7 @@ class _Names:
 
     x: str
     kernel: list[str]
-    out: str
+    out: list[str]
     between: str
     group: str
     divided: int
@@ -184,14 +184,18 @@ class _Names:
         free = [[name for name in own if name not in gone] for own in (x, kernel)]
         left, right = free[::-1] if reading.operand == 0 else free
         out = [*(x[axis] for axis in batch[1]), *left, *right]
-        return cls("".join(x), kernel, "".join(out), between, group, divided)
+        return cls("".join(x), kernel, out, between, group, divided)
 
     def after(self, first: str, second: str, last: bool = False) -> str:
         """The axes after the product with the first factor, or after that with both."""
-        given = dict.fromkeys(self.x + first)
+        given, out = dict.fromkeys(self.x + first), "".join(self.out)
         if last:
-            return "".join(name for name in self.out if name in {*given, *second})
-        return "".join(name for name in given if name in self.out + second)
+            return "".join(name for name in out if name in {*given, *second})
+        return "".join(name for name in given if name in out + second)
+
+    def shape(self, sizes: dict[str, int]) -> list[int]:
+        """The shape of the result; an axis that no operand has is of size 1."""
+        return [math.prod(sizes.get(name, 1) for name in names) for names in self.out]
 
 
 def _divided(reading: Reading, kernel: Kernel) -> int:

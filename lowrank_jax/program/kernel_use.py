@@ -59,7 +59,9 @@ class KernelUse:
 
     @property
     def positions(self) -> int:
-        """Output positions of one use, over the whole batch."""
+        """Output positions of one use, over the whole batch; of a product its rows."""
+        if self.kind == "product" and self.axes:
+            return self.macs // math.prod(self.kernel_shape[-len(self.axes) :]) // self.uses
         return math.prod(self.outputs[:-1])
 
     @property
@@ -113,17 +115,14 @@ class KernelUse:
         with a stride the macs do not follow the parameters. Padding that the program adds as
         an operation of its own, such as circular padding, is counted as part of that input.
         """
-        entries = math.prod(self.kernel_shape[-len(scheme.axes) :])
-        if self.kind == "product":
-            return self.macs * scheme.parameters(self.kernel_shape) // entries
         one, two = scheme.parts(self.kernel_shape)
-        first = self.between(scheme) * one * self.groups
+        first = self.between(scheme) * one * scheme.groups
         return self.uses * scheme.rank * (first + self.positions * two)
 
     def between(self, scheme: Scheme) -> int:
         """Positions of one use between the two factors, over the whole batch."""
         if self.kind == "product":
-            return self.macs // math.prod(self.kernel_shape[-len(scheme.axes) :]) // self.uses
+            return self.positions
         along = split_axes(scheme.axes, scheme.first)[0]
         extent = zip(spatial_axes(scheme.axes), self.inputs[1:-1], self.outputs[1:-1], strict=True)
         sizes = [out if letter in along else own for letter, own, out in extent]

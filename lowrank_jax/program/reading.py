@@ -46,6 +46,18 @@ class Reading:
         return self.eqn.primitive.name == "conv_general_dilated"
 
     @property
+    def channel_axis(self) -> int | None:
+        """The axis of the channels in what the equation gives; None if there are several."""
+        if self.is_convolution:
+            return self.eqn.params["dimension_numbers"].out_spec[1]
+        free = [axis for axis, role in self.letters.items() if role == "O"]
+        if len(free) != 1:
+            return None
+        ndim = self.eqn.outvars[0].aval.ndim
+        batch = len(self.eqn.params["dimension_numbers"][1][0])
+        return ndim - 1 if self.operand else batch
+
+    @property
     def stack(self) -> int:
         """How many kernels of a stack run at once."""
         shape = self.source.shape if self.source else ()

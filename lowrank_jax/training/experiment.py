@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.data.datasets import Dataset, normalize
-from lowrank_jax.factorization.separable import spectrum
+from lowrank_jax.factorization.scheme import spectrum
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.models import NIN
 from lowrank_jax.program.kernel_use import Trace

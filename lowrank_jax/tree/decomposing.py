@@ -14,7 +14,7 @@ from lowrank_jax.factorization.factors import (
     is_factors,
     read_factors,
 )
-from lowrank_jax.factorization.separable import Separable, factor_all, merge
+from lowrank_jax.factorization.scheme import Scheme, factor_all, merge
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
@@ -58,7 +58,7 @@ def decompose(
     return factored(tree, find_schemes(tree, rules, axes, trace))
 
 
-def factored(tree: Any, schemes: Mapping[str, Separable]) -> Any:
+def factored(tree: Any, schemes: Mapping[str, Scheme]) -> Any:
     """A tree with the factors of the kernels at some paths, by checked schemes."""
     kernels = named_leaves(tree)
     given = [kernels[path] for path in schemes]
@@ -68,7 +68,7 @@ def factored(tree: Any, schemes: Mapping[str, Separable]) -> Any:
     )
 
 
-def replaced(tree: Any, new: Mapping[str, tuple[Separable, Sequence[jax.Array]]]) -> Any:
+def replaced(tree: Any, new: Mapping[str, tuple[Scheme, Sequence[jax.Array]]]) -> Any:
     """A tree with factors in place of the kernels at some paths."""
 
     def leaf(name: str, old: Any) -> Any:
@@ -115,8 +115,8 @@ def find_schemes(
     rules: Rules | None,
     axes: str = "HWIO",
     trace: Trace | None = None,
-    units: Mapping[str, Separable] | None = None,
-) -> dict[str, Separable]:
+    units: Mapping[str, Scheme] | None = None,
+) -> dict[str, Scheme]:
     """The scheme of every layer that a table names, checked against the kernels and the trace.
 
     Args:
@@ -135,16 +135,19 @@ def find_schemes(
     for path, rule in as_table(given).items():
         if path in leaves and rule is not None:
             check_kernel(path, leaves[path])
-    shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(leaf)}
+    shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(name, leaf)}
     schemes = resolve(given, shapes if trace is None else trace, axes=axes, units=units)
     for path in schemes:
         check_kernel(path, find_leaf(path, leaves))
     return schemes
 
 
-def _is_kernel(leaf: Any) -> bool:
-    """Whether a rule may mean a leaf; quantised kernels are kernels, which are refused by name."""
-    if getattr(leaf, "ndim", 0) < 3:
+def _is_kernel(name: str, leaf: Any) -> bool:
+    """Whether a rule may mean a leaf; quantised kernels are kernels, which are refused by name.
+
+    Flax's tables of embeddings are read row by row.
+    """
+    if getattr(leaf, "ndim", 0) < 2 or name.endswith("embedding"):
         return False
     return jnp.issubdtype(leaf.dtype, jnp.floating) or np.dtype(leaf.dtype).itemsize == 1
 
@@ -173,9 +176,9 @@ def check_kernel(path: str, kernel: Any) -> Any:
             "rank."
         )
     check_array(kernel, path)
-    if len(kernel.shape) < 3:
+    if len(kernel.shape) < 2:
         raise ValueError(
-            f"{path}: not the kernel of a convolution, which is (h, w, in, out); "
+            f"{path}: not the kernel of a layer, which is (in, out) or (h, w, in, out); "
             f"its shape is {kernel.shape}. Leave it out of the table."
         )
     check_floating(kernel.dtype, path)

@@ -7,12 +7,15 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
-from lowrank_jax.factorization.layout import fit_axes
-from lowrank_jax.factorization.separable import Separable, max_rank
+from lowrank_jax.factorization.layout import fit_axes, spatial_axes
+from lowrank_jax.factorization.matrix import Matrix
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tree.suggest import suggest
 
-Rule = int | float | Separable | None
+Rule = int | float | Scheme | None
 Measure = Literal["parameters", "macs"]
 
 
@@ -20,7 +23,7 @@ class Planned(Protocol):
     """What holds a table of ranks, as a `Plan` does."""
 
     @property
-    def ranks(self) -> Mapping[str, Separable]:
+    def ranks(self) -> Mapping[str, Scheme]:
         """Layer path to its scheme."""
 
 
@@ -60,8 +63,8 @@ def resolve(
     *,
     axes: str = "HWIO",
     measure: Measure = "parameters",
-    units: Mapping[str, Separable] | None = None,
-) -> dict[str, Separable]:
+    units: Mapping[str, Scheme] | None = None,
+) -> dict[str, Scheme]:
     """The scheme of every layer that a table of rules decomposes.
 
     A key is a layer's path, or a regular expression that the whole path must match
@@ -73,12 +76,12 @@ def resolve(
 
     - an int: the rank, which must fit every layer that the rule decides.
     - a float above 0 and up to 1: a share of the layer's cost, its parameters if no other measure
-      is named. The layer gets the largest rank, vertical part first, whose factors cost no more.
+      is named. The layer gets the largest rank of its usual scheme whose factors cost no more.
       A layer where no rank does stays dense.
-    - a `Separable`: the scheme.
+    - a `Separable`, `Channel` or `Matrix`: the scheme.
     - None: the layer stays dense.
 
-    A layer that cannot be decomposed, such as a matrix product, stays as it is.
+    A layer that cannot be decomposed stays as it is.
 
     Args:
         rules: pattern to rule, or a `Plan`.
@@ -108,7 +111,7 @@ def resolve(
         known = _traced(layers, measure)
     else:
         known = _stored(layers, axes, measure, units or {})
-    schemes: dict[str, Separable | None] = {}
+    schemes: dict[str, Scheme | None] = {}
     for key, value in table.items():
         schemes |= _apply(key, value, [known[path] for path in _decided(key, known, schemes)])
     return {path: scheme for path in known if (scheme := schemes.get(path))}
@@ -157,7 +160,7 @@ def _of_calls(path: str, calls: Sequence[KernelUse], measure: Measure) -> _Layer
 
 
 def _stored(
-    shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure, units: Mapping[str, Separable]
+    shapes: Mapping[str, Sequence[int]], axes: str, measure: Measure, units: Mapping[str, Scheme]
 ) -> dict[str, _Layer]:
     if measure != "parameters":
         raise ValueError(f"measure={measure!r} needs a trace; give one, or 'parameters'.")
@@ -166,11 +169,11 @@ def _stored(
     }
 
 
-def _of_shape(path: str, shape: tuple[int, ...], axes: str, unit: Separable | None) -> _Layer:
-    if len(shape) < 3 or 0 in shape:
-        return _Layer(path=path, shape=shape, reason=f"{shape} is no kernel of a convolution")
+def _of_shape(path: str, shape: tuple[int, ...], axes: str, unit: Scheme | None) -> _Layer:
+    if len(shape) < 2 or 0 in shape:
+        return _Layer(path=path, shape=shape, reason=f"{shape} is no kernel of a layer")
     groups = unit.groups if unit else 0
-    unit = unit or Separable(1, axes=fit_axes(axes, len(shape)))
+    unit = unit or _unit(fit_axes(axes, len(shape)))
     dense = math.prod(shape[-len(unit.axes) :])
     costs = {"dense": dense, "unit": unit.parameters(shape)}
     return _Layer(path=path, shape=shape, axes=unit.axes, groups=groups, **costs)  # type: ignore[arg-type]
@@ -203,7 +206,7 @@ def _matched(key: str, paths: Collection[str]) -> list[str]:
     return [path for path in paths if pattern.fullmatch(path)]
 
 
-def _apply(key: str, value: Rule, layers: Sequence[_Layer]) -> dict[str, Separable | None]:
+def _apply(key: str, value: Rule, layers: Sequence[_Layer]) -> dict[str, Scheme | None]:
     """The schemes that a rule gives to the layers that it decides."""
     found = {layer.path: _scheme(layer, value) for layer in layers}
     if value is None or any(found.values()):
@@ -217,17 +220,23 @@ def _apply(key: str, value: Rule, layers: Sequence[_Layer]) -> dict[str, Separab
     raise ValueError(f"{layer.path}: {why}. {advice}: {key!r}: {value!r}.")
 
 
-def _scheme(layer: _Layer, value: Rule) -> Separable | None:
+def _scheme(layer: _Layer, value: Rule) -> Scheme | None:
     """The scheme of a layer by a rule; None if the layer stays dense."""
     if value is None or layer.reason:
         return None
-    if isinstance(value, Separable):
+    if isinstance(value, Scheme):
         return _fitting(layer, value)
-    groups = layer.groups or 1
+    unit = _unit(layer.axes, layer.groups or 1)
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
-        rank = _largest(layer, float(value), max_rank(layer.shape, groups, layer.axes))
-        return Separable(rank, groups, layer.axes) if rank else None
-    return _fitting(layer, Separable(value, groups, layer.axes))  # type: ignore[arg-type]
+        limit = max_rank(layer.shape, unit.groups, layer.axes, unit.first)
+        rank = _largest(layer, float(value), limit)
+        return dataclasses.replace(unit, rank=rank) if rank else None
+    return _fitting(layer, dataclasses.replace(unit, rank=value))  # type: ignore[arg-type]
+
+
+def _unit(axes: str, groups: int = 1) -> Scheme:
+    """The usual scheme of a layout."""
+    return Separable(1, groups, axes) if spatial_axes(axes) else Matrix(1, groups, axes)
 
 
 def _largest(layer: _Layer, share: float, limit: int) -> int:
@@ -241,11 +250,10 @@ def _largest(layer: _Layer, share: float, limit: int) -> int:
     return min(limit, room // layer.unit)
 
 
-def _fitting(layer: _Layer, scheme: Separable) -> Separable:
+def _fitting(layer: _Layer, scheme: Scheme) -> Scheme:
     """The scheme with its rank as an int, or an error that says why the layer cannot have it."""
-    if layer.groups and (scheme.groups, scheme.axes) != (layer.groups, layer.axes):
-        raise ValueError(
-            f"{layer.path}: {scheme} does not fit the program; give groups={layer.groups} and "
-            f"axes={layer.axes!r}."
-        )
+    groups = 0 if isinstance(scheme, Matrix) else layer.groups  # a matrix may have any
+    if layer.groups and (scheme.axes != layer.axes or (groups and scheme.groups != groups)):
+        fitting = dataclasses.replace(_unit(layer.axes, layer.groups), rank=scheme.rank)
+        raise ValueError(f"{layer.path}: {scheme} does not fit the program; give {fitting}.")
     return dataclasses.replace(scheme, rank=scheme.check(layer.shape, layer.path))

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import AXES, split_options
-from lowrank_jax.factorization.separable import Separable, merge
+from lowrank_jax.factorization.scheme import Scheme, merge
 from lowrank_jax.program.kernel_use import KernelUse
 from lowrank_jax.tuning.slices import Pads
 from lowrank_jax.tuning.steps import STEPS
 
 # The algorithm of a layer, by name. The scheme is None where the layer is dense.
-Choose = Callable[["Layer", Separable | None], str]
+Choose = Callable[["Layer", Scheme | None], str]
 PLAIN, PLAIN_DENSE = "convolve+convolve", "convolve"
 MULTIPLE = 8  # of the rank, in the algorithm "padded"
 MERGED = {  # the rebuilt kernel, and the algorithm that it runs by
@@ -130,7 +131,7 @@ class Layer:
 
         Args:
             algorithm: its name.
-            first_axis: the axis of the first factor, "vertical" or "horizontal".
+            first_axis: name of the form of the factors, such as "vertical".
             inputs: array.
             first, second: the factors, as `Separable` lays them out.
             precision: as in ``jax.lax.conv_general_dilated``.
@@ -180,7 +181,7 @@ class Layer:
         return functools.partial(self.convolve, **one), functools.partial(self.convolve, **two)
 
 
-def plain(scheme: Separable | None) -> str:
+def plain(scheme: Scheme | None) -> str:
     """The algorithm of a layer for which nothing was measured."""
     return PLAIN_DENSE if scheme is None else PLAIN
 
@@ -248,4 +249,5 @@ def factor_shapes(
     layer: Layer, rank: int, first_axis: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two factors of a layer."""
-    return Separable(rank, layer.groups, layer.axes, first_axis).shapes(layer.kernel)
+    scheme = SCHEMES[first_axis](rank, layer.groups, layer.axes, first_axis)
+    return scheme.shapes(layer.kernel)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.compiler import calls_onednn
 from lowrank_jax.tuning.algorithms import Choose, Layer, plain
 from lowrank_jax.tuning.experimental.folding import folded
@@ -57,12 +57,12 @@ class Choices:
         ('im2col', 'convolve')
     """
 
-    algorithms: Mapping[tuple[Layer, Separable | None], str] = dataclasses.field(
+    algorithms: Mapping[tuple[Layer, Scheme | None], str] = dataclasses.field(
         default_factory=dict
     )
     pools: Mapping[Pool, str] = dataclasses.field(default_factory=dict)
 
-    def algorithm(self, layer: Layer, scheme: Separable | None) -> str:
+    def algorithm(self, layer: Layer, scheme: Scheme | None) -> str:
         """Name of the algorithm of a layer, for `with_algorithms`."""
         return self._of_layers.get((_any_batch(layer), scheme), plain(scheme))
 
@@ -77,7 +77,7 @@ class Choices:
         return layers or any(name != POOLS[0] for name in self.pools.values())
 
     @functools.cached_property
-    def _of_layers(self) -> dict[tuple[Layer, Separable | None], str]:
+    def _of_layers(self) -> dict[tuple[Layer, Scheme | None], str]:
         return {(_any_batch(layer), how): name for (layer, how), name in self.algorithms.items()}
 
     @functools.cached_property
@@ -161,7 +161,7 @@ def batch_of(inputs: Any) -> int:
 
 def asked_of(
     network: Network, args: tuple, sizes: Sequence[int | None]
-) -> tuple[list[tuple[Layer, Separable | None]], list[Pool]]:
+) -> tuple[list[tuple[Layer, Scheme | None]], list[Pool]]:
     """The layers, with their schemes, and the poolings of a network that can run by algorithms.
 
     Those that differ in the batch alone are listed once, at the first size.
@@ -171,10 +171,10 @@ def asked_of(
         args: variables and inputs.
         sizes: of slices.
     """
-    layers: dict[Any, tuple[Layer, Separable | None]] = {}
+    layers: dict[Any, tuple[Layer, Scheme | None]] = {}
     pools: dict[Any, Pool] = {}
 
-    def ask(layer: Layer, scheme: Separable | None) -> str:
+    def ask(layer: Layer, scheme: Scheme | None) -> str:
         layers.setdefault((_any_batch(layer), scheme), (layer, scheme))
         return plain(scheme)
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lowrank_jax.factorization.separable import FACTORS, Separable, max_rank
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tuning.algorithms import PLAIN, Layer
 from lowrank_jax.tuning.timer import Timer
@@ -14,7 +15,7 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 
 def layer_seconds(
     trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1
-) -> dict[str, dict[Separable | None, float]]:
+) -> dict[str, dict[Scheme | None, float]]:
     """Times of every layer, dense and at a few ranks in both orders: the table for a latency plan.
 
     The time of a layer at a rank is the time of its fastest algorithm. A kernel that runs more than
@@ -26,7 +27,7 @@ def layer_seconds(
         paths: the layers; without them all that the trace proves safe.
         multiple: ranks are restricted to multiples of it.
     """
-    found: dict[str, dict[Separable | None, float]] = {}
+    found: dict[str, dict[Scheme | None, float]] = {}
     for path in trace.safe_paths() if paths is None else paths:
         rows = [_row(Layer.of(use), timer, _grid(use, multiple)) for use in trace.at(path)]
         if rows[0]:
@@ -37,9 +38,9 @@ def layer_seconds(
     return found
 
 
-def _row(layer: Layer, timer: Timer, schemes: list[Separable]) -> dict[Separable | None, float]:
+def _row(layer: Layer, timer: Timer, schemes: list[Scheme]) -> dict[Scheme | None, float]:
     """Times of one layer, dense and by schemes; the middle rank of an order tells the algorithm."""
-    row: dict[Separable | None, float] = {}
+    row: dict[Scheme | None, float] = {}
     for first in dict.fromkeys(scheme.first for scheme in schemes):
         own = [scheme for scheme in schemes if scheme.first == first]
         best = timer.fastest(layer, own[len(own) // 2])
@@ -50,14 +51,13 @@ def _row(layer: Layer, timer: Timer, schemes: list[Separable]) -> dict[Separable
     return row
 
 
-def _grid(use: KernelUse, multiple: int) -> list[Separable]:
-    """Schemes of a few ranks, in each order that differs."""
-    sizes = zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True)
-    size = max(size for letter, size in sizes if letter not in "IO")
+def _grid(use: KernelUse, multiple: int) -> list[Scheme]:
+    """Schemes of a few ranks, in each form."""
     found = []
-    for first in FACTORS if size > 1 else ["vertical"]:
-        even = use.parameters // use.parameters_at(use.scheme(1, first))
-        limit = min(even, max_rank(use.kernel_shape, use.groups, use.axes, first))
+    for first in use.forms:
+        unit = use.scheme(1, first)
+        even = use.parameters // use.parameters_at(unit)
+        limit = min(even, max_rank(use.kernel_shape, unit.groups, use.axes, first))
         ranks = {multiple * round(share * even / multiple) for share in SHARES}
         found += [use.scheme(rank, first) for rank in sorted(ranks) if 1 <= rank <= limit]
     return found

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.tuning.algorithms import Choose, Layer
@@ -84,7 +84,7 @@ class Fast:
         return self.candidate.configuration.size
 
     @property
-    def algorithms(self) -> Mapping[tuple[Layer, Separable | None], str]:
+    def algorithms(self) -> Mapping[tuple[Layer, Scheme | None], str]:
         """Layers, with their scheme or None if dense, to algorithms; none if all are plain."""
         return self.candidate.choices.algorithms
 

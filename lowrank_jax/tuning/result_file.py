@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.forms import SCHEMES
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.tuning.algorithms import NAMES, Layer
 from lowrank_jax.tuning.candidate import Candidate, Choices, Configuration
@@ -78,12 +79,12 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_dict(scheme: Separable | None) -> dict[str, Any] | None:
+def _as_dict(scheme: Scheme | None) -> dict[str, Any] | None:
     return None if scheme is None else dataclasses.asdict(scheme)
 
 
-def _scheme(entry: dict[str, Any] | None) -> Separable | None:
-    return None if entry is None else Separable(**entry)
+def _scheme(entry: dict[str, Any] | None) -> Scheme | None:
+    return None if entry is None else SCHEMES[entry["first"]](**entry)
 
 
 def _size(size: Any) -> int | None:

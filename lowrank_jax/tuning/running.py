@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.factorization.layout import AXES
-from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.layout import AXES, split_axes
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.factored import arranged, own_axes, run_factored
 from lowrank_jax.program.interpreter import Found, Rule
 from lowrank_jax.program.kernel import Kernel
-from lowrank_jax.program.reading import Reading, factor_axes
+from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.transform import with_rule
 from lowrank_jax.tuning.algorithms import PLAIN, PLAIN_DENSE, Choose, Layer
 
@@ -59,12 +60,12 @@ class Algorithms(Rule):
         known = reading.is_convolution and _is_plain(reading)
         if kernel.factors is None:
             return self._run_dense(reading, x, kernel) if known else None
-        order = reading.order(kernel.axes, kernel.groups)
+        order = reading.order(kernel.axes, kernel.first, kernel.groups)
         if not known or reading.stack != 1 or order != (0, 1):
             return run_factored(reading, x, kernel)
         layer, scheme = layer_of(reading, x), _scheme(reading, kernel)
-        name = self.choose(layer, scheme)
-        if name == PLAIN:
+        name = PLAIN if scheme is None else self.choose(layer, scheme)
+        if scheme is None or name == PLAIN:
             return run_factored(reading, x, kernel)
         one, two = (_channels_last(reading, arranged(reading, kernel, i)) for i in (0, 1))
         outputs = layer.run(name, scheme.first, _inputs(reading, x), one, two)
@@ -105,15 +106,18 @@ def layer_of(reading: Reading, x: jax.Array) -> Layer:
     )
 
 
-def _scheme(reading: Reading, kernel: Kernel) -> Separable:
-    """The scheme of the factors along the axes that the program knows."""
-    assert kernel.factors is not None
-    taps = factor_axes(kernel.axes, kernel.first)[0]
-    mine = own_axes(reading, kernel, taps)
-    first = "vertical" if mine[0] else "horizontal"
-    groups = reading.groups
+def _scheme(reading: Reading, kernel: Kernel) -> Scheme | None:
+    """The scheme of the factors along the axes that the program knows; None if there is none."""
+    mine = own_axes(reading, kernel, split_axes(kernel.axes, kernel.first)[0])
+    axes = AXES[len(mine)]
+    spatial = axes[:-2]
+    letters = "".join(letter for letter, own in zip(spatial, mine, strict=True) if own)
+    forms = [name for name, form in FORMS.items() if form.spatial]
+    first = next((name for name in forms if FORMS[name].split(spatial)[0] == letters), None)
+    if first is None:
+        return None
     rank = _channels_last(reading, arranged(reading, kernel, 1)).shape[-2]
-    return Separable(rank, groups, AXES[len(mine)], first)
+    return SCHEMES[first](rank, reading.groups, axes, first)
 
 
 def _inputs(reading: Reading, x: jax.Array) -> jax.Array:

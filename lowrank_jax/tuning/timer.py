@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.tuning.algorithms import (
     MERGED,
@@ -69,7 +70,7 @@ class Timer:
         self.times: Times = read_times(self.path) if self.path else {}
         self.failed: dict[str, str] = {}
 
-    def fastest(self, layer: Layer, scheme: Separable | None) -> str:
+    def fastest(self, layer: Layer, scheme: Scheme | None) -> str:
         """Name of the fastest algorithm of a layer; for `with_algorithms(apply, timer.fastest)`.
 
         "winograd" has many small operations. Within a network, beside other layers, these cost more
@@ -84,7 +85,7 @@ class Timer:
         return best if times[best] * MARGIN < times[other] else other
 
     def measure(
-        self, layer: Layer, scheme: Separable | None, names: Sequence[str] = ()
+        self, layer: Layer, scheme: Scheme | None, names: Sequence[str] = ()
     ) -> Mapping[str, float]:
         """Seconds of a layer by algorithm, with those of the fastest dense one under "dense".
 
@@ -127,7 +128,7 @@ class Timer:
         times = self._time({name: _dense_run(layer, name) for name in names}, names[:1])
         return times | {DENSE: min(times.values())}
 
-    def _factored(self, layer: Layer, scheme: Separable, names: Sequence[str]) -> dict[str, float]:
+    def _factored(self, layer: Layer, scheme: Scheme, names: Sequence[str]) -> dict[str, float]:
         shapes = factor_shapes(layer, scheme.rank, scheme.first)
         arrays = [jnp.full(shape, 0.5, layer.dtype) for shape in (layer.inputs, *shapes)]
         dense = self.fastest(layer, None)
@@ -137,7 +138,7 @@ class Timer:
         return {name: times[name] for name in (*names, DENSE) if name in times}
 
     def _worth(
-        self, layer: Layer, scheme: Separable, arrays: Sequence[jax.Array], dense: str
+        self, layer: Layer, scheme: Scheme, arrays: Sequence[jax.Array], dense: str
     ) -> list[str]:
         """The algorithms worth measuring for a whole separable layer."""
         names = algorithms_of(layer, scheme.rank)
@@ -148,7 +149,7 @@ class Timer:
         return list(dict.fromkeys([PLAIN, *self._best_pairs(layer, scheme, *arrays), *whole]))
 
     def _best_pairs(
-        self, layer: Layer, scheme: Separable, x: jax.Array, first: jax.Array, second: jax.Array
+        self, layer: Layer, scheme: Scheme, x: jax.Array, first: jax.Array, second: jax.Array
     ) -> list[str]:
         """The steps that are fastest alone, joined, with and without "winograd"."""
         halves = layer.halves(scheme.first)
@@ -203,7 +204,7 @@ def _dense_run(layer: Layer, name: str) -> tuple:
     return functools.partial(layer.convolve, step=name), x, kernel
 
 
-def _factored_run(layer: Layer, scheme: Separable, name: str) -> Callable:
+def _factored_run(layer: Layer, scheme: Scheme, name: str) -> Callable:
     return functools.partial(layer.run, name, scheme.first)
 
 

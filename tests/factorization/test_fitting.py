@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.fitting import FEW, fit_layer, whitened_spectrum
 from lowrank_jax.factorization.moments import Moments
-from lowrank_jax.factorization.separable import Separable, max_rank, merge
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.scheme import merge
+from lowrank_jax.factorization.separable import Separable
 
 # Statistics of random data hold for nearly all seeds: the examples are the same in every run.
 few = settings(max_examples=20)

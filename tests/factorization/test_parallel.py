@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info
 import lowrank_jax as lr
 from lowrank_jax.factorization.lapack import routine
 from lowrank_jax.factorization.parallel import side_by_side
-from lowrank_jax.factorization.separable import factor_all
+from lowrank_jax.factorization.scheme import factor_all
 
 
 def keep(index, result):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, decompose, lowrank, reconstruct, trace
-from lowrank_jax.factorization.separable import FACTORS, max_rank
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.separable import FORMS
 from lowrank_jax.planning.candidates import Candidate, candidates, front
 from lowrank_jax.planning.selectors import fixed
 from lowrank_jax.planning.spectra import Spectra, spectra
@@ -63,7 +64,7 @@ def test_the_paths_and_orders_can_be_chosen():
     }
 
 
-@pytest.mark.parametrize("first", FACTORS)
+@pytest.mark.parametrize("first", FORMS)
 def test_the_error_of_a_rank_is_the_share_that_the_factors_leave_out(first):
     variables, program, found = network()
     for path, rank in {"strided": 5, "grouped": 3}.items():
@@ -75,7 +76,7 @@ def test_the_error_of_a_rank_is_the_share_that_the_factors_leave_out(first):
         assert lost == pytest.approx(low.error, rel=1e-4)
 
 
-@pytest.mark.parametrize("first", FACTORS)
+@pytest.mark.parametrize("first", FORMS)
 def test_every_cost_is_that_of_the_decomposed_program(first):
     variables, program, found = network()
     ranks = {"strided": 3, "grouped": 2, "shared": 4, "pointwise": 2}
@@ -191,7 +192,7 @@ def beats(one, two):
 def test_candidates_need_no_kernels_once_the_spectra_are_there():
     shapes = jax.eval_shape(CNN().init, jax.random.key(0), X)
     program = trace(CNN().apply, shapes, X)
-    values = {use.path: {first: flat(use, first) for first in FACTORS}
+    values = {use.path: {first: flat(use, first) for first in FORMS}
               for use in program if use.safe}  # fmt: skip
     assert len(candidates(program, Spectra(values)).layers) == 4
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, trace
-from lowrank_jax.factorization.separable import FACTORS, max_rank
+from lowrank_jax.factorization.ranks import max_rank
+from lowrank_jax.factorization.separable import FORMS
 from lowrank_jax.planning.budget import MEASURES, Budget
 from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.knapsack import lower_hull
@@ -57,7 +58,7 @@ def table(multiple=1, decay=0.7):
     for use in program:
         if use.safe:
             sizes = {
-                first: max_rank(use.kernel_shape, use.groups, use.axes, first) for first in FACTORS
+                first: max_rank(use.kernel_shape, use.groups, use.axes, first) for first in FORMS
             }
             drop = {
                 first: rng.uniform(decay, 1, (use.groups, size)) for first, size in sizes.items()

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, trace
-from lowrank_jax.factorization.separable import max_rank
+from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.planning.plans import Choice, Plan
 from lowrank_jax.tree.rules import as_table, resolve
 

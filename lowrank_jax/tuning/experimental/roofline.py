@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from lowrank_jax.factorization.layout import split_options
-from lowrank_jax.factorization.separable import FACTORS
+from lowrank_jax.factorization.separable import FORMS
 
 HIGHEST = lax.Precision.HIGHEST
 ONES, UNPADDED = (1, 1), ((0, 0), (0, 0))
@@ -170,8 +170,8 @@ def sizes_of(x, first, second, strides, padding, first_axis: str) -> Sizes:
 
 def check_axes(strides, padding, first_axis: str) -> tuple[int, int]:
     """The axes of the two factors, or ValueError if the arguments have another form."""
-    if first_axis not in FACTORS:
-        raise ValueError(f"first_axis={first_axis!r} is not allowed; give one of {tuple(FACTORS)}.")
+    if first_axis not in FORMS:
+        raise ValueError(f"first_axis={first_axis!r} is not allowed; give one of {tuple(FORMS)}.")
     if np.shape(strides) != (2,) or min(strides) < 1:
         raise ValueError(
             f"strides={strides!r} is not allowed; give two positive ints, (vertical, horizontal)."

@@ -1,0 +1,68 @@
+"""Second moments of what a layer reads, summed on the device: patches x and outputs y."""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.calibration.patches import Geometry
+from lowrank_jax.calibration.products import ProductGeometry
+from lowrank_jax.program.reading import Reading
+
+POSITIONS = 16  # of each image; neighbours tell nearly the same, and the cost is proportional
+
+AnyGeometry = Geometry | ProductGeometry
+Sums = dict[str, jax.Array]
+
+
+def geometry_of(reading: Reading) -> AnyGeometry:
+    """How a convolution or a product whose layout is known takes its inputs apart."""
+    return Geometry.of(reading) if reading.is_convolution else ProductGeometry.of(reading)
+
+
+def patch_sums(
+    geometry: AnyGeometry,
+    x: jax.Array,
+    y: jax.Array,
+    turn: jax.Array | int,
+    positions: int = POSITIONS,
+) -> Sums:
+    """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
+
+    Args:
+        geometry: of the convolution or product.
+        x: inputs, as it reads them.
+        y: outputs that it is to give, as it gives them.
+        turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
+        positions: about how many positions of each image are taken.
+
+    Returns:
+        count (S,), x (S, g, p), y (S, g, m), xx (S, g, p, p), xy (S, g, p, m), yy (S, g, m) in
+        float32 or wider: S kernels that run at once, g groups, p entries of a patch in the stored
+        order of the kernel's axes without the outputs, m outputs of a group.
+    """
+    rows, outputs = geometry.rows(x, y, turn, positions)
+    return _products(rows, outputs.astype(rows.dtype))
+
+
+def _products(x: jax.Array, y: jax.Array) -> Sums:
+    """The sums over all rows of (rows, S, g, p), or (rows, 1, g, p), and (rows, S, g, m)."""
+    # Without a barrier XLA compiles the gathering into each of the five sums.
+    x, y = jax.lax.optimization_barrier((x, y))
+    rows, stack = y.shape[:2]
+    every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
+    xx = _summed_products(x, x)
+    return {
+        "count": jnp.full(stack, rows, x.dtype),
+        "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
+        "y": y.sum(0),
+        "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
+        "xy": _summed_products(every, y),
+        "yy": (y * y).sum(0),
+    }
+
+
+def _summed_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums (S, g, p, m) of the products of the rows of (rows, S, g, p) and (rows, S, g, m)."""
+    if x.shape[1:3] == (1, 1):  # a plain product runs twice as fast on the CPU as a batch of one
+        flat = jnp.matmul(x[:, 0, 0].T, y[:, 0, 0], precision=jax.lax.Precision.HIGHEST)
+        return flat[None, None]
+    return jnp.einsum("rsgp,rsgm->sgpm", x, y, precision=jax.lax.Precision.HIGHEST)
