@@ -85,9 +85,7 @@ class Candidates:
         """
         use = known_use(self.trace, path)
         if path not in self.layers or scheme.first not in self.spectra.values[path]:
-            raise ValueError(
-                f"{path}: there is no spectrum of its form {scheme.first!r}; add one."
-            )
+            raise ValueError(f"{path}: there is no spectrum of its form {scheme.first!r}; add one.")
         fitting = use.scheme(scheme.rank, scheme.first)
         if scheme != fitting:
             raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")

@@ -20,7 +20,6 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selectors import total_energy
 from lowrank_jax.planning.spectra import Spectra, spectra
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.program.kernel_use import KernelUse
 
 if TYPE_CHECKING:
     from lowrank_jax.tuning.timer import Timer

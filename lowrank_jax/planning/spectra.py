@@ -25,8 +25,9 @@ class Spectra:
     """Singular values of the layers, plain or whitened.
 
     Attributes:
-        values: path, then the form of the factors, such as "vertical", then the values: float64 of shape (matrices, max_rank), largest first, one row for each group of
-            each kernel of a stack. Arrays of more or fewer axes are brought to this shape.
+        values: path, then the form of the factors, such as "vertical", then the values: float64 of
+            shape (matrices, max_rank), largest first, one row for each group of each
+            kernel of a stack. Arrays of more or fewer axes are brought to this shape.
 
     Raises:
         ValueError: a form is unknown, or values are not finite, negative or not sorted.

@@ -214,7 +214,7 @@ def _operand(kernel: Kernel, names: _Names, index: int) -> tuple[str, jax.Array]
     kept, own, groups = kernel.source.kept(), kernel.shared(index), kernel.groups
     channels = kernel.letters.index("OI"[index])
     factor = jnp.expand_dims(jnp.moveaxis(kernel.factors[index], channels, -1), channels)
-    term, sizes, places = "", [], []
+    term, sizes, places = "", list[int](), list[int]()
     for axis, (name, dim) in enumerate(zip(names.kernel, kernel.source.dims, strict=True)):
         mine = [kept.index(part) for part in dim]
         if not mine or not {kernel.letters[place] for place in mine} & set(own):

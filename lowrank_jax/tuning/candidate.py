@@ -57,9 +57,7 @@ class Choices:
         ('im2col', 'convolve')
     """
 
-    algorithms: Mapping[tuple[Layer, Scheme | None], str] = dataclasses.field(
-        default_factory=dict
-    )
+    algorithms: Mapping[tuple[Layer, Scheme | None], str] = dataclasses.field(default_factory=dict)
     pools: Mapping[Pool, str] = dataclasses.field(default_factory=dict)
 
     def algorithm(self, layer: Layer, scheme: Scheme | None) -> str:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.factorization.scheme import Scheme
-from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.tuning.algorithms import (
     MERGED,
     PAIRS,
