@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lowrank_jax.calibration.importance import channel_importance
+from lowrank_jax.calibration.curvature import channel_curvature
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
@@ -80,7 +80,8 @@ class Calibration:
         inputs: the batches.
         trace: of one image.
         moments: layer path to the moments of each kernel of its stack, in `FOLDS` sets of images.
-        importance: layer path to how much each output channel counts.
+        curvature: layer path to what an error of each output channel costs the network's outputs;
+            see `channel_curvature`.
         images: how many there were.
     """
 
@@ -88,12 +89,18 @@ class Calibration:
     inputs: Inputs
     trace: Trace
     moments: Mapping[str, LayerMoments]
-    importance: Mapping[str, np.ndarray]
+    curvature: Mapping[str, np.ndarray]
     images: int
+
+    @property
+    def importance(self) -> dict[str, np.ndarray]:
+        """Layer path to how much each output channel counts, as a factor of its error."""
+        return {path: np.sqrt(own) for path, own in self.curvature.items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the moments to a ``.npz`` file."""
-        write_moments(path, dict(self.moments), self.network.named(), self.images)
+        kernels = self.network.named()
+        write_moments(path, dict(self.moments), self.curvature, kernels, self.images)
 
     @classmethod
     def load(
@@ -116,9 +123,8 @@ class Calibration:
             ValueError: the file is damaged, or belongs to other variables.
         """
         network, batches, one = prepared(apply, variables, inputs, args, kwargs)
-        moments, count = read_moments(path, network.named())
-        trace, importance = network.trace(one), channel_importance(network, one)
-        return cls(network, batches, trace, moments, importance, count)
+        moments, curvature, count = read_moments(path, network.named())
+        return cls(network, batches, network.trace(one), moments, curvature, count)
 
 
 def prepared(
@@ -182,8 +188,10 @@ def calibrate(
     network, batches, one = prepared(apply, variables, inputs, args, kwargs)
     trace = network.trace(one)
     wanted = set(trace.safe_paths() if paths is None else paths)
+    batches = batches.held()
     moments, count = _moments(network, batches, wanted)
-    return Calibration(network, batches, trace, moments, channel_importance(network, one), count)
+    curvature = channel_curvature(network, batches, trace, list(moments))
+    return Calibration(network, batches, trace, moments, curvature, count)
 
 
 def _moments(

@@ -84,9 +84,16 @@ class Geometry:
         inputs, outputs = _padded(self, x), y.transpose(self.outputs)
         grids = _grids(outputs.shape, turn, positions)
         patches, taken = _patches(self, inputs, grids), _taken(outputs, grids)
-        own = taken.reshape(len(patches), self.stack, self.groups, -1)
-        own = jnp.flip(own, 3) if len(self.sizes) + 1 in self.flips else own
-        return patches.reshape(len(patches), 1 if self.shared else self.stack, self.groups, -1), own
+        stack = 1 if self.shared else self.stack
+        return patches.reshape(len(patches), stack, self.groups, -1), self._grouped(taken)
+
+    def outputs_of(self, y: jax.Array) -> jax.Array:
+        """All outputs as rows (rows, S, g, m)."""
+        return self._grouped(y.transpose(self.outputs))
+
+    def _grouped(self, y: jax.Array) -> jax.Array:
+        own = y.reshape(-1, self.stack, self.groups, y.shape[-1] // self.stack // self.groups)
+        return jnp.flip(own, 3) if len(self.sizes) + 1 in self.flips else own
 
 
 def _grids(shape: Ints, turn: jax.Array | int, positions: int) -> list[jax.Array]:

@@ -94,6 +94,10 @@ class ProductGeometry:
         taken = _taken(len(inputs), max(SAMPLES, positions * images), images, turn)
         return inputs[taken].astype(wide)[:, :, None], outputs[taken].astype(wide)[:, :, None]
 
+    def outputs_of(self, y: jax.Array) -> jax.Array:
+        """All outputs as rows (rows, S, 1, m)."""
+        return self.outputs.flat(y)[:, :, None]
+
 
 def _first(reading: Reading, axis: int) -> int:
     """The stored axis that an axis of the kernel begins with."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.io.npz import read_arrays, write_arrays
 
-VERSION = 1
+VERSION = 2
 FIELDS = ("x", "y", "xx", "xy", "yy")
 LayerMoments = dict[tuple[int, ...], tuple[Moments, ...]]
 
 
 def write_moments(
-    path: str | os.PathLike, moments: dict[str, LayerMoments], kernels: dict[str, Any], images: int
+    path: str | os.PathLike,
+    moments: dict[str, LayerMoments],
+    curvature: Mapping[str, np.ndarray],
+    kernels: dict[str, Any],
+    images: int,
 ) -> None:
     """Writes a ``.npz`` file that appears whole or not at all.
 
     Args:
         path: of the file.
-        moments: of every layer.
+        moments, curvature: of every layer.
         kernels: the kernel of every layer.
         images: how many images there were.
     """
@@ -36,7 +41,9 @@ def write_moments(
                 entries.append([layer, list(index), int(fold.count)])
                 arrays |= {f"{name}.{field}": getattr(fold, field) for field in FIELDS}
     prints = {layer: fingerprint(kernels[layer]) for layer in moments}
+    arrays |= {f"curvature.{number}": own for number, own in enumerate(curvature.values())}
     head = {"version": VERSION, "images": images, "entries": entries, "kernels": prints}
+    head["curvature"] = list(curvature)
     arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
     with whole_file(path) as scratch, scratch.open("wb") as file:
         write_arrays(file, arrays)
@@ -44,7 +51,7 @@ def write_moments(
 
 def read_moments(
     path: str | os.PathLike, kernels: dict[str, Any]
-) -> tuple[dict[str, LayerMoments], int]:
+) -> tuple[dict[str, LayerMoments], dict[str, np.ndarray], int]:
     """Reads what `write_moments` wrote, and checks that it belongs to these kernels.
 
     Raises:
@@ -61,6 +68,8 @@ def read_moments(
             fields = {field: arrays[f"{number}.{field}"] for field in FIELDS}
             own = found.setdefault(layer, {}).setdefault(tuple(index), [])
             own.append(Moments(count=count, **fields))
+        layers = enumerate(head["curvature"])
+        curvature = {layer: arrays[f"curvature.{number}"] for number, layer in layers}
     except FileNotFoundError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -73,7 +82,7 @@ def read_moments(
         layer: {index: tuple(folds) for index, folds in slices.items()}
         for layer, slices in found.items()
     }
-    return moments, int(head["images"])
+    return moments, curvature, int(head["images"])
 
 
 def fingerprint(kernel: Any) -> str:

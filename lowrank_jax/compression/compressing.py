@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from lowrank_jax.calibration.collecting import Calibration, prepared
-from lowrank_jax.calibration.importance import channel_importance
+from lowrank_jax.calibration.curvature import channel_curvature
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.tree.decomposing import find_schemes
 
@@ -73,8 +75,10 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
         )
     variables, inputs, table, *args = given
     network, batches, one = prepared(apply, variables, inputs, tuple(args), kwargs)
-    schemes = find_schemes(variables, table, trace=network.trace(one))
-    return Job(network, batches, schemes, channel_importance(network, one))
+    trace, batches = network.trace(one), batches.held()
+    schemes = find_schemes(variables, table, trace=trace)
+    curvature = channel_curvature(network, batches, trace, list(schemes))
+    return Job(network, batches, schemes, {path: np.sqrt(own) for path, own in curvature.items()})
 
 
 def _of_calibration(found: Calibration, given: tuple, kwargs: Mapping[str, Any]) -> Job:

@@ -12,6 +12,7 @@ from lowrank_jax.calibration.collecting import FOLDS
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import Live, Note
+from lowrank_jax.compression.shortcuts import Shortcut
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
@@ -19,7 +20,7 @@ from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
 
-def fit_note(outline: Outline, place: int) -> Note:
+def fit_note(outline: Outline, place: int, shortcut: Shortcut | None) -> Note:
     """What a fit needs of a batch: moments, and sums for the means."""
     reading = outline.readings[place]
     x_number = outline.number(reading.eqn.invars[1 - reading.operand])
@@ -27,7 +28,8 @@ def fit_note(outline: Outline, place: int) -> Note:
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
-        return _fit_sums(geometry, x, y, turn // FOLDS)  # type: ignore[arg-type]
+        wanted = shortcut.wanted(live, y) if shortcut else y
+        return _fit_sums(geometry, x, wanted, turn // FOLDS)  # type: ignore[arg-type]
 
     return note
 

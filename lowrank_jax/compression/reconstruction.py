@@ -31,6 +31,7 @@ from lowrank_jax.compression.outline import (
     slices,
 )
 from lowrank_jax.compression.segments import Segments, Values
+from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.factorization.fitting import Fit, fit_layer
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
@@ -72,6 +73,8 @@ class Reconstruction:
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
+        self.places = fit_places(self.outline, job.schemes)
+        self.shortcuts = find_shortcuts(self.outline, self.places, job.network.leaves(batches[0]))
 
     def _given(self, batch: tuple) -> Values:
         outline, inputs = self.outline, self.outline.jaxpr.invars
@@ -81,8 +84,7 @@ class Reconstruction:
 
     def fit(self) -> Any:
         """Fits all layers and returns the tree."""
-        outline = self.outline
-        places = fit_places(outline, self.job.schemes)
+        outline, places = self.outline, self.places
         self.factors.fill_plain(_unread(outline, places, self.factors))
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
@@ -115,7 +117,8 @@ class Reconstruction:
         shift = None if axis is None else shift_after(self.outline, place, axis)
         if not wanted and shift is None:
             return
-        found = self.segments.advance(place, self._small(), fit_note(self.outline, place))
+        note = fit_note(self.outline, place, self.shortcuts.get(place))
+        found = self.segments.advance(place, self._small(), note)
         if wanted:
             self._fit_slices(path, reading, found)
         if shift is not None and reading.source is not None:

@@ -27,11 +27,13 @@ class Candidates:
         trace: the traced program, which tells the costs.
         spectra: singular values of the layers, which tell the errors.
         layers: path to its candidates; the other layers of the program stay as they are.
+        weights: path to how much the error of a layer counts; 1 where there is none.
     """
 
     trace: Trace
     spectra: Spectra
     layers: Mapping[str, tuple[Candidate, ...]]
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def rest(self, measure: str) -> float:
         """Cost of the layers that stay as they are; of latency 0, because it is not measured."""
@@ -90,7 +92,8 @@ class Candidates:
         if scheme != fitting:
             raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")
         rank = scheme.check(use.kernel_shape, path)
-        return at_ranks(self.trace.at(path), self.spectra, scheme.first, [rank])[0]
+        weight = self.weights.get(path, 1.0)
+        return at_ranks(self.trace.at(path), self.spectra, scheme.first, [rank], weight)[0]
 
     def plan(
         self, chosen: Mapping[str, Candidate], selector: str, budget: Budget | None = None
@@ -104,7 +107,12 @@ class Candidates:
         return Plan(choices=tuple(choices), selector=selector, budget=budget, rest=rest)
 
 
-def candidates(trace: Trace, spectra: Spectra, multiple: int = 1) -> Candidates:
+def candidates(
+    trace: Trace,
+    spectra: Spectra,
+    multiple: int = 1,
+    weights: Mapping[str, float] | None = None,
+) -> Candidates:
     """Lists dense and every useful rank in each form, for each layer that has a spectrum.
 
     A rank is useful if it is cheaper than dense by any measure. A layer that runs at more than one
@@ -114,6 +122,7 @@ def candidates(trace: Trace, spectra: Spectra, multiple: int = 1) -> Candidates:
         trace: `lowrank_jax.trace` of the forward pass.
         spectra: of `lowrank_jax.planning.spectra.spectra`, or whitened ones.
         multiple: ranks are restricted to multiples of it, such as 8 for tensor cores.
+        weights: path to how much the error of a layer counts, as `layer_weights` gives them.
 
     Raises:
         ValueError: a path is unknown or unsafe, a spectrum is that of another kernel, or no rank is
@@ -133,13 +142,17 @@ def candidates(trace: Trace, spectra: Spectra, multiple: int = 1) -> Candidates:
         [4, 8, 12]
     """
     multiple = _check_multiple(multiple)
-    layers = {path: _layer(trace, spectra, path, multiple) for path in spectra.values}
+    weights = weights or {}
+    layers = {
+        path: _layer(trace, spectra, path, multiple, weights.get(path, 1.0))
+        for path in spectra.values
+    }
     if not any(len(layer) > 1 for layer in layers.values()):
         raise ValueError(
             f"No layer has a rank that is a multiple of {multiple} and cheaper than dense; give a "
             f"smaller multiple, or a network with larger kernels than these:\n{trace}"
         )
-    return Candidates(trace=trace, spectra=spectra, layers=layers)
+    return Candidates(trace=trace, spectra=spectra, layers=layers, weights=weights)
 
 
 def front(
@@ -171,14 +184,17 @@ def _choice(path: str, dense: Candidate, chosen: Candidate) -> Choice:
     return Choice(path=path, scheme=chosen.scheme, latency=latency, error=chosen.error, **pairs)
 
 
-def _layer(trace: Trace, spectra: Spectra, path: str, multiple: int) -> tuple[Candidate, ...]:
+def _layer(
+    trace: Trace, spectra: Spectra, path: str, multiple: int, weight: float
+) -> tuple[Candidate, ...]:
     kernel, calls = known_use(trace, path), trace.at(path)
     macs, moved = sum(call.macs for call in calls), sum(call.bytes for call in calls)
     dense = Candidate(scheme=None, parameters=kernel.parameters, macs=macs, bytes=moved)
     found: dict[tuple, Candidate] = {}  # one of two forms that cost and lose the same is enough
     for first, values in spectra.values[path].items():
         limit = _check_size(kernel, first, values)
-        for low in at_ranks(calls, spectra, first, range(multiple, limit + 1, multiple)):
+        ranks = range(multiple, limit + 1, multiple)
+        for low in at_ranks(calls, spectra, first, ranks, weight):
             if any(low.cost(measure) < dense.cost(measure) for measure in COUNTS):
                 found.setdefault((low.parameters, low.macs, low.bytes, low.error), low)
     return (dense, *found.values())

@@ -21,6 +21,7 @@ class Candidate:
         parameters: of the kernel or of both factors, of all kernels of a stack.
         macs, bytes: of all calls of the layer in one run of the program.
         error: share of the squared singular values that is left out.
+        weight: how much the error counts in a sum over the layers; a calibration tells it.
         spectral: the largest singular value left out, over the largest, of the worst group or
             slice.
         latency: measured time in seconds; NaN if it is not known.
@@ -35,6 +36,7 @@ class Candidate:
     macs: int
     bytes: int
     error: float = 0.0
+    weight: float = 1.0
     spectral: float = 0.0
     latency: float = math.nan
 
@@ -42,9 +44,18 @@ class Candidate:
         """The cost by one of `lowrank_jax.planning.budget.MEASURES`."""
         return getattr(self, check_measure(measure))
 
+    @property
+    def loss(self) -> float:
+        """What a sum over the layers adds up."""
+        return self.weight * self.error
+
 
 def at_ranks(
-    calls: Sequence[KernelUse], spectra: Spectra, first: str, ranks: Iterable[int]
+    calls: Sequence[KernelUse],
+    spectra: Spectra,
+    first: str,
+    ranks: Iterable[int],
+    weight: float = 1.0,
 ) -> list[Candidate]:
     """The candidates of some ranks of one layer; all costs are linear in the rank.
 
@@ -53,6 +64,7 @@ def at_ranks(
         spectra: that hold the layer, with this order of the factors.
         first: name of the form.
         ranks: from 1 to that of the kernel.
+        weight: of the layer's error in its loss.
     """
     kernel, path = calls[0], calls[0].path
     unit = kernel.scheme(1, first)
@@ -66,6 +78,7 @@ def at_ranks(
             macs=rank * macs,
             bytes=round(fixed + rank * moved),
             error=float(error[rank]),
+            weight=weight,
             spectral=float(spectral[rank]),
         )
         for rank in ranks

@@ -1,6 +1,7 @@
 """`plan`: from a network, a little unlabelled data and a budget to the rank of every layer."""
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,8 @@ def plan(
             "arguments "
             "of the model were given to calibrate."
         )
-    table = candidates(source.trace, calibrated_spectra(source), multiple)
+    known = calibrated_spectra(source), multiple, layer_weights(source)
+    table = candidates(source.trace, *known)
     if budget.measure == "latency":
         table = timed(table, _latencies(source, batch, timer, list(table.layers), multiple))
     return select(table, budget)
@@ -131,6 +133,22 @@ def calibrated_spectra(found: Calibration) -> Spectra:
     if found not in _KNOWN:
         _KNOWN[found] = _spectra(found)
     return _KNOWN[found]
+
+
+def layer_weights(found: Calibration) -> dict[str, float]:
+    """How much the relative error of each layer counts in a plan; one on the average.
+
+    To second order, an error of a layer costs the network's outputs c = sum over channels of F_n
+    times the squared error. That holds for small errors alone, and later layers are fitted to make
+    up for it. So the weight is the root of c at an error of 1, between no weight and c itself.
+    """
+    costs = {}
+    for path, curvature in found.curvature.items():
+        own = found.moments[path].values()
+        variance = np.mean([_sum(folds).variance.ravel() for folds in own], axis=0)
+        costs[path] = math.sqrt(float(curvature @ variance))
+    mean = sum(costs.values()) / max(len(costs), 1)
+    return {path: cost / mean for path, cost in costs.items()} if mean else {}
 
 
 def _spectra(found: Calibration) -> Spectra:

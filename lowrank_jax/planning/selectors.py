@@ -102,15 +102,16 @@ def energy(candidates: Candidates, share: float, measure: str = "parameters") ->
 
 
 def total_energy(candidates: Candidates, budget: Budget) -> Plan:
-    """The largest sum over the layers of the share of energy kept, within a budget.
+    """The smallest sum over the layers of the share of energy left out, within a budget.
 
     Energy is that of the squared singular values: with whitened spectra, of the layers' outputs.
-    How near to the optimum the plan is says `lowrank_jax.planning.knapsack.solve`.
+    Each layer counts by its weight, see `layer_weights` of `lowrank_jax.planning.planner`. How near
+    to the optimum the plan is says `lowrank_jax.planning.knapsack.solve`.
 
     Raises:
         ValueError: the budget cannot be met.
     """
-    return _search(candidates, budget, _error, "total_energy")
+    return _search(candidates, budget, _loss, "total_energy")
 
 
 def log_energy(candidates: Candidates, budget: Budget) -> Plan:
@@ -204,6 +205,10 @@ def latency(candidates: Candidates, times: Times, budget: Budget) -> Plan:
 
 def _error(path: str, each: Candidate) -> float:
     return each.error
+
+
+def _loss(path: str, each: Candidate) -> float:
+    return each.loss
 
 
 def _search(

@@ -106,7 +106,12 @@ class Channels:
 
     def after(self, var: Any, axis: int) -> list[Step]:
         """The shifts and scales along one axis that follow a value which nothing else reads."""
+        return self.follow(var, axis)[0]
+
+    def follow(self, var: Any, axis: int) -> tuple[list[Step], Any, bool]:
+        """Those steps, the value after them, and whether it has the axes of the first one."""
         steps: list[Step] = []
+        same = True
         while len(self._readers[var]) == 1 and self._readers[var][0] is not None:
             eqn = self._readers[var][0]
             step = self.step(eqn)
@@ -114,8 +119,20 @@ class Channels:
                 steps.append(step)
             elif (axis := moved_axis(eqn, axis)) < 0:
                 break
+            elif eqn.primitive.name not in _KEPT:
+                same = False
             var = eqn.outvars[0]
-        return steps
+        return steps, var, same
+
+    def sum_of(self, var: Any) -> Any:
+        """The value that is added to another one which nothing else reads; None if none is."""
+        readers = self._readers[var]
+        if len(readers) != 1 or readers[0] is None or readers[0].primitive.name != "add":
+            return None
+        one, two = readers[0].invars
+        other = two if one is var else one
+        alike = getattr(other.aval, "shape", None) == var.aval.shape
+        return None if self.is_fixed(other) or not alike else other
 
     def leaf(self, var: Any) -> Any:
         """The input of the program of which a value is a copy, spread out; None if it is none."""

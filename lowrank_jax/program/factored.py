@@ -178,8 +178,10 @@ class _Names:
                 kernel[a] = x[b]
         between, group, divided = next(names), "", -1
         if used.groups > 1:
-            group, divided = next(names), _divided(reading, used)
-            kernel[divided] = group + kernel[divided]
+            group, leading = next(names), _leading(reading, used)
+            divided = next(i for i, dim in enumerate(used.source.dims or ()) if leading in dim)
+            own = (used.source.dims or ())[divided]
+            kernel[divided] = "".join([group * (a == leading) + next(names) for a in own])
         gone = {x[axis] for axis in (*contracting[1], *batch[1])}
         free = [[name for name in own if name not in gone] for own in (x, kernel)]
         left, right = free[::-1] if reading.operand == 0 else free
@@ -198,11 +200,9 @@ class _Names:
         return [math.prod(sizes.get(name, 1) for name in names) for names in self.out]
 
 
-def _divided(reading: Reading, kernel: Kernel) -> int:
-    """The axis of the kernel, as the product reads it, that holds the first axis of the outputs."""
-    leading = dict(reading.layout.places)[only(kernel.axes, OUTPUTS)[0]]
-    dims = reading.source.dims if reading.source else None
-    return next(place for place, dim in enumerate(dims or ()) if leading in dim)
+def _leading(reading: Reading, kernel: Kernel) -> int:
+    """The stored axis that groups divide, the first of the outputs."""
+    return dict(reading.layout.places)[only(kernel.axes, OUTPUTS)[0]]
 
 
 def _operand(kernel: Kernel, names: _Names, index: int) -> tuple[str, jax.Array]:
@@ -219,9 +219,13 @@ def _operand(kernel: Kernel, names: _Names, index: int) -> tuple[str, jax.Array]
         mine = [kept.index(part) for part in dim]
         if not mine or not {kernel.letters[place] for place in mine} & set(own):
             continue
-        size = math.prod(factor.shape[place] for place in mine)
+        own_sizes = [factor.shape[place] for place in mine]
         term, places = term + name, places + mine
-        sizes += [groups, size // groups] if axis == names.divided else [size]
+        if axis == names.divided:
+            at = name.index(names.group)
+            sizes += [*own_sizes[:at], groups, own_sizes[at] // groups, *own_sizes[at + 1 :]]
+        else:
+            sizes.append(math.prod(own_sizes))
     others = [place for place in range(len(kept)) if place not in places]
     flat = factor.transpose(*places, *others, len(kept))
     grouped = names.group if index == 0 else ""

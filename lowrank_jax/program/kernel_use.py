@@ -90,6 +90,12 @@ class KernelUse:
         return tuple(different.values())
 
     @property
+    def width(self) -> int:
+        """Outputs of one kernel, of all groups."""
+        sizes = zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True)
+        return math.prod(size for letter, size in sizes if letter in OUTPUTS)
+
+    @property
     def heads(self) -> int:
         """The size of the first axis of the outputs of a product that has several, else 1."""
         sizes = dict(zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank_jax.factorization.layout import AXES, OUTPUTS, only, own_letters, spatial_axes
+from lowrank_jax.factorization.layout import AXES, own_letters, spatial_axes
 from lowrank_jax.program.provenance import Layout, Source, layout, product_layout
 
 READERS = ("conv_general_dilated", "dot_general")
@@ -134,12 +134,8 @@ class Reading:
         return (0, 1) if whole and (groups == 1 or self._keeps_groups(axes)) else None
 
     def _keeps_groups(self, axes: str) -> bool:
-        """Whether the outputs of a matrix are free here, those of the first axis outermost."""
-        source, layout = self.source, self.layout
-        if source is None or spatial_axes(axes) or layout.axes != axes:
-            return False
-        leading = dict(layout.places)[only(axes, OUTPUTS)[0]]
-        return any(dim and dim[0] == leading for dim in source.dims or ())
+        """Whether the inputs and outputs of a matrix are those of the equation."""
+        return not spatial_axes(axes) and self.layout.axes == axes
 
     def _names_all(self, source: Source) -> bool:
         named = {axis for dim in source.dims or () for axis in dim}

@@ -19,22 +19,25 @@ from lowrank_jax.factorization.factors import (
     is_factors,
     read_factors,
 )
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
 
-SPATIAL = {3: "W", 4: "HW", 5: "DHW"}
+LAYOUTS = {True: ["WIO", "HWIO", "DHWIO"], False: ["IO", "IPO", "JIO", "JIPO"]}
 NARROW = ["int8", "uint8", "int4", "int32", "float8_e4m3fn", "float8_e5m2", "bool"]
 
 
 @st.composite
 def schemes(draw):
     """A scheme of any layout, and the shape of a kernel, or of a stack, that it fits."""
-    ndim = draw(st.integers(3, 5))
-    axes = "".join(draw(st.permutations("IO" + SPATIAL[ndim])))
-    first = draw(st.sampled_from(["vertical", "horizontal"]))
+    first = draw(st.sampled_from(sorted(FORMS)))
+    layout = draw(st.sampled_from(LAYOUTS[FORMS[first].spatial]))
+    axes = "".join(draw(st.permutations(layout)))
     groups, rank = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     sizes = {letter: draw(st.integers(1, 3)) for letter in axes}
-    sizes |= {"I": draw(st.integers(2, 3)), "O": groups * draw(st.integers(2, 3))}
+    outputs = next(letter for letter in axes if letter in "OP")
+    sizes |= {"I": draw(st.integers(2, 3)), outputs: groups * draw(st.integers(2, 3))}
     stack = draw(st.sampled_from([(), (2,)]))
-    return Separable(rank, groups, axes, first), (*stack, *(sizes[letter] for letter in axes))
+    scheme = SCHEMES[first](rank, groups, axes, first)
+    return scheme, (*stack, *(sizes[letter] for letter in axes))
 
 
 def pair_of(scheme, shape):
@@ -52,7 +55,7 @@ def test_a_node_of_factors_tells_layout_order_and_the_kernels_shape(case):
     node = dict(zip(keys, (one, two), strict=True))
     assert is_factors(node) and all(map(is_factor_key, keys))
     pair, axes, first = read_factors(dict(reversed(node.items())), "layer")
-    assert pair == (one, two) and first == scheme.first
+    assert pair == (one, two) and factor_keys(first, axes, len(shape)) == keys
     usual = axes == scheme.axes or f"_{scheme.axes}" not in keys[0]
     assert usual and dense_shape(one.shape, two.shape, axes) == shape
     merged = jax.eval_shape(lambda one, two: merge(one, two, axes), one, two)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.fitting import FEW, fit_layer, whitened_spectrum
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import merge
@@ -25,7 +27,19 @@ LAYOUTS = {
     "WIO": (3, 4, 6),
     "DHWIO": (2, 3, 2, 2, 4),
     "IWHO": (4, 3, 3, 6),
+    "IO": (7, 6),
+    "OI": (6, 7),
+    "IPO": (7, 2, 3),
+    "JIO": (2, 3, 6),
+    "PJOI": (2, 3, 2, 2),
 }
+SPATIAL = [first for first, form in FORMS.items() if form.spatial]
+CASES = [
+    (axes, first)
+    for axes in LAYOUTS
+    for first, form in FORMS.items()
+    if form.spatial == ("W" in axes)
+]
 
 
 class Layer:
@@ -39,14 +53,15 @@ class Layer:
             drift,
         )
         self.kernel = self.rng.standard_normal(shape)
-        self.size = self.kernel.size // shape[axes.index("O")]
+        self.outputs = [axes.index(letter) for letter in axes if letter in OUTPUTS]
+        self.size = self.kernel.size // math.prod(shape[axis] for axis in self.outputs)
         mix = self.rng.standard_normal((groups, self.size, self.size)) / math.sqrt(self.size)
         self.mix = mix * self.rng.uniform(0.05, 2, self.size)
         self.lost = self.rng.standard_normal((groups, self.size, self.size)) / math.sqrt(self.size)
 
     def flat(self, kernel):
         """(g, p, m)"""
-        moved = np.moveaxis(kernel, self.axes.index("O"), -1)
+        moved = np.moveaxis(kernel, self.outputs, range(-len(self.outputs), 0))
         return moved.reshape(self.size, self.groups, -1).transpose(1, 0, 2)
 
     def images(self, count, positions=16):
@@ -124,13 +139,13 @@ def test_one_fold_leaves_the_plain_factors():
     np.testing.assert_allclose(merge(fit.first, fit.second), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", LAYOUTS)
-@pytest.mark.parametrize("first", ["vertical", "horizontal"])
-def test_in_every_layout_and_order_full_rank_is_the_kernel(axes, first):
+@pytest.mark.parametrize("axes, first", CASES)
+def test_in_every_layout_and_form_full_rank_is_the_kernel(axes, first):
     shape = LAYOUTS[axes]
     for groups in (1, 2):
-        layer = Layer(0, shape, axes, groups, drift=0)
-        scheme = Separable(max_rank(shape, groups, axes, first), groups, axes, first)
+        # The blocks of the outputs of a matrix read the same inputs.
+        layer = Layer(0, shape, axes, groups if FORMS[first].spatial else 1, drift=0)
+        scheme = SCHEMES[first](max_rank(shape, groups, axes, first), groups, axes, first)
         fit = fit_layer(layer.kernel, [layer.moments(8), layer.moments(8)], scheme)
         assert (fit.first.shape, fit.second.shape) == scheme.shapes(shape)
         assert fit.first.dtype == fit.second.dtype == np.float64
@@ -219,18 +234,18 @@ def test_a_kernel_of_zeros_leaves_finite_factors():
 
 
 @few
-@given(seeds, st.sampled_from(["vertical", "horizontal"]), st.sampled_from([1, 2]))
+@given(seeds, st.sampled_from(SPATIAL), st.sampled_from([1, 2]))
 def test_the_whitened_spectrum_is_the_error_of_the_outputs_of_kronecker_patches(
     seed, first, groups
 ):
     layer = Layer(seed, (3, 1, 4, 6), groups=groups, drift=0)  # one column of taps: Kronecker
     moments = layer.moments(100)
     for rank in (1, 2):
-        scheme = Separable(rank, groups, first=first)
+        scheme = SCHEMES[first](rank, groups, first=first)
         values = whitened_spectrum(layer.kernel, moments, scheme)
         fit = fit_layer(layer.kernel, [moments, moments], scheme)
         left_out = np.sum(values[:, rank:] ** 2) / moments.total_variance.sum()
-        if first == "vertical":
+        if first in ("vertical", "spatial"):
             np.testing.assert_allclose(fit.held_out, left_out, rtol=0.05, atol=1e-3)
         assert values.shape == (groups, max_rank(layer.kernel.shape, groups, first=first))
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 import lowrank_jax as lr
+from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.lapack import routine
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.scheme import factor_all
@@ -142,7 +143,8 @@ def test_a_wrong_number_of_arguments_is_refused_before_the_call():
 def test_layers_side_by_side_have_the_factors_that_they_have_alone(dtype):
     rng = np.random.default_rng(0)
     kernels = [jnp.asarray(rng.standard_normal((3, 3, 64 + 8 * i, 72)), dtype) for i in range(5)]
-    schemes = [lr.Separable(20 + i, first=("vertical", "horizontal")[i % 2]) for i in range(5)]
+    forms = ["vertical", "horizontal", "spatial", "pointwise", "vertical"]
+    schemes = [SCHEMES[first](20 + i, first=first) for i, first in enumerate(forms)]
     for scheme, kernel, pair in zip(schemes, kernels, factor_all(schemes, kernels), strict=True):
         for one, alone in zip(pair, scheme.factor(kernel), strict=True):
             assert one.dtype == kernel.dtype

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import lowrank_jax as lr
 from lowrank_jax import Separable, decompose, max_rank
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
 
 few = settings(max_examples=20)
 EPS = float(np.finfo(np.float32).eps)
@@ -343,10 +344,23 @@ def test_the_authors_ranks_for_caffenet_give_the_weights_they_published():
     assert f"{before / after:.2f}" == "5.00"
 
 
-@pytest.mark.parametrize("first", ["vertical", "horizontal"])
-@pytest.mark.parametrize(
-    "axes, shape", [("HWIO", (3, 5, 4, 6)), ("OIHW", (6, 4, 3, 5)), ("DHWIO", (2, 3, 5, 4, 6))]
-)
-def test_the_shapes_foretold_are_those_of_the_factors(axes, shape, first):
-    scheme = Separable(3, 2, axes, first)
+LAYOUTS = {
+    "HWIO": (3, 5, 4, 6),
+    "OIHW": (6, 4, 3, 5),
+    "DHWIO": (2, 3, 5, 4, 6),
+    "IO": (4, 6),
+    "OI": (6, 4),
+    "IPO": (4, 2, 3),
+    "PJOI": (2, 3, 3, 2),
+}
+
+
+@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("axes", LAYOUTS)
+def test_the_shapes_foretold_are_those_of_the_factors(axes, first):
+    shape, scheme = LAYOUTS[axes], SCHEMES[first](3, 2, axes, first)
+    if FORMS[first].spatial != ("W" in axes):
+        with pytest.raises(ValueError, match=f"axes='{axes}' is not allowed"):
+            scheme.shapes(shape)
+        return
     assert scheme.shapes(shape) == tuple(factor.shape for factor in scheme.factor(normal(shape)))

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax import Separable, decompose, lowrank, reconstruct, trace
+from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.factorization.ranks import max_rank
-from lowrank_jax.factorization.separable import FORMS
 from lowrank_jax.planning.candidates import Candidate, candidates, front
 from lowrank_jax.planning.selectors import fixed
 from lowrank_jax.planning.spectra import Spectra, spectra
 
 X = jnp.zeros((2, 8, 6, 4))
+PATHS = ("strided", "grouped", "shared", "pointwise")
+SPATIAL = [first for first, form in FORMS.items() if form.spatial]
 
 
 class CNN(nn.Module):
@@ -40,7 +42,7 @@ def filled(shapes):
 def network():
     variables = filled(jax.eval_shape(CNN().init, jax.random.key(0), X))
     program = trace(CNN().apply, variables, X)
-    return variables, program, spectra(variables["params"], program)
+    return variables, program, spectra(variables["params"], program, PATHS)
 
 
 def stack():
@@ -53,21 +55,19 @@ def stack():
     return variables["params"], trace(model.apply, variables, images)
 
 
-def test_the_paths_and_orders_can_be_chosen():
+def test_the_paths_and_forms_can_be_chosen():
     variables, program, _ = network()
-    found = spectra(variables["params"], program, ["shared"], orders=["horizontal"])
-    assert {path: list(orders) for path, orders in found.values.items()} == {
-        "shared": ["horizontal"]
-    }
+    found = spectra(variables["params"], program, ["shared"], forms=["horizontal"])
+    assert {path: list(forms) for path, forms in found.values.items()} == {"shared": ["horizontal"]}
     assert {each.scheme.first for each in candidates(program, found).layers["shared"][1:]} == {
         "horizontal"
     }
 
 
-@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("first", SPATIAL)
 def test_the_error_of_a_rank_is_the_share_that_the_factors_leave_out(first):
     variables, program, found = network()
-    for path, rank in {"strided": 5, "grouped": 3}.items():
+    for path, rank in {"strided": 4, "grouped": 3}.items():
         kernel = variables["params"][path]["kernel"]
         low = candidates(program, found).at(path, program.at(path)[0].scheme(rank, first))
         layer = {"layer": {"kernel": kernel}}
@@ -76,18 +76,25 @@ def test_the_error_of_a_rank_is_the_share_that_the_factors_leave_out(first):
         assert lost == pytest.approx(low.error, rel=1e-4)
 
 
-@pytest.mark.parametrize("first", FORMS)
+@pytest.mark.parametrize("first", SPATIAL)
 def test_every_cost_is_that_of_the_decomposed_program(first):
-    variables, program, found = network()
-    ranks = {"strided": 3, "grouped": 2, "shared": 4, "pointwise": 2}
-    schemes = {path: program.at(path)[0].scheme(rank, first) for path, rank in ranks.items()}
+    variables, program, _ = network()
+    found = spectra(variables["params"], program)
+    ranks = {"strided": 3, "grouped": 2, "shared": 4, "pointwise": 2, "head": 2}
+    schemes = {path: scheme(program.at(path)[0], rank, first) for path, rank in ranks.items()}
     plan = fixed(candidates(program, found), schemes)
+    assert plan.ranks == schemes
     small = jax.eval_shape(lambda p: decompose(p, plan.ranks, program), variables["params"])
     after = trace(lowrank(CNN().apply), {"params": small}, X)
     assert plan.total("parameters") == (program.parameters, after.parameters)
     assert plan.total("macs") == (program.macs, after.macs)
     moved = tuple(sum(use.bytes for use in calls) for calls in (program, after))
     assert plan.total("bytes") == moved
+
+
+def scheme(use, rank, first):
+    """The scheme of a form, or the usual one where the layer does not have that form."""
+    return use.scheme(rank, first if first in use.forms else None)
 
 
 def test_a_stack_of_kernels_has_one_rank_and_its_energies_are_summed():
@@ -141,9 +148,10 @@ def test_a_multiple_that_is_no_positive_int_is_refused(multiple):
 
 
 def test_a_layer_that_cannot_be_decomposed_is_refused():
-    _, program, _ = network()
-    with pytest.raises(ValueError, match="head: cannot be decomposed: it is a matrix product"):
-        candidates(program, Spectra({"head": {"vertical": np.ones(3)}}))
+    tree = {"last": {"kernel": jnp.ones((4, 3))}}
+    program = trace(lambda tree, x: x @ jnp.tanh(tree["last"]["kernel"]), tree, X)
+    with pytest.raises(ValueError, match="last: cannot be decomposed: its kernel is changed by"):
+        candidates(program, Spectra({"last": {"left": np.ones(3)}}))
 
 
 def test_a_spectrum_of_another_network_is_refused():
@@ -158,7 +166,7 @@ def test_a_scheme_without_a_spectrum_or_of_other_groups_is_refused():
     _, program, found = network()
     vertical = {"vertical": found.values["grouped"]["vertical"]}
     table = candidates(program, Spectra({"grouped": vertical}))
-    with pytest.raises(ValueError, match="grouped: there is no spectrum of it with the horizontal"):
+    with pytest.raises(ValueError, match="grouped: there is no spectrum of its form 'horizontal'"):
         table.at("grouped", Separable(2, 2, first="horizontal"))
     with pytest.raises(ValueError, match="strided: there is no spectrum"):
         table.at("strided", Separable(2))
@@ -192,9 +200,9 @@ def beats(one, two):
 def test_candidates_need_no_kernels_once_the_spectra_are_there():
     shapes = jax.eval_shape(CNN().init, jax.random.key(0), X)
     program = trace(CNN().apply, shapes, X)
-    values = {use.path: {first: flat(use, first) for first in FORMS}
+    values = {use.path: {first: flat(use, first) for first in use.forms}
               for use in program if use.safe}  # fmt: skip
-    assert len(candidates(program, Spectra(values)).layers) == 4
+    assert len(candidates(program, Spectra(values)).layers) == 5
 
 
 def flat(use, first):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax import Separable, decompose
+from lowrank_jax import Channel, Matrix, Separable, decompose
 from lowrank_jax.planning.budget import MEASURES, Budget
 from lowrank_jax.planning.curves import draw_curve
 from lowrank_jax.planning.plans import Choice, Plan, Rest
@@ -93,12 +93,19 @@ def test_a_plan_is_saved_and_loaded(tmp_path, plan):
 COUNTS = st.integers(0, 10**15)
 PAIRS = st.tuples(COUNTS, COUNTS)
 SECONDS = st.floats(0, 1e3)
-SCHEMES = st.builds(
-    Separable,
-    rank=st.integers(1, 99),
-    groups=st.integers(1, 9),
-    axes=st.sampled_from(["HWIO", "OIW"]),
-    first=st.sampled_from(["vertical", "horizontal"]),
+SCHEMES = st.one_of(
+    st.builds(
+        scheme,
+        rank=st.integers(1, 99),
+        groups=st.integers(1, 9),
+        axes=st.sampled_from(axes),
+        first=st.sampled_from(forms),
+    )
+    for scheme, axes, forms in (
+        (Separable, ["HWIO", "OIW"], ["vertical", "horizontal"]),
+        (Channel, ["HWIO", "OIW"], ["spatial", "pointwise"]),
+        (Matrix, ["IO", "OI", "IPO"], ["left", "heads"]),
+    )
 )
 CHOICES = st.builds(
     Choice,

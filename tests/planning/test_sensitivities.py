@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, decompose, lowrank, trace
+from lowrank_jax import decompose, lowrank, trace
 from lowrank_jax.planning.sensitivities import divergences
 
 
@@ -15,7 +15,13 @@ class Net(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3), 2, name="strided")(x))
         x = nn.relu(nn.Conv(8, (3, 5), feature_group_count=2, name="grouped")(x))
-        return nn.Dense(5)(x.mean((1, 2)))
+        x = nn.Dense(7, name="dense")(x.mean((1, 2)))
+        return nn.Dense(5, dot_general=altered, name="head")(x)
+
+
+def altered(x, kernel, *args, **options):
+    """A product with a function of the kernel, which cannot run with factors."""
+    return jax.lax.dot_general(x, jnp.tanh(kernel), *args, **options)
 
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8, 8, 4)), jnp.float32)
@@ -25,13 +31,14 @@ VARIABLES = jax.tree.map(
 )
 PROGRAM = trace(Net().apply, VARIABLES, X)
 CANDIDATES = {
-    "strided": [("vertical", 2), ("horizontal", 5)],
-    "grouped": [("vertical", 1), ("vertical", 12)],
+    "strided": [("vertical", 2), ("horizontal", 5), ("spatial", 3), ("pointwise", 1)],
+    "grouped": [("vertical", 1), ("vertical", 12), ("spatial", 2)],
+    "dense": [("left", 1), ("left", 4)],
 }
 
 
 def logits(path, first, rank):
-    scheme = Separable(rank, 2 if path == "grouped" else 1, first=first)
+    scheme = PROGRAM.at(path)[0].scheme(rank, first)
     small = {"params": decompose(VARIABLES["params"], {path: scheme})}
     return np.asarray(lowrank(Net().apply)(small, X), np.float64)
 
@@ -75,7 +82,7 @@ def test_all_candidates_run_under_one_compiled_program():
     [
         ({"stride": [("vertical", 1)]}, {}, "did you mean 'strided'"),
         ({"strided": [("vertical", 1)]}, {"measure": "l1"}, "measure='l1' is not allowed"),
-        ({"Dense_0": [("vertical", 1)]}, {}, "matrix product"),
+        ({"head": [("left", 1)]}, {}, "head: cannot be decomposed: its kernel is changed by tanh"),
     ],
 )
 def test_what_cannot_be_used_is_refused(candidates, options, text):

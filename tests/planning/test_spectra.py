@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax import spectrum, trace
+from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.factorization.layout import to_matrix, to_pair
 from lowrank_jax.planning.spectra import Spectra, singular_values, spectra
 
@@ -34,38 +35,43 @@ def network():
     return params, program, spectra(params, program)
 
 
-def test_the_spectra_are_those_of_every_safe_layer_in_both_orders():
+def test_the_spectra_are_those_of_every_safe_layer_in_every_form():
     params, _, found = network()
-    assert list(found.values) == ["strided", "grouped", "pointwise"]
-    values = found.values["grouped"]
-    expected = spectrum(params["grouped"]["kernel"], 2, "HWIO", "horizontal")
-    np.testing.assert_allclose(values["horizontal"], expected, rtol=1e-5)
-    assert [x.dtype for x in values.values()] == [np.float64] * 2
-    shapes = {path: orders["vertical"].shape for path, orders in found.values.items()}
-    assert shapes == {"strided": (1, 12), "grouped": (2, 12), "pointwise": (1, 8)}
+    shapes = {path: [x.shape for x in forms.values()] for path, forms in found.values.items()}
+    assert shapes == {
+        "strided": [(1, 12), (1, 12), (1, 8), (1, 4)],
+        "grouped": [(2, 12), (2, 12), (2, 4), (2, 4)],
+        "pointwise": [(1, 8)],
+        "head": [(1, 3)],
+    }
+    for path, groups, axes in (("grouped", 2, "HWIO"), ("head", 1, "IO")):
+        for first, values in found.values[path].items():
+            expected = spectrum(params[path]["kernel"], groups, axes, first)
+            np.testing.assert_allclose(values, expected, rtol=1e-5)
+            assert values.dtype == np.float64
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_spectra_that_are_not_finite_are_refused(value):
     with pytest.raises(
-        ValueError, match="block/conv, vertical first: the singular values hold NaN or infinite"
+        ValueError, match="block/conv, vertical: the singular values hold NaN or infinite"
     ):
         Spectra({"block/conv": {"vertical": np.array([value, 1.0])}})
 
 
 @pytest.mark.parametrize(
-    "orders, message",
+    "forms, message",
     [
-        ({"diagonal": [1.0]}, "'diagonal' is not known; give one of 'vertical', 'horizontal'"),
+        ({"diagonal": [1.0]}, "'diagonal' is not known; give one of .*'vertical', 'horizontal'"),
         ({"vertical": [1.0, 2.0]}, "sorted, largest first"),
         ({"vertical": [1.0, -2.0]}, "0 or more"),
         ({"vertical": []}, "there are no singular values"),
         ({"vertical": 3.0}, "there are no singular values"),
     ],
 )
-def test_what_are_no_singular_values_is_refused(orders, message):
-    with pytest.raises(ValueError, match=f"conv, .* first: .*{message}"):
-        Spectra({"conv": orders})
+def test_what_are_no_singular_values_is_refused(forms, message):
+    with pytest.raises(ValueError, match=f"conv, .*: .*{message}"):
+        Spectra({"conv": forms})
 
 
 @pytest.mark.parametrize("suffix", ["npz", "msgpack"])
@@ -90,17 +96,20 @@ def test_damaged_spectra_and_other_files_are_refused(tmp_path):
         Spectra.load(path)
 
 
-def test_the_layers_and_orders_can_be_chosen():
+def test_the_layers_and_forms_can_be_chosen():
     params, program, _ = network()
-    found = spectra(params, program, ["grouped"], orders=["horizontal"])
-    chosen = {path: list(orders) for path, orders in found.values.items()}
-    assert chosen == {"grouped": ["horizontal"]}
+    found = spectra(params, program, ["grouped", "head"], forms=["horizontal", "spatial"])
+    chosen = {path: list(forms) for path, forms in found.values.items()}
+    assert chosen == {"grouped": ["horizontal", "spatial"], "head": ["left"]}
+    with pytest.raises(ValueError, match=r"'diagonal' is not allowed; give one of .*'vertical'"):
+        spectra(params, program, forms=["diagonal"])
 
 
+SPATIAL = [first for first, form in FORMS.items() if form.spatial]
 SHAPES = st.tuples(*[st.integers(1, 4)] * 2, *[st.integers(1, 9)] * 2)
 
 
-@given(SHAPES, st.integers(0, 99), st.sampled_from(["vertical", "horizontal"]))
+@given(SHAPES, st.integers(0, 99), st.sampled_from(SPATIAL))
 def test_singular_values_are_those_of_the_whole_decomposition(shape, seed, first):
     kernel = np.random.default_rng(seed).standard_normal(shape, np.float32)
     (use,) = trace(convolve, {"kernel": kernel}, jnp.zeros((1, 9, 9, shape[2])))
@@ -124,7 +133,7 @@ def test_no_singular_vectors_are_computed_and_a_pointwise_kernel_is_done_once(mo
     record = lambda gram: (sizes.append(gram.shape[-1]), eigenvalues(gram))[1]  # noqa: E731
     monkeypatch.setattr(np.linalg, "eigvalsh", record)
     chex.assert_trees_all_equal(spectra(params, program).values, before.values)
-    assert sorted(sizes) == [8, 12, 12, 12, 12]
+    assert sorted(sizes) == [3, 4, 4, 4, 8, 8, 12, 12, 12, 12]
 
 
 def test_a_kernel_of_a_low_rank_loses_nothing_from_there_on():

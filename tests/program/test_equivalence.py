@@ -12,11 +12,15 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax import Separable, decompose, lowrank, max_rank, reconstruct, trace
+from lowrank_jax import decompose, lowrank, max_rank, reconstruct, trace
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.program.jaxprs import programs
 
 many = settings(max_examples=50)
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
+FIRST = [first for first, form in FORMS.items() if form.spatial]
+MATRICES = ["IO", "JIO", "IPO", "JIPO", "KJIO"]
 MOVES = ["transpose", "turn", "take", "squeeze", "call"]
 # With jax 0.10 XLA's convolutions on the CPU read beyond the data where padding is negative.
 LEAST = -1 if jax.__version_info__ >= (0, 11) else 0
@@ -172,16 +176,18 @@ def convolutions(draw):
 def schemes(draw, case, tree, x):
     """A scheme that fits a kernel, whether or not it fits the program."""
     (use,) = trace(case, tree, x)
-    shape, first = case.stored, draw(st.sampled_from(["vertical", "horizontal"]))
-    count = draw(st.integers(3, min(5, len(shape))))
-    axes = "".join(draw(st.permutations("IO" + SPATIAL[count - 2])))
-    if use.safe and draw(st.booleans()):
+    shape, first = case.stored, draw(st.sampled_from([*FIRST, "left"]))
+    layouts = [*("IO" + spatial for spatial in SPATIAL.values())] if first in FIRST else MATRICES
+    layout = draw(st.sampled_from([own for own in layouts if len(own) <= len(shape)]))
+    axes = "".join(draw(st.permutations(layout)))
+    if use.safe and first in FIRST and draw(st.booleans()):
         swapped = use.axes.translate(str.maketrans("IO", "OI"))
         axes = draw(st.sampled_from([use.axes, swapped]))
-    outputs = shape[len(shape) - len(axes) :][axes.index("O")]
+    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    outputs = next(sizes[letter] for letter in axes if letter in OUTPUTS)
     groups = draw(st.sampled_from([groups for groups in (1, 2) if outputs % groups == 0]))
     limit = max_rank(shape, groups, axes, first)
-    return Separable(draw(st.integers(1, limit)), groups, axes, first)
+    return SCHEMES[first](draw(st.integers(1, limit)), groups, axes, first)
 
 
 def convolutions_and_products(function, small, x):
@@ -195,7 +201,7 @@ def test_a_convolution_runs_as_with_the_reconstructed_kernel_and_as_the_trace_sa
     tree, x = {"kernel": normal(case.stored)}, normal(case.inputs, 1)
     (use,) = trace(case, tree, x)
     if use.safe:
-        first = data.draw(st.sampled_from(["vertical", "horizontal"]))
+        first = data.draw(st.sampled_from(FIRST))
         limit = max_rank(use.kernel_shape, use.groups, use.axes, first)
         scheme = use.scheme(data.draw(st.sampled_from([1, limit])), first)
     else:
@@ -252,9 +258,10 @@ ensembles = st.builds(
 def test_an_ensemble_runs_as_with_the_reconstructed_kernels_and_as_the_trace_says(case, data):
     tree, x = {"kernel": normal(case.stored)}, normal(case.inputs, 1)
     (use,) = trace(case, tree, x)
-    rank = data.draw(st.integers(1, 2))
+    rank, first = data.draw(st.integers(1, 2)), data.draw(st.sampled_from(FIRST))
     if use.safe:
-        scheme = use.scheme(min(rank, max_rank(use.kernel_shape, use.groups, use.axes)))
+        limit = max_rank(use.kernel_shape, use.groups, use.axes, first)
+        scheme = use.scheme(min(rank, limit), first)
     else:
         scheme = data.draw(schemes(case, tree, x))
     small = decompose(tree, {"kernel": scheme})
@@ -292,9 +299,10 @@ def products(draw):
 
 
 @many
-@given(products(), st.integers(1, 8), st.sampled_from(["vertical", "horizontal"]))
+@given(products(), st.integers(1, 8), st.sampled_from(FIRST))
 def test_a_product_with_a_kernel_runs_as_with_the_reconstructed_one(case, rank, first):
-    small = decompose({"kernel": normal((3, 2, 4, 5))}, {"kernel": Separable(rank, first=first)})
+    scheme = SCHEMES[first](min(rank, max_rank((3, 2, 4, 5), first=first)), first=first)
+    small = decompose({"kernel": normal((3, 2, 4, 5))}, {"kernel": scheme})
     x = normal(case.inputs, 1)
     run = jax.jit(lambda small, x: (lowrank(case)(small, x), case(reconstruct(small), x)))
     assert_same(*run(small, x))

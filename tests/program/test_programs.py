@@ -20,7 +20,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from lowrank_jax import Separable, decompose, lowrank, max_rank, trace
+from lowrank_jax import Matrix, decompose, lowrank, max_rank, trace
+from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.layout import fit_axes
 from lowrank_jax.program.jaxprs import programs
 from lowrank_jax.tree.paths import named_leaves
 
@@ -43,6 +45,7 @@ class Case:
         make: gives a function of (tree, inputs) and the tree, whose values do not matter.
         shape, dtype: of the inputs.
         axes: of the kernel, where the trace does not tell.
+        others: products of the program that do not read the kernel.
     """
 
     framework: str
@@ -51,47 +54,47 @@ class Case:
     shape: tuple[int, ...] = SHAPE
     dtype: str = "float32"
     axes: str = "HWIO"
+    others: int = 0
 
 
-def linen(name, layer, shape=SHAPE, dtype="float32"):
+def linen(name, layer, shape=SHAPE, dtype="float32", **facts):
     make = lambda x: (layer.apply, jax.eval_shape(layer.init, jax.random.key(0), x))  # noqa: E731
-    return Case("Linen", name, make, shape, dtype)
+    return Case("Linen", name, make, shape, dtype, **facts)
 
 
 def conv(name, size=(3, 3), shape=SHAPE, **options):
     return linen(name, nn.Conv(8, size, **options), shape)
 
 
-def of_nnx(name, build, shape=SHAPE):
+def of_nnx(name, build, shape=SHAPE, **facts):
     def make(x):
         graph, state = nnx.split(build(nnx.Rngs(0)))  # shapes in its dicts would be static
         return lambda state, x: nnx.merge(graph, state)(x), state
 
-    return Case("NNX", name, make, shape)
+    return Case("NNX", name, make, shape, **facts)
 
 
-def equinox(name, build, shape=(4, 9, 7), axes="OIHW"):
+def equinox(name, build, shape=(4, 9, 7), axes="OIHW", **facts):
     def make(x):
         model = eqx.filter_eval_shape(build, key=jax.random.key(0))
         arrays, static = eqx.partition(model, lambda leaf: hasattr(leaf, "shape"))
         return lambda arrays, x: eqx.combine(arrays, static)(x), arrays
 
-    return Case("Equinox", name, make, shape, axes=axes)
+    return Case("Equinox", name, make, shape, axes=axes, **facts)
 
 
-def haiku(name, build, shape=SHAPE):
+def haiku(name, build, shape=SHAPE, **facts):
     def make(x):
         model = hk.without_apply_rng(hk.transform(lambda x: build()(x)))
         return model.apply, jax.eval_shape(model.init, jax.random.key(0), x)
 
-    return Case("Haiku", name, make, shape)
+    return Case("Haiku", name, make, shape, **facts)
 
 
-def own(name, apply, kernel=(3, 3, 4, 8), shape=SHAPE, axes="HWIO"):
+def own(name, apply, kernel=(3, 3, 4, 8), shape=SHAPE, axes="HWIO", **facts):
     tree = {"kernel": jax.ShapeDtypeStruct(kernel, "float32")}
-    return Case(
-        "one's own", name, lambda x: (lambda p, x: apply(p["kernel"], x), tree), shape, axes=axes
-    )
+    make = lambda x: (lambda p, x: apply(p["kernel"], x), tree)  # noqa: E731
+    return Case("one's own", name, make, shape, axes=axes, **facts)
 
 
 def convolve(kernel, x, layout=NHWC, **options):
@@ -135,14 +138,21 @@ class Block(nn.Module):
         return nn.Conv(4, (3, 3), name="inner")(x), None
 
 
+class DenseBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.Dense(4, name="inner")(x), None
+
+
 class Lifted(nn.Module):
     """A block under a transformation of Flax."""
 
     lift: Callable
+    block: type = Block
 
     @nn.compact
     def __call__(self, x):
-        return self.lift(Block)(name="block")(x, None)[0]
+        return self.lift(self.block)(name="block")(x, None)[0]
 
 
 SPLIT = {"split_rngs": {"params": True}, "variable_axes": {"params": 0}}
@@ -181,6 +191,17 @@ def by_windows(kernel, x):
     rows = jnp.stack([x[:, i : i + 7] for i in range(3)], -2)
     windows = jnp.stack([rows[:, :, j : j + 5] for j in range(3)], -2)
     return jnp.einsum("bhwvuc,vucn->bhwn", windows.swapaxes(-2, -3), kernel)
+
+
+def attend(kernel, x):
+    """Queries, keys and values by one kernel (d, 3, heads, head_dim)."""
+    q, k, v = jnp.moveaxis(jnp.einsum("...td,dphk->...pthk", x, kernel), -4, 0)
+    weights = jax.nn.softmax(jnp.einsum("...thk,...shk->...hts", q, k))
+    return jnp.einsum("...hts,...shk->...thk", weights, v)
+
+
+def embedded(table, x):
+    return (x + table[jnp.arange(7)]) @ table.T
 
 
 def by_spectrum(kernel, x):
@@ -251,6 +272,15 @@ def linen_cases():
     yield linen("WeightNorm", Wrapped(nn.WeightNorm))
     yield linen("SpectralNorm", Wrapped(nn.SpectralNorm))
     yield from (linen(name, Lifted(lift)) for name, lift in LIFTS.items())
+    yield linen("Dense", nn.Dense(8))
+    yield linen("Dense, float32 parameters, computed in bfloat16", nn.Dense(8, dtype="bfloat16"))
+    yield linen("DenseGeneral, to heads", nn.DenseGeneral((2, 4)))
+    yield linen("DenseGeneral, from heads", nn.DenseGeneral(8, axis=(-2, -1)))
+    yield linen("DenseGeneral, of each row", nn.DenseGeneral(8, batch_dims=(0, 1)))
+    yield linen("Einsum", nn.Einsum((2, 4, 8), "...d,hdk->...hk", use_bias=False))
+    yield linen("MultiHeadDotProductAttention", nn.MultiHeadDotProductAttention(2), others=5)
+    for name, lift in LIFTS.items():
+        yield linen(f"{name}, of Dense", Lifted(lift, DenseBlock))
 
 
 def other_cases():
@@ -262,6 +292,11 @@ def other_cases():
     yield of_nnx("ConvTranspose", lambda rngs: up(rngs=rngs))
     yield of_nnx("WeightNorm", lambda rngs: nnx.WeightNorm(layer(rngs=rngs), rngs=rngs))
     yield of_nnx("SpectralNorm", lambda rngs: nnx.SpectralNorm(layer(rngs=rngs), rngs=rngs))
+    yield of_nnx("Linear", lambda rngs: nnx.Linear(4, 8, rngs=rngs))
+    general = functools.partial(nnx.LinearGeneral, (7, 4), 8, axis=(-2, -1))
+    yield of_nnx("LinearGeneral", lambda rngs: general(rngs=rngs))
+    attention = functools.partial(nnx.MultiHeadAttention, 2, 4, decode=False)
+    yield of_nnx("MultiHeadAttention", lambda rngs: attention(rngs=rngs), others=5)
     yield equinox("Conv1d", lambda key: eqx.nn.Conv1d(4, 8, 3, key=key), (4, 9), "OIW")
     yield equinox("Conv2d", lambda key: eqx.nn.Conv2d(4, 8, (3, 5), 2, 1, key=key))
     yield equinox("Conv2d, groups", lambda key: eqx.nn.Conv2d(4, 8, 3, groups=2, key=key))
@@ -272,6 +307,11 @@ def other_cases():
     yield equinox("ConvTranspose2d", lambda key: eqx.nn.ConvTranspose2d(4, 8, 3, 2, key=key))
     normed = functools.partial(eqx.nn.WeightNorm, weight_name="weight")
     yield equinox("WeightNorm", lambda key: normed(eqx.nn.Conv2d(4, 8, 3, key=key)))
+    yield equinox("Linear", lambda key: eqx.nn.Linear(4, 8, key=key), (4,), "OI")
+    to_itself = lambda model: lambda x: model(x, x, x)  # noqa: E731
+    yield haiku("Linear", lambda: hk.Linear(8))
+    heads = functools.partial(hk.MultiHeadAttention, 2, 4, w_init=hk.initializers.Constant(1))
+    yield haiku("MultiHeadAttention", lambda: to_itself(heads()), (2, 9, 4), others=5)
     yield haiku("Conv1D", lambda: hk.Conv1D(8, 3), (2, 9, 4))
     yield haiku("Conv2D", lambda: hk.Conv2D(8, (3, 5), stride=2, rate=1))
     yield haiku("Conv2D, NCHW", lambda: hk.Conv2D(8, 3, data_format="NCHW"), (2, 4, 9, 7))
@@ -292,6 +332,16 @@ def other_cases():
     yield own("kernel scaled", lambda k, x: convolve(0.5 * k, x))
     yield own("kernel rounded, gradient passed", lambda k, x: convolve(rounded(k), x))
     yield own("kernel also penalised", lambda k, x: convolve(k, x) + jnp.sum(k**2))
+    yield own("product, kernel transposed", lambda k, x: x @ k.T, (8, 4))
+    yield own("product, kernel from the left", lambda k, x: jnp.matmul(k, x), (8, 9), (2, 9, 4))
+    yield own("product, kernel scaled", lambda k, x: x @ (0.5 * k), (4, 8))
+    yield own("product, part of the kernel", lambda k, x: x @ k[:, :8], (4, 9))
+    yield own("product, kernel split into heads", lambda k, x: jnp.einsum(
+        "bhwd,dnk->bhwnk", x, k.reshape(4, 2, 4)), (4, 8))  # fmt: skip
+    yield own("product of each expert", lambda k, x: jnp.einsum(
+        "bhwd,edn->bhwen", x, k), (3, 4, 8))  # fmt: skip
+    yield own("embeddings, looked up and attended", embedded, (8, 4))
+    yield own("attention, one kernel", attend, (4, 3, 2, 4), others=2)
     yield own("product, 1x1", lambda k, x: x @ k[0, 0], (1, 1, 4, 8))
     yield own("product with each tap", by_taps)
     yield own("product with windows", by_windows)
@@ -310,21 +360,36 @@ def built(case):
     return apply, fill(skeleton), x
 
 
-def scheme_of(case, apply, tree, x, first="vertical"):
-    """The path of the kernel, and its full rank; the layout is the trace's where it has one."""
-    kernels = {name: leaf for name, leaf in named_leaves(tree).items() if np.ndim(leaf) > 2}
+def schemes_of(case, apply, tree, x):
+    """The path of the kernel, and schemes of its full rank: those of the trace, and those of a
+    convolution where the trace has none."""
+    kernels = {name: leaf for name, leaf in named_leaves(tree).items() if np.ndim(leaf) > 1}
     path, kernel = max(kernels.items(), key=lambda item: item[1].size)
     safe = [use for use in trace(apply, tree, x) if use.path == path and use.safe]
-    groups, axes = (safe[0].groups, safe[0].axes) if safe else (1, case.axes)
-    return path, Separable(max_rank(kernel.shape, groups, axes, first), groups, axes, first)
+    units = [safe[0].scheme(1, first) for first in safe[0].forms] if safe else []
+    if not units and kernel.ndim == 2:
+        units = [Matrix(1)]
+    elif kernel.ndim > 2 and not any(FORMS[own.first].spatial for own in units):
+        axes = fit_axes(case.axes, kernel.ndim)
+        units += [SCHEMES[first](1, 1, axes, first) for first in FORMS if FORMS[first].spatial]
+    return path, [
+        dataclasses.replace(own, rank=max_rank(kernel.shape, own.groups, own.axes, own.first))
+        for own in units
+    ]
 
 
 def operations(function, *args):
-    """How often each operation stands in a program, calls and loops included."""
+    """How often each operation stands in a program, calls and loops included; products of two
+    factors, which alone have the highest precision, are told apart from the others."""
+
+    def name_of(eqn):
+        merges = eqn.params.get("precision") == (jax.lax.Precision.HIGHEST,) * 2
+        name = eqn.primitive.name
+        return "merge" if merges and name == "dot_general" else name
 
     def count(program):
         inner = [body for eqn in program.eqns for body in programs(eqn.params)]
-        return sum(map(count, inner), Counter(eqn.primitive.name for eqn in program.eqns))
+        return sum(map(count, inner), Counter(map(name_of, program.eqns)))
 
     return count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -333,19 +398,21 @@ def verdict(case):
     """ "factored", or "multiplied back" with the reason; read from the program that runs."""
     with jax.enable_x64(case.dtype == "float64"):
         apply, tree, x = built(case)
-        path, scheme = scheme_of(case, apply, tree, x)
+        path, (scheme, *_) = schemes_of(case, apply, tree, x)
         uses = [use for use in trace(apply, tree, x) if use.path in (path, "")]
         small = jax.eval_shape(lambda tree: decompose(tree, {path: scheme}), tree)
         dense, low = operations(apply, tree, x), operations(lowrank(apply), small, x)
     readers = ("conv_general_dilated", "dot_general")
-    extra = [low[name] - dense[name] for name in readers]
-    use = min(uses, key=lambda use: use.kind == "product")
+    extra = [low[name] - dense[name] for name in (*readers, "merge")]
+    own = [use for use in uses if use.path] or uses
+    use = min(own, key=lambda use: use.kind == "product")
     reason = use.reason if use.path else "its kernel is computed by the program"
-    if use.safe or reason.startswith("it is a matrix product"):
-        assert extra == ([dense[readers[0]], 0] if use.safe else [0, dense[readers[1]]])
+    own = [dense[readers[0]], 0] if use.kind != "product" else [0, dense[readers[1]] - case.others]
+    if use.safe:
+        assert extra == [*own, 0]
         return "factored"
     both = reason.startswith("its kernel is also used")
-    assert extra == [int(both), 1]  # one product makes the kernel
+    assert extra == [*(own if both else (0, 0)), 1]  # one product makes the kernel
     return f"{'both' if both else 'multiplied back'}: {reason}"
 
 
@@ -354,10 +421,8 @@ def test_at_full_rank_it_computes_what_the_dense_layer_does(name):
     case = CASES[name]
     with jax.enable_x64(case.dtype == "float64"):
         apply, tree, x = built(case)
-        trees = [tree]
-        for first in ("vertical", "horizontal"):
-            path, scheme = scheme_of(case, apply, tree, x, first)
-            trees.append(decompose(tree, {path: scheme}))
+        path, schemes = schemes_of(case, apply, tree, x)
+        trees = [tree, *(decompose(tree, {path: scheme}) for scheme in schemes)]
         run = jax.jit(lambda *all, x: [lowrank(apply)(t, x) for t in all])
         dense, *low = run(*trees, x=x)
         # Sums of tens of terms, both factors and the channels between them rounded to the type of

@@ -8,10 +8,12 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Separable, SeparableConv, compress, decompose, lowrank, trace
+from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.models import NIN
 
 X = jnp.zeros((2, 8, 8, 4))
 NHWC = ("NHWC", "HWIO", "NHWC")
+SPATIAL = [first for first, form in FORMS.items() if form.spatial]
 
 
 def traced(model, x=X, **options):
@@ -84,8 +86,9 @@ def test_a_transposed_convolution_and_a_dense_layer_are_told_apart():
         "product",
         "Dense_0",
         2 * 256 * 6 * 5,
-        False,
+        True,
     )
+    assert (dense.axes, dense.kernel_shape, dense.positions) == ("IO", (6, 5), 2 * 256)
 
 
 def test_a_strided_separable_layer_runs_its_vertical_part_at_full_width():
@@ -94,7 +97,7 @@ def test_a_strided_separable_layer_runs_its_vertical_part_at_full_width():
     assert (horizontal.path, horizontal.macs) == ("kernel/horizontal", 2 * 4 * 4 * 3 * 5 * 6)
 
 
-@pytest.mark.parametrize("first", ["vertical", "horizontal"])
+@pytest.mark.parametrize("first", SPATIAL)
 @pytest.mark.parametrize(
     "options",
     [{}, {"strides": (2, 1)}, {"strides": (1, 2), "padding": "VALID"}, {"feature_group_count": 2}],
@@ -296,7 +299,8 @@ def test_without_a_table_decompose_takes_half_of_the_weights_of_every_safe_layer
     params = Model().init(jax.random.key(0), X)["params"]
     small = decompose(params, trace=traced(Model()))
     factored = {name for name, layer in small.items() if isinstance(layer["kernel"], dict)}
-    assert factored == {"plain", "grouped"}
+    assert factored == {"plain", "grouped", "dense"}
+    assert small["dense"]["kernel"]["left_factor"].shape == (16, 1)  # 16 + 3 <= 48 / 2 < 2 * 19
     assert small["plain"]["kernel"]["vertical"].shape == (
         3,
         1,

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze
 
-from lowrank_jax import Separable, decompose, reconstruct
+from lowrank_jax import Channel, Matrix, Separable, decompose, reconstruct
 
 ROUNDING = 50 * float(np.finfo(np.float32).eps)  # a float32 SVD of entries of the order of 1
 
@@ -68,9 +68,18 @@ def test_the_input_is_not_changed():
 
 def test_the_factors_are_those_of_the_scheme():
     params = network()
-    small = decompose(params, {"Conv_0": 2})["Conv_0"]["kernel"]
-    found = (small["vertical"], small["horizontal"])
-    chex.assert_trees_all_equal(found, Separable(2).factor(params["Conv_0"]["kernel"]))
+    schemes = {"Conv_0": Separable(2), "block/Conv_0": Channel(3), "Dense_0": Matrix(1)}
+    small = decompose(params, schemes)
+    one, two, dense = (part["kernel"] for part in (small["Conv_0"], small["block"]["Conv_0"],
+                                                    small["Dense_0"]))  # fmt: skip
+    found = [
+        (one["vertical"], one["horizontal"]),
+        (two["spatial_first"], two["pointwise_second"]),
+        (dense["left_factor"], dense["right_factor"]),
+    ]
+    kernels = [params["Conv_0"], params["block"]["Conv_0"], params["Dense_0"]]
+    pairs = zip(schemes.values(), kernels, strict=True)
+    chex.assert_trees_all_equal(found, [own.factor(part["kernel"]) for own, part in pairs])
 
 
 def test_all_variables_are_decomposed_as_their_parameters_are():
@@ -162,9 +171,11 @@ def test_an_ensemble_is_decomposed_by_vmap_or_as_a_stack():
         )
 
 
-@pytest.mark.parametrize("paths", [["Conv_0"], ["block/Conv_0"], ["block/Conv_0", "Conv_0"]])
+@pytest.mark.parametrize(
+    "paths", [["Conv_0"], ["block/Conv_0"], ["Dense_0"], ["block/Conv_0", "Conv_0", "Dense_0"]]
+)
 def test_reconstruct_undoes_decompose_at_full_rank(paths):
-    full = {"Conv_0": 6, "block/Conv_0": 12}
+    full = {"Conv_0": 6, "block/Conv_0": 12, "Dense_0": 3}
     params = network()
     found = reconstruct(decompose(params, {path: full[path] for path in paths}))
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
@@ -228,7 +239,8 @@ def test_an_unknown_path_is_refused_with_the_nearest_one(path):
 
 
 def test_an_unknown_path_that_is_near_to_nothing_is_refused_with_the_paths_there_are():
-    assert "'Conv_0' or 'block/Conv_0'" in refuse(network(), {"zzzzzzzz": 1})
+    names = "'Conv_0' or 'Dense_0' or 'block/Conv_0'"
+    assert names in refuse(network(), {"zzzzzzzz": 1})
     assert "there are no layers" in refuse({"norm": {"scale": normal(3)}}, {"norm": 1})
 
 
@@ -236,10 +248,22 @@ def test_one_bad_path_among_good_ones_is_refused():
     assert "'Conv_9'" in refuse(network(), {"Conv_0": 1, "Conv_9": 1})
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (3,)])
-def test_a_kernel_that_is_not_of_a_convolution_is_refused(shape):
-    message = refuse({"Dense_0": conv(*shape)}, {"Dense_0": 1})
-    assert "Dense_0" in message and str(shape) in message and "Leave it out of the table" in message
+def test_a_kernel_that_is_not_of_a_layer_is_refused():
+    message = refuse({"Dense_0": conv(3)}, {"Dense_0": 1})
+    assert "Dense_0" in message and "(3,)" in message and "Leave it out of the table" in message
+
+
+def test_a_pattern_leaves_tables_of_embeddings_as_they_are():
+    params = {"Embed_0": {"embedding": normal(8, 6)}, "Dense_0": conv(6, 3)}
+    small = decompose(params, {".*": 1})
+    assert small["Embed_0"]["embedding"] is params["Embed_0"]["embedding"]
+    assert set(small["Dense_0"]["kernel"]) == {"left_factor", "right_factor"}
+
+
+@pytest.mark.parametrize("layer", ["embedding", "patch_embedding"])
+def test_a_convolution_may_have_any_name(layer):
+    small = decompose({layer: conv(3, 3, 2, 4)}, {layer: 1})
+    assert set(small[layer]["kernel"]) == {"vertical", "horizontal"}
 
 
 def test_a_boxed_kernel_is_decomposed_within_its_box():

@@ -13,7 +13,7 @@ from flax import linen as nn
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lowrank_jax import Separable, trace
+from lowrank_jax import Channel, Matrix, Separable, trace
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.planning.plans import Choice, Plan
 from lowrank_jax.tree.rules import as_table, resolve
@@ -22,7 +22,7 @@ SHAPE = (3, 3, 4, 8)
 PATHS = ["stem", "stage1/conv1", "stage1/conv2", "stage2/conv1", "head/conv"]
 LAYERS = dict.fromkeys(PATHS, SHAPE)
 KEYS = st.sampled_from([*PATHS, "stage1/.*", "stage./conv1", ".*", "(stem|head).*", ".*/conv.?"])
-VALUES = st.sampled_from([None, 1, 3, 0.4, 0.7, Separable(2)])
+VALUES = st.sampled_from([None, 1, 3, 0.4, 0.7, Separable(2), Channel(2)])
 PARTS = st.text("ab01.*+?()[]{}|^$\\", min_size=1, max_size=4)
 ONE = 1 + 1e-12  # 0.29 of 100 is 29
 SIZES = st.tuples(*[st.integers(1, 5)] * 2, *[st.integers(1, 24)] * 2)
@@ -82,6 +82,11 @@ def test_a_share_of_the_parameters_gives_the_largest_rank_within_it(shape, share
     assert scheme.rank == max_rank(shape) or (scheme.rank + 1) * unit > share * dense * ONE
 
 
+def altered(x, kernel, *args, **options):
+    """A product with a function of the kernel, which cannot run with factors."""
+    return jax.lax.dot_general(x, jnp.tanh(kernel), *args, **options)
+
+
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -89,7 +94,8 @@ class Net(nn.Module):
         x = nn.relu(nn.Conv(8, (3, 5), feature_group_count=2, name="grouped")(x))
         shared = nn.Conv(8, (3, 3), name="shared")
         x = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(shared(shared(x)))
-        return nn.Dense(3, name="head")(x)
+        x = nn.Dense(6, name="hidden")(x)
+        return nn.Dense(3, dot_general=altered, name="head")(x)
 
 
 X = jnp.zeros((2, 8, 6, 4))
@@ -109,20 +115,23 @@ def test_shares_of_a_traced_program_are_kept_layer_by_layer(share, measure):
         else:
             dense = sum(call.macs for call in calls)
             unit = sum(call.macs_at(call.scheme(1)) for call in calls)
-        limit = max_rank(calls[0].kernel_shape, calls[0].groups, calls[0].axes)
+        limit = max_rank(calls[0].kernel_shape, calls[0].groups, calls[0].axes, scheme.first)
         assert scheme.rank == max(r for r in range(1, limit + 1) if r * unit <= share * dense * ONE)
 
 
 def test_what_a_pattern_cannot_decompose_stays_dense():
     found = resolve({"strided": None, "grouped": 3, ".*": 0.5}, program())
-    assert found["grouped"] == Separable(3, groups=2)
-    assert list(found) == ["grouped", "shared"]  # a rank of the depthwise layer costs two thirds
+    assert found["grouped"] == Separable(3, groups=2) and found["hidden"] == Matrix(1)
+    # A rank of the depthwise layer costs two thirds, and the head's kernel is changed.
+    assert list(found) == ["grouped", "shared", "hidden"]
 
 
 def test_a_table_without_a_trace_takes_the_layout_that_it_is_told():
     shapes = {"one": (8, 4, 3), "two": (8, 4, 3, 5), "linear": (8, 4)}
     found = resolve({".*": 0.5}, shapes, axes="OIHW")
-    assert {path: scheme.axes for path, scheme in found.items()} == {"one": "OIW", "two": "OIHW"}
+    axes = {"one": "OIW", "two": "OIHW", "linear": "OI"}
+    assert {path: scheme.axes for path, scheme in found.items()} == axes
+    assert found["linear"] == Matrix(1, axes="OI")
     grouped = Separable(1, groups=2, axes="OIHW")
     assert resolve({"two": grouped}, shapes, axes="OIHW") == {"two": grouped}
 
@@ -133,7 +142,7 @@ def test_groups_and_layouts_may_be_known_without_a_trace():
     found = resolve({"conv": 3, "cube": 0.5}, shapes, units=units)
     assert found["conv"] == Separable(3, 2)
     assert found["cube"].axes == "DHWIO"
-    with pytest.raises(ValueError, match="does not fit the program; give groups=2"):
+    with pytest.raises(ValueError, match=r"fit the program; give Separable\(rank=3, groups=2"):
         resolve({"conv": Separable(3)}, shapes, units=units)
 
 
@@ -166,13 +175,14 @@ def test_ranks_of_numpy_are_ranks_and_shares_too():
         ({"stem": 2.0}, "stem: the share 2.0 is not allowed; give a float above 0 and up to 1"),
         ({"stem": math.nan}, "stem: the share nan is not allowed"),
         ({"stem": Separable(2, groups=3)}, "stem: groups=3 must be at least 1 and divide the 8"),
-        ({"linear": 2}, "linear: cannot be decomposed: (8, 4) is no kernel of a convolution."),
-        ({"linear|empty": 0.5}, "Leave the rule out: 'linear|empty': 0.5"),
+        ({"vector": 2}, "vector: cannot be decomposed: (8,) is no kernel of a layer."),
+        ({"vector|empty": 0.5}, "Leave the rule out: 'vector|empty': 0.5"),
+        ({"linear": 5}, "linear: rank 5 is not allowed; give an int from 1 to 4"),
         ({"stem": 0.01}, "stem: rank 1 costs 0.125 of the layer. Raise the share, or give None"),
     ],
 )
 def test_tables_that_cannot_be_are_refused(rules, message):
-    shapes = LAYERS | {"linear": (8, 4), "empty": (3, 3, 0, 8)}
+    shapes = LAYERS | {"vector": (8,), "linear": (8, 4), "empty": (3, 3, 0, 8)}
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(rules, shapes)
 
@@ -180,8 +190,9 @@ def test_tables_that_cannot_be_are_refused(rules, message):
 @pytest.mark.parametrize(
     "rules, layers, options, message",
     [
-        ({"grouped": Separable(2)}, program, {}, "fit the program; give groups=2 and axes='HWIO'"),
-        ({"head": 2}, program, {}, "head: cannot be decomposed: it is a matrix product"),
+        ({"grouped": Separable(2)}, program, {}, "the program; give Separable(rank=2, groups=2"),
+        ({"hidden": Separable(2)}, program, {}, "the program; give Matrix(rank=2, groups=1"),
+        ({"head": 2}, program, {}, "head: cannot be decomposed: its kernel is changed by tanh"),
         ({"head": 2}, program, {"measure": "bytes"}, "measure='bytes' is not allowed; give 'param"),
         ({"stem": 2}, lambda: LAYERS, {"measure": "macs"}, "measure='macs' needs a trace"),
         ({"stem": 2}, dict, {}, "The rule 'stem' matches no layer; there are no layers"),

@@ -1,0 +1,138 @@
+"""What an error of a layer's outputs costs the network's outputs, to second order.
+
+With y the outputs of a layer at one position and f those of the network, an error d of y changes f
+by J d. The mean of |J d|^2 over inputs is about the sum over channels of F_n d_n^2, with F_n the
+sum over positions of the squared derivatives. A backward pass from r, random signs on the outputs,
+gives g = J^T r, and the mean of g_n^2 over r is F_n (Hutchinson, 1990). No label is needed.
+"""
+
+import functools
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.calibration.inputs import images
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
+from lowrank_jax.program.kernel import Kernel, dense, sources_of
+from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.program.reading import READERS, Reading
+
+IMAGES = 64  # more change the ranks of no network that was tried
+AT_ONCE = 32  # a backward pass holds all activations
+ALIKE = "All layers count alike in a plan, because the network has no derivative"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(geometry: AnyGeometry, y: jax.Array, total: jax.Array) -> jax.Array:
+    """The outputs themselves; their squared derivatives are those of the total."""
+    del geometry, total
+    return y
+
+
+def _backward(geometry: AnyGeometry, _: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = geometry.outputs_of(g).astype(jnp.float32)  # (rows, S, groups, m)
+    return g, jnp.sum(rows**2, axis=(0, 1)).ravel()
+
+
+_tap.defvjp(lambda geometry, y, total: (y, None), _backward)
+
+
+class Tap(Rule):
+    """Taps the outputs of the layers at some paths.
+
+    Attributes:
+        totals: path to zeros, one for each output, whose derivatives are the sums.
+    """
+
+    opens = True
+
+    def __init__(self, totals: Mapping[str, jax.Array]) -> None:
+        self.totals = totals
+
+    def apply(self, eqn: Any, values: list) -> Found | None:
+        if eqn.primitive.name not in READERS:
+            return None
+        reading = Reading.of(eqn, sources_of(values))
+        source = reading.source
+        if reading.reason or source is None or source.path not in self.totals:
+            return None
+        (outputs,) = bind(eqn, [dense(value) for value in values])
+        return [_tap(geometry_of(reading), outputs, self.totals[source.path])], {}
+
+
+def channel_curvature(
+    network: Network, batches: Iterable[tuple], trace: Trace, paths: Collection[str]
+) -> dict[str, np.ndarray]:
+    """F of each output channel of some layers, by a backward pass over a few inputs.
+
+    Args:
+        network: where it has no derivative, as with ``while``, a warning says that all layers and
+            channels count alike.
+        batches: of inputs; the first `IMAGES` are used.
+        trace: of the network, which tells how many outputs a layer has.
+        paths: of the layers.
+
+    Returns:
+        Path to F, of shape (outputs,), float64: per input. Layers that no batch reaches have zeros.
+    """
+    widths = {path: trace.at(path)[0].width for path in paths}
+    totals = {path: np.zeros(width) for path, width in widths.items()}
+    programs: dict[str, Any] = {}
+    count = 0
+    for turn, batch in enumerate(_few(batches)):
+        shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        if shape not in programs:
+            programs[shape] = _program(network, batch, widths)
+        try:
+            sums = programs[shape](turn, network.leaves(batch))
+        except (NotImplementedError, ValueError) as error:
+            warnings.warn(f"{ALIKE}: {str(error).splitlines()[0]}", stacklevel=3)
+            return {}
+        totals = {path: totals[path] + np.asarray(own, np.float64) for path, own in sums.items()}
+        count += images(batch)
+    return {path: total / max(count, 1) for path, total in totals.items()}
+
+
+def _few(batches: Iterable[tuple]) -> Iterator[tuple]:
+    """The first inputs, a few at a time."""
+    left = IMAGES
+    for batch in batches:
+        count = min(images(batch), left)
+        for start in range(0, count, AT_ONCE):
+            end = min(start + AT_ONCE, count)
+            yield jax.tree.map(lambda x, a=start, b=end: x[a:b], batch)
+        left -= count
+        if not left:
+            return
+
+
+def _program(network: Network, batch: tuple, widths: Mapping[str, int]) -> Any:
+    traced = network.program(batch)
+    sources = traced.sources
+
+    def outputs(totals: Mapping[str, jax.Array], inputs: list) -> list:
+        pairs = zip(sources, inputs, strict=True)
+        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
+        results, _ = interpret(traced.program.closed, values, Tap(totals))
+        found = [dense(value) for value in results]
+        return [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def sums(turn: jax.Array, inputs: list) -> Any:
+        zeros = {path: jnp.zeros(width) for path, width in widths.items()}
+        results, pullback = jax.vjp(lambda totals: outputs(totals, inputs), zeros)
+        return pullback(_signs(turn, results))[0]
+
+    return jax.jit(sums, compiler_options=default_options())
+
+
+def _signs(turn: jax.Array, results: Collection[jax.Array]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), turn), len(results))
+    pairs = zip(keys, results, strict=True)
+    return [jax.random.rademacher(key, x.shape).astype(x.dtype) for key, x in pairs]
