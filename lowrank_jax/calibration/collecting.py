@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,17 +13,16 @@ from lowrank_jax.calibration.curvature import channel_curvature
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
-from lowrank_jax.calibration.sums import geometry_of, patch_sums
-from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.calibration.strips import StripGeometry, strip_sums
+from lowrank_jax.factorization.strips import Strips
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.reading import READERS, Reading
 
-FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
 Slice = tuple[int, ...]  # index of a kernel in its stack; () where there is no stack
-LayerMoments = dict[Slice, tuple[Moments, ...]]
+LayerMoments = dict[Slice, Strips]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,8 @@ class Measure(Rule):
             return None
         outputs = bind(eqn, [dense(value) for value in values])
         key = Key(source.path, source.gone, reading.layout.stack)
-        return outputs, {key: patch_sums(geometry_of(reading), x, outputs[0], self.turn)}
+        sums = strip_sums(StripGeometry.of(reading), x, outputs[0], self.turn)
+        return outputs, {key: sums}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Calibration:
         network: the function and its variables.
         inputs: the batches.
         trace: of one image.
-        moments: layer path to the moments of each kernel of its stack, in `FOLDS` sets of images.
+        moments: layer path to the moments of each kernel of its stack.
         curvature: layer path to what an error of each output channel costs the network's outputs;
             see `channel_curvature`.
         images: how many there were.
@@ -156,7 +156,7 @@ def calibrate(
     paths: Collection[str] | None = None,
     **kwargs: Any,
 ) -> Calibration:
-    """Gathers the second moments of what every convolution and product reads and gives.
+    """Gathers what a plan needs to know of every convolution and product: second moments.
 
     The moments are additional outputs of the network's own program, inside loops and calls too. One
     batch is held at a time.
@@ -182,8 +182,9 @@ def calibrate(
         >>> model, images = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu]), jnp.ones((4, 8, 8, 4))
         >>> variables = model.init(jax.random.key(0), images)
         >>> found = calibrate(model.apply, variables, images)
-        >>> [fold.covariance.shape for fold in found.moments["layers_0"][()]]
-        [(1, 36, 36), (1, 36, 36)]
+        >>> strips = found.moments["layers_0"][()].strips
+        >>> {form: own.shape for form, own in strips.items()}
+        {'vertical': (1, 12, 12), 'horizontal': (1, 12, 12), 'pointwise': (1, 4, 4)}
     """
     network, batches, one = prepared(apply, variables, inputs, args, kwargs)
     trace = network.trace(one)
@@ -197,16 +198,14 @@ def calibrate(
 def _moments(
     network: Network, batches: Iterable[tuple], wanted: Collection[str]
 ) -> tuple[dict[str, LayerMoments], int]:
-    folds = [_Total() for _ in range(FOLDS)]
-    programs: dict[Any, Callable] = {}
-    count = 0
-    for index, batch in enumerate(tqdm(batches, "calibrating", leave=False, disable=None)):
+    total, programs, count = _Total(), dict[str, Callable](), 0
+    for turn, batch in enumerate(tqdm(batches, "calibrating", leave=False, disable=None)):
         shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
         if shape not in programs:
             programs[shape] = _program(network, batch, wanted)
-        folds[index % FOLDS].add(programs[shape](index // FOLDS, *network.leaves(batch)))
+        total.add(programs[shape](turn, *network.leaves(batch)))
         count += images(batch)
-    return _by_layer(folds, network), count
+    return total.by_layer(network.shapes()), count
 
 
 def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callable:
@@ -229,56 +228,42 @@ class _Total:
     """Sums over batches, in float64 on the host."""
 
     def __init__(self) -> None:
-        self.sums: dict[Key, dict[str, np.ndarray]] = {}
+        self.sums: dict[Key, Any] = {}
 
-    def add(self, found: list[tuple[dict[str, jax.Array], Key]]) -> None:
+    def add(self, found: list[tuple[Any, Key]]) -> None:
         for sums, key in found:
-            new = {name: np.asarray(value, np.float64) for name, value in sums.items()}
+            new = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
             old = self.sums.get(key)
-            self.sums[key] = new if old is None else {n: old[n] + new[n] for n in new}
+            self.sums[key] = new if old is None else jax.tree.map(np.add, old, new)
 
-    def slices(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, Slice], Moments]:
+    def by_layer(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerMoments]:
         """The moments of each kernel of each stack."""
-        found: dict[tuple[str, Slice], Moments] = {}
-        for key, sums in self.sums.items():
-            for index, own in _taken_apart(key, sums, shapes[key.path]):
-                old = found.get((key.path, index))
-                found[key.path, index] = own if old is None else old + own
+        found: dict[str, LayerMoments] = {}
+        for key in list(self.sums):
+            layer = found.setdefault(key.path, {})
+            for index, own in _taken_apart(key, self.sums.pop(key), shapes[key.path]):
+                layer[index] = layer[index] + own if index in layer else own
+        for path, layer in found.items():
+            _check_finite(path, layer.values())
         return found
 
 
-def _taken_apart(key: Key, sums: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Iterable:
+def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[Slice, Strips]]:
     """The kernels of a stack with their moments."""
     loops = [axis for axis, index in key.gone if index is None]
     sizes = tuple(shape[axis] for axis in (*loops, *key.stack))
     fixed = {axis: index for axis, index in key.gone if index is not None}
-    flat = {
-        name: value.reshape((*sizes, *value.shape[len(loops) + 1 :]))
-        for name, value in sums.items()
-    }
+    flat = jax.tree.map(lambda value: value.reshape(*sizes, *value.shape[len(loops) + 1 :]), sums)
     for place in np.ndindex(sizes):
         own = dict(zip((*loops, *key.stack), place, strict=True)) | fixed
         index = tuple(int(own[axis]) for axis in sorted(own))
-        one = {name: value[place] for name, value in flat.items()}
-        yield index, Moments(count=int(one.pop("count")), **one)
+        one = jax.tree.map(lambda value, at=place: value[at], flat)
+        yield index, Strips(count=int(one.pop("count")), **one)
 
 
-def _by_layer(folds: list[_Total], network: Network) -> dict[str, LayerMoments]:
-    shapes = network.shapes()
-    parts = [fold.slices(shapes) for fold in folds if fold.sums]
-    if not parts:
-        return {}
-    found: dict[str, LayerMoments] = {}
-    for path, index in parts[0]:
-        own = tuple(part[path, index] for part in parts)
-        _check_finite(path, own)
-        found.setdefault(path, {})[index] = own
-    return found
-
-
-def _check_finite(path: str, folds: Iterable[Moments]) -> None:
-    for fold in folds:
-        if not all(np.isfinite(x).all() for x in (fold.xx, fold.xy, fold.yy)):
+def _check_finite(path: str, layer: Iterable[Strips]) -> None:
+    for own in layer:
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves([own.x, own.yy, own.strips])):
             raise ValueError(
                 f"{path}: the activations hold NaN or infinite values; check the weights and the "
                 "calibration images."

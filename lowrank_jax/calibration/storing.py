@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.strips import Strips
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.io.npz import read_arrays, write_arrays
 
 VERSION = 2
-FIELDS = ("x", "y", "xx", "xy", "yy")
-LayerMoments = dict[tuple[int, ...], tuple[Moments, ...]]
+FIELDS = ("x", "y", "yy", "strips", "offsets")
+LayerMoments = dict[tuple[int, ...], Strips]
 
 
 def write_moments(
@@ -35,11 +36,10 @@ def write_moments(
     """
     entries, arrays = [], {}  # type: ignore[var-annotated]
     for layer, slices in moments.items():
-        for index, folds in slices.items():
-            for fold in folds:
-                name = str(len(entries))
-                entries.append([layer, list(index), int(fold.count)])
-                arrays |= {f"{name}.{field}": getattr(fold, field) for field in FIELDS}
+        for index, own in slices.items():
+            fields = {field: getattr(own, field) for field in FIELDS}
+            arrays |= flatten_dict({str(len(entries)): fields}, sep=".")
+            entries.append([layer, list(index), int(own.count)])
     prints = {layer: fingerprint(kernels[layer]) for layer in moments}
     arrays |= {f"curvature.{number}": own for number, own in enumerate(curvature.values())}
     head = {"version": VERSION, "images": images, "entries": entries, "kernels": prints}
@@ -63,11 +63,10 @@ def read_moments(
         head = json.loads(bytes(arrays["head"]))
         if head["version"] != VERSION:
             raise ValueError(f"its version is {head['version']}, not {VERSION}")
-        found: dict[str, dict[tuple[int, ...], list[Moments]]] = {}
+        parts, found = unflatten_dict(arrays, sep="."), dict[str, LayerMoments]()
         for number, (layer, index, count) in enumerate(head["entries"]):
-            fields = {field: arrays[f"{number}.{field}"] for field in FIELDS}
-            own = found.setdefault(layer, {}).setdefault(tuple(index), [])
-            own.append(Moments(count=count, **fields))
+            fields = {field: parts[str(number)].get(field, {}) for field in FIELDS}
+            found.setdefault(layer, {})[tuple(index)] = Strips(count=count, **fields)
         layers = enumerate(head["curvature"])
         curvature = {layer: arrays[f"curvature.{number}"] for number, layer in layers}
     except FileNotFoundError:
@@ -78,11 +77,7 @@ def read_moments(
             "another file."
         ) from error
     _check_kernels(path, head["kernels"], kernels)
-    moments = {
-        layer: {index: tuple(folds) for index, folds in slices.items()}
-        for layer, slices in found.items()
-    }
-    return moments, curvature, int(head["images"])
+    return found, curvature, int(head["images"])
 
 
 def fingerprint(kernel: Any) -> str:

@@ -49,18 +49,18 @@ def _products(x: jax.Array, y: jax.Array) -> Sums:
     x, y = jax.lax.optimization_barrier((x, y))
     rows, stack = y.shape[:2]
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
-    xx = _summed_products(x, x)
+    xx = summed_products(x, x)
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
         "y": y.sum(0),
         "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
-        "xy": _summed_products(every, y),
+        "xy": summed_products(every, y),
         "yy": (y * y).sum(0),
     }
 
 
-def _summed_products(x: jax.Array, y: jax.Array) -> jax.Array:
+def summed_products(x: jax.Array, y: jax.Array) -> jax.Array:
     """Sums (S, g, p, m) of the products of the rows of (rows, S, g, p) and (rows, S, g, m)."""
     if x.shape[1:3] == (1, 1):  # a plain product runs twice as fast on the CPU as a batch of one
         flat = jnp.matmul(x[:, 0, 0].T, y[:, 0, 0], precision=jax.lax.Precision.HIGHEST)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.collecting import FOLDS
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import Live, Note
@@ -18,6 +17,8 @@ from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
+
+FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
 
 
 def fit_note(outline: Outline, place: int, shortcut: Shortcut | None) -> Note:

@@ -14,17 +14,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 from threadpoolctl import ThreadpoolController
 
-from lowrank_jax.factorization import whitening
-from lowrank_jax.factorization.cross_validation import (
-    SHRINKAGES,
-    choose,
-    samples_for_dimension,
-)
-from lowrank_jax.factorization.groups import Groups, mean_variance
+from lowrank_jax.factorization.cross_validation import choose, samples_for_dimension
+from lowrank_jax.factorization.groups import Groups
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
 
@@ -102,27 +96,6 @@ def _fitted(layer: Groups, folds: Sequence[Moments], sweeps: int) -> Fit:
         plain=choice.plain,
         samples=samples_for_dimension(layer, folds),
     )
-
-
-def whitened_spectrum(
-    kernel: Array,
-    moments: Moments,
-    scheme: Scheme,
-    scale: Float[Array, "n"] | None = None,
-) -> Float[Array, "g k"]:
-    """Singular values of the whitened matrix of each group: the errors of the outputs.
-
-    Args:
-        kernel, scheme, scale: as in `fit_layer`; the rank is not used.
-        moments: of all images.
-    """
-    layer = Groups(np.asarray(kernel, np.float64), scheme, scale)
-    rows = []
-    for own, target, weights in zip(layer.own, layer.targets(moments), layer.weights, strict=True):
-        ridge = SHRINKAGES[0] * mean_variance(target)
-        matrix, _ = whitening.whitened(own * weights, *whitening.kronecker(target.blocks, ridge))
-        rows.append(scipy.linalg.svdvals(matrix, overwrite_a=True, check_finite=False))
-    return np.stack(rows)
 
 
 def _cores(size: int) -> AbstractContextManager:

@@ -54,16 +54,16 @@ class Groups:
         """What each group is to be fitted to."""
         found = []
         for covariance, cross, variance in zip(
-            self._of_groups(moments.covariance),
-            self._of_groups(moments.cross, outputs=True),
-            self._of_groups(moments.variance, outputs=True),
+            self.of_groups(moments.covariance),
+            self.of_groups(moments.cross, outputs=True),
+            self.of_groups(moments.variance, outputs=True),
             strict=True,
         ):
-            arranged = self._arranged(self._arranged(covariance).T)
-            found.append(Target(arranged, self._arranged(cross), variance, self.taps))
+            arranged = self.arranged(self.arranged(covariance).T)
+            found.append(Target(arranged, self.arranged(cross), variance, self.taps))
         return found
 
-    def _of_groups(self, rows: Float[Array, "g ..."], outputs: bool = False) -> list[Array]:
+    def of_groups(self, rows: Float[Array, "g ..."], outputs: bool = False) -> list[Array]:
         """The part of each group; those of a matrix read the same inputs."""
         if len(rows) == self.scheme.groups:
             return list(rows)
@@ -73,12 +73,10 @@ class Groups:
     def gaps(self, fold: Moments, rest: Moments) -> list[Gap]:
         """How far the mean patch (b, r) and output (n,) of a fold are from those of the rest."""
         dx, dy = fold.mean_x - rest.mean_x, fold.mean_y - rest.mean_y
-        rows = [
-            self._arranged(part[:, None]).reshape(self.taps, -1) for part in self._of_groups(dx)
-        ]
-        return list(zip(rows, self._of_groups(dy, outputs=True), strict=True))
+        rows = [self.arranged(part[:, None]).reshape(self.taps, -1) for part in self.of_groups(dx)]
+        return list(zip(rows, self.of_groups(dy, outputs=True), strict=True))
 
-    def _arranged(self, flat: Float[Array, "p m"]) -> Float[Array, "p m"]:
+    def arranged(self, flat: Float[Array, "p m"]) -> Float[Array, "p m"]:
         """Brings patches from the stored order to taps of the second, of the first, channels."""
         spread = flat.reshape(*(self.sizes[letter] for letter in self.stored), -1)
         moved = spread.transpose(*(self.stored.index(x) for x in self.order), len(self.stored))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from lowrank_jax.factorization.forms import form_of
+from lowrank_jax.factorization.forms import FORMS, form_of
 
 Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
 
@@ -174,6 +174,34 @@ def split_axes(axes: str, first: str) -> tuple[str, str]:
             f"axes={axes!r} is not allowed; name every axis once, with I and O, such as {fitting}."
         )
     return form.split(spatial)
+
+
+def forms_of(axes: str, shape: Sequence[int]) -> tuple[str, ...]:
+    """Names of the forms in which two factors may stand for a kernel, the usual one first.
+
+    Those that would be the same product are named once.
+
+    Example:
+        >>> import lowrank_jax
+        >>> forms_of("HWIO", (3, 3, 8, 8)), forms_of("IPO", (8, 2, 4))
+        (('vertical', 'horizontal', 'spatial', 'pointwise'), ('left', 'heads'))
+    """
+    spatial = spatial_axes(axes)
+    if not spatial:
+        return ("left", "heads") if heads_of(axes, shape) > 1 else ("left",)
+    sizes = dict(zip(axes, shape[-len(axes) :], strict=True))
+    different: dict[tuple[str, ...], str] = {}
+    for first, form in FORMS.items():
+        if form.spatial:
+            parts = [[x for x in part if sizes[x] > 1] for part in form.split(spatial)]
+            different.setdefault(tuple(map("".join, parts)), first)
+    return tuple(different.values())
+
+
+def heads_of(axes: str, shape: Sequence[int]) -> int:
+    """The size of the first axis of the outputs of a product that has several, else 1."""
+    outputs = only(axes, OUTPUTS)
+    return shape[len(shape) - len(axes) + axes.index(outputs[0])] if len(outputs) > 1 else 1
 
 
 def fit_axes(axes: str, ndim: int) -> str:

@@ -10,10 +10,9 @@ import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.calibration.inputs import shapes_of
-from lowrank_jax.factorization.fitting import whitened_spectrum
-from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.strips import Strips, whitened_spectrum
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.measured import timed
@@ -145,7 +144,7 @@ def layer_weights(found: Calibration) -> dict[str, float]:
     costs = {}
     for path, curvature in found.curvature.items():
         own = found.moments[path].values()
-        variance = np.mean([_sum(folds).variance.ravel() for folds in own], axis=0)
+        variance = np.mean([strips.variance.ravel() for strips in own], axis=0)
         costs[path] = math.sqrt(float(curvature @ variance))
     mean = sum(costs.values()) / max(len(costs), 1)
     return {path: cost / mean for path, cost in costs.items()} if mean else {}
@@ -170,16 +169,12 @@ def _spectra(found: Calibration) -> Spectra:
     return Spectra(values)
 
 
-def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Moments]]:
+def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
     """Path, form, kernel and moments of every kernel of every stack."""
     leaves = found.network.named()
     for path, slices in found.moments.items():
         use = found.trace.at(path)[0]
-        for index, folds in slices.items():
-            kernel = np.asarray(leaves[path][index], np.float64)
+        for index, strips in slices.items():
+            kernel = np.asarray(leaves[path][index])
             for first in use.forms:
-                yield path, first, kernel, _sum(folds)
-
-
-def _sum(folds: tuple[Moments, ...]) -> Moments:
-    return functools.reduce(lambda one, two: one + two, folds)
+                yield path, first, kernel, strips

@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from lowrank_jax.factorization.forms import FORMS, SCHEMES
-from lowrank_jax.factorization.layout import OUTPUTS, spatial_axes, split_axes
+from lowrank_jax.factorization.forms import SCHEMES
+from lowrank_jax.factorization.layout import OUTPUTS, forms_of, heads_of, spatial_axes, split_axes
 from lowrank_jax.factorization.scheme import Scheme
 
 
@@ -76,18 +76,7 @@ class KernelUse:
 
         Those that would be the same product are named once.
         """
-        if not self.axes:
-            return ()
-        spatial = spatial_axes(self.axes)
-        if not spatial:
-            return ("left", "heads") if self.heads > 1 else ("left",)
-        sizes = dict(zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True))
-        different: dict[tuple[str, ...], str] = {}
-        for first, form in FORMS.items():
-            if form.spatial:
-                parts = [[x for x in part if sizes[x] > 1] for part in form.split(spatial)]
-                different.setdefault(tuple(map("".join, parts)), first)
-        return tuple(different.values())
+        return forms_of(self.axes, self.kernel_shape) if self.axes else ()
 
     @property
     def width(self) -> int:
@@ -98,9 +87,7 @@ class KernelUse:
     @property
     def heads(self) -> int:
         """The size of the first axis of the outputs of a product that has several, else 1."""
-        sizes = dict(zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True))
-        outputs = [x for x in self.axes if x in OUTPUTS]
-        return sizes[outputs[0]] if len(outputs) > 1 else 1
+        return heads_of(self.axes, self.kernel_shape)
 
     def scheme(self, rank: int, first: str | None = None) -> Scheme:
         """The scheme of a rank and a form for this layer; the usual form if none is named."""

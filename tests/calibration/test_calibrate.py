@@ -52,6 +52,12 @@ LAYERS = [
     (nn.Conv(6, (2, 3, 2)), (3, 4, 5, 4, 4)),
     (nn.ConvTranspose(6, (3, 3), strides=(2, 2)), (4, 4, 4, 3)),
     (nn.ConvTranspose(6, (4, 3), transpose_kernel=False), (4, 4, 4, 3)),
+    (nn.Dense(6), (30, 4)),
+    (nn.Dense(6), (5, 7, 4)),
+    (nn.DenseGeneral(6, axis=(-2, -1)), (5, 7, 2, 3)),
+    (nn.DenseGeneral(6, axis=(1, -1)), (5, 3, 7, 2)),
+    (nn.Einsum((6, 4), "bld,hd->blh"), (5, 7, 4)),
+    (nn.DenseGeneral((2, 3)), (5, 7, 4)),
 ]
 
 
@@ -61,8 +67,12 @@ def test_the_moments_predict_the_covariance_of_the_outputs(layer, shape):
     variables = layer.init(jax.random.key(1), x)
     found = calibrate(layer.apply, variables, x)
     groups = getattr(layer, "feature_group_count", 1)
-    kernel = variables["params"]["kernel"]
-    assert_predicts(total(found, "kernel"), kernel, layer.apply(variables, x), groups)
+    kernel, outputs = variables["params"]["kernel"], layer.apply(variables, x)
+    if isinstance(layer, nn.Einsum):
+        kernel = kernel.T
+    if outputs.shape[-1] != 6:
+        outputs = outputs.reshape(*outputs.shape[:-2], 6)
+    assert_predicts(total(found, "kernel"), kernel, outputs, groups)
 
 
 def test_layouts_of_other_frameworks_are_read_from_the_program():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, calibrate, compress, decompose, lowrank, max_rank, plan
+from lowrank_jax import calibrate, compress, decompose, lowrank, max_rank, plan
+from lowrank_jax.factorization.forms import SCHEMES
 
 
 def images(count=32, seed=0, size=10):
@@ -48,7 +49,7 @@ CUT = {"strided": 3, "circular": 5, "grouped": 2}
 def scheme(path, rank=None, first="vertical"):
     groups = 2 if path == "grouped" else 1
     rank = rank or max_rank(SHAPES[path], groups, first=first)
-    return Separable(rank, groups, first=first)
+    return SCHEMES[first](rank, groups, first=first)
 
 
 def gap(apply, variables, small, x):
@@ -56,11 +57,14 @@ def gap(apply, variables, small, x):
     return float(jnp.linalg.norm(low - dense) / jnp.linalg.norm(dense))
 
 
-@pytest.mark.parametrize("first, match", [("vertical", True), ("horizontal", False)])
+@pytest.mark.parametrize(
+    "first, match",
+    [("vertical", True), ("horizontal", False), ("spatial", True), ("pointwise", False)],
+)
 def test_at_full_rank_the_network_computes_what_it_did(first, match):
     x = images()
     variables = trained(Net(), x)
-    ranks = {path: scheme(path, first=first) for path in SHAPES}
+    ranks = {path: scheme(path, first=first) for path in SHAPES} | {"Dense_0": 3}
     small = compress(Net().apply, variables, x, ranks, match_means=match)
     # The shrinkage and float32, over three layers.
     assert gap(Net().apply, variables, small, images(seed=7)) < 1e-3

@@ -372,7 +372,7 @@ def test_a_calibration_of_a_function_is_no_calibration_of_a_model():
 REFUSED = [
     ({"ranks": {"strided": 99}}, "strided: rank 99 is not allowed"),
     ({"ranks": {"stride": 2}}, "did you mean 'strided'"),
-    ({"ranks": {"head": 2}}, "head: not the kernel of a convolution"),
+    ({"ranks": {"norm0/scale": 2}}, "norm0/scale: not the kernel of a layer"),
     ({"ranks": {}}, "table of ranks is empty"),
     ({"sweeps": -1}, "sweeps=-1 is not allowed"),
     ({"images": jnp.full((2, 8, 8, 4), jnp.nan)}, "strided: the activations hold NaN or infinite"),

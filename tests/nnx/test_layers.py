@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import lowrank_jax
-from lowrank_jax import Separable, max_rank
+from lowrank_jax import Matrix, Separable, max_rank
+from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.nnx import Factors, SeparableConv, decompose, reconstruct
 from lowrank_jax.tree.paths import named_leaves
@@ -207,7 +208,7 @@ def test_any_number_of_batch_dimensions(batch):
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_the_state_is_the_tree_that_decompose_gives_for_linen(first, use_bias):
     model = nnx.Dict(conv=make_conv(use_bias=use_bias), head=nnx.Linear(8, 2, rngs=nnx.Rngs(0)))
-    ranks = {"conv": Separable(3, first=first)}
+    ranks = {"conv": Separable(3, first=first), "head": 1}
     small = decompose(model, ranks)
     chex.assert_trees_all_equal(params(small), lowrank_jax.decompose(params(model), ranks))
     linen = lowrank_jax.SeparableConv(8, (3, 3), 3, use_bias=use_bias, first=first)
@@ -363,17 +364,29 @@ def test_variables_keep_their_kind_and_their_metadata():
 @pytest.mark.parametrize("first, names", [
     ("vertical", ("vertical", "horizontal")),
     ("horizontal", ("horizontal_first", "vertical_second")),
+    ("spatial", ("spatial_first", "pointwise_second")),
+    ("pointwise", ("pointwise_first", "spatial_second")),
 ])  # fmt: skip
 def test_the_axis_between_the_factors_is_not_sharded(first, names):
     conv = make_conv()
     conv.kernel.set_metadata(out_sharding=(None, None, "in", "out"))
-    small = decompose(conv, {"kernel": Separable(3, first=first)})
+    small = decompose(conv, {"kernel": SCHEMES[first](3, first=first)})
     one, two = (getattr(small.kernel, name) for name in names)
     assert one.out_sharding == (None, None, "in", None)
     assert two.out_sharding == (None, None, None, "out")
     specs = nnx.get_partition_spec(nnx.state(small))["kernel"]
     assert specs[names[0]].get_value() == PartitionSpec(None, None, "in", None)
     assert reconstruct(small).kernel.out_sharding == (None, None, "in", "out")
+
+
+def test_an_axis_that_a_factor_lacks_is_not_sharded():
+    layer = nnx.LinearGeneral(8, (4, 2), rngs=nnx.Rngs(0))
+    layer.kernel.set_metadata(out_sharding=("in", "heads", None))
+    small = decompose(nnx.Dict(layer=layer), {"layer": Matrix(3, axes="IPO")})
+    one, two = (getattr(small.layer.kernel, f"{name}_factor_IPO") for name in ("left", "right"))
+    assert one.shape == (8, 1, 3) and one.out_sharding == ("in", None, None)
+    assert two.shape == (3, 4, 2) and two.out_sharding == (None, "heads", None)
+    assert reconstruct(small).layer.kernel.out_sharding == ("in", "heads", None)
 
 
 def test_layers_on_a_mesh_of_explicit_axes_run():

@@ -123,12 +123,13 @@ def test_a_resnet_at_full_rank_computes_the_same_and_runs_in_training_mode():
     assert not np.allclose(block.bn1.mean[...], 0)
 
 
-def test_without_a_table_a_trace_halves_every_convolution_of_a_resnet():
+def test_without_a_table_a_trace_halves_every_layer_of_a_resnet():
     small = decompose(resnet(), trace=table())
     before, after = (sum(x.size for x in jax.tree.leaves(params(m))) for m in (resnet(), small))
     assert 0.4 * before < after < 0.6 * before
     assert isinstance(small.stages[1][0].downsample.layers[0], SeparableConv)
-    assert type(small.fc) is nnx.Linear
+    assert isinstance(small.fc, SeparableConv) and isinstance(small.fc, nnx.Linear)
+    assert set(params(small)["fc"]["kernel"]) == {"left_factor", "right_factor"}
     assert run.eval_shape(small, normal(IMAGES)).shape == (2, 3)
 
 
@@ -332,9 +333,11 @@ def test_a_trace_tells_the_facts_of_every_layer_dense_and_decomposed():
     conv, linear = trace(nnx.eval_shape(lambda: nnx.clone(model)), x)
     facts = conv.path, conv.groups, conv.strides, conv.macs
     assert facts == ("layers/0", 2, (2, 2), 2 * 16 * 9 * 2 * 8)
-    assert (linear.path, linear.kind, linear.safe) == ("layers/1", "product", False)
+    assert (linear.path, linear.kind, linear.safe) == ("layers/1", "product", True)
     one, two, _ = trace(decompose(model, {"layers/0": 2}), x)
     assert (one.path, two.path) == ("layers/0/vertical", "layers/0/horizontal")
+    _, one, two = trace(decompose(model, {"layers/1": 2}), x)
+    assert (one.path, two.path) == ("layers/1/left_factor", "layers/1/right_factor")
 
 
 class Lonely(nnx.Module):
@@ -412,10 +415,7 @@ def with_kernel(change):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (
-            lambda: nnx.Dict(layer=nnx.Linear(4, 8, rngs=nnx.Rngs(0))),
-            "not the kernel of a convolution",
-        ),
+        (lambda: nnx.Dict(layer=nnx.Param(jnp.ones(4))), "not the kernel of a layer"),
         (lambda: with_kernel(lambda kernel: kernel * jnp.nan), "NaN or infinite"),
         (lambda: with_kernel(lambda kernel: kernel.astype(jnp.int8)), "the kernel has type int8"),
         (lambda: nnx.eval_shape(lambda: nnx.Dict(layer=make_conv())), "a shape but no values"),

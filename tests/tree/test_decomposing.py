@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze
 
 from lowrank_jax import Channel, Matrix, Separable, decompose, reconstruct
+from lowrank_jax.tree.paths import named_leaves
 
 ROUNDING = 50 * float(np.finfo(np.float32).eps)  # a float32 SVD of entries of the order of 1
 
@@ -70,16 +71,15 @@ def test_the_factors_are_those_of_the_scheme():
     params = network()
     schemes = {"Conv_0": Separable(2), "block/Conv_0": Channel(3), "Dense_0": Matrix(1)}
     small = decompose(params, schemes)
-    one, two, dense = (part["kernel"] for part in (small["Conv_0"], small["block"]["Conv_0"],
-                                                    small["Dense_0"]))  # fmt: skip
-    found = [
-        (one["vertical"], one["horizontal"]),
-        (two["spatial_first"], two["pointwise_second"]),
-        (dense["left_factor"], dense["right_factor"]),
-    ]
-    kernels = [params["Conv_0"], params["block"]["Conv_0"], params["Dense_0"]]
-    pairs = zip(schemes.values(), kernels, strict=True)
-    chex.assert_trees_all_equal(found, [own.factor(part["kernel"]) for own, part in pairs])
+    names = {
+        "Conv_0": ("vertical", "horizontal"),
+        "block/Conv_0": ("spatial_first", "pointwise_second"),
+        "Dense_0": ("left_factor", "right_factor"),
+    }
+    for path, scheme in schemes.items():
+        kernel, factors = (named_leaves(tree)[path] for tree in (params, small))
+        found = tuple(factors[name] for name in names[path])
+        chex.assert_trees_all_equal(found, scheme.factor(kernel))
 
 
 def test_all_variables_are_decomposed_as_their_parameters_are():

@@ -56,7 +56,7 @@ def gap(a, b) -> float:
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * 2),
-    st.sampled_from(["vertical", "horizontal"]),
+    st.sampled_from(["vertical", "horizontal", "spatial", "pointwise"]),
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
 )

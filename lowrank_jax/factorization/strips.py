@@ -1,0 +1,146 @@
+"""What a plan needs of a layer: second moments of its outputs and of strips of its patches.
+
+The covariance C of whole patches decides what a rank loses, and grows with the square of all taps.
+A plan can do with less. With all taps in the first factor, the singular values of the whitened
+matrix L^T W, with L L^T = C, are the roots of the eigenvalues of W^T C W, the covariance of the
+outputs. With taps in both, C is taken as a Kronecker product of the mean covariance A of the strips
+that the first factor sees, and the correlation B of the taps of the second.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float, Float64
+
+from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.groups import Groups
+from lowrank_jax.factorization.layout import INPUTS, only, split_axes
+from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.whitening import TINY
+
+Array = np.ndarray
+RIDGE = 1e-4  # by the mean variance of the entries of a patch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Strips:
+    """Sums over patches and outputs of one kernel, for each group of the channels.
+
+    Those of disjoint sets of images add up to those of both.
+
+    Attributes:
+        count: number of patches.
+        x: sum of the patches, each in the order in which the kernel stores its axes.
+        y: sum of the outputs.
+        yy: sum of the products of the outputs with each other; of their squares alone where no
+            form needs more.
+        strips: name of a form to the sum of the products of a strip with itself; each patch gives
+            one strip, of its taps in turn.
+        offsets: name of a form to the sum of the products of the strips at every two taps.
+    """
+
+    count: int
+    x: Float64[Array, "g p"]
+    y: Float64[Array, "g m"]
+    yy: Float64[Array, "g m *m"]
+    strips: Mapping[str, Float64[Array, "g r r"]]
+    offsets: Mapping[str, Float64[Array, "g b b"]]
+
+    def __add__(self, other: "Strips") -> "Strips":
+        sums = {f: getattr(self, f) + getattr(other, f) for f in ("count", "x", "y", "yy")}
+        parts = {
+            name: {
+                form: own + getattr(other, name)[form] for form, own in getattr(self, name).items()
+            }
+            for name in ("strips", "offsets")
+        }
+        return Strips(**sums, **parts)
+
+    @property
+    def variance(self) -> Float64[Array, "g m"]:
+        """Of each output."""
+        squares = self.yy if self.yy.ndim == 2 else np.diagonal(self.yy, axis1=1, axis2=2)
+        return squares / self.count - (self.y / self.count) ** 2
+
+    @property
+    def output_covariance(self) -> Float64[Array, "g m m"]:
+        """Of the outputs of each group."""
+        mean = self.y / self.count
+        return self.yy / self.count - mean[:, :, None] * mean[:, None, :]
+
+
+def whitened_spectrum(
+    kernel: Array, strips: Strips, scheme: Scheme, scale: Float[Array, "n"] | None = None
+) -> Float[Array, "g k"]:
+    """Singular values of the whitened matrix of each group: the errors of the outputs.
+
+    Args:
+        kernel: the dense kernel, in the layout of the scheme.
+        strips: of the layer.
+        scheme: its rank is not used.
+        scale: importance of each output channel; ones if None.
+    """
+    layer = Groups(np.asarray(kernel, np.float64), scheme, scale)
+    if scheme.first in strips.strips:
+        squares = _of_strips(layer, strips)
+    else:
+        squares = _of_outputs(layer, strips)
+    limit = min(layer.own.shape[2], layer.own.shape[1] * layer.own.shape[3])
+    return np.sqrt(np.maximum(np.stack(squares)[:, ::-1][:, :limit], 0))
+
+
+def _of_outputs(layer: Groups, strips: Strips) -> list[Array]:
+    """Eigenvalues of the covariance of the outputs of each group, each by its importance."""
+    covariances = _blocks(strips.output_covariance, layer.scheme.groups)
+    pairs = zip(covariances, layer.weights, strict=True)
+    return [_eigenvalues(own * scale * scale[:, None]) for own, scale in pairs]
+
+
+def _blocks(covariances: Float[Array, "g m m"], groups: int) -> list[Array]:
+    """The blocks of the outputs that have factors of their own."""
+    if len(covariances) == groups:
+        return list(covariances)
+    width = covariances.shape[-1] // groups
+    ranges = [slice(start * width, (start + 1) * width) for start in range(groups)]
+    return [covariances[0, own, own] for own in ranges]
+
+
+def _of_strips(layer: Groups, strips: Strips) -> list[Array]:
+    found = []
+    every = zip(*(layer.of_groups(x) for x in _centred(layer, strips)), strict=True)
+    for own, scale, (strip, offset) in zip(layer.own, layer.weights, every, strict=True):
+        ridge = RIDGE * max(np.trace(offset) / layer.taps / len(strip), TINY)
+        offset = offset + ridge * len(strip) * np.eye(layer.taps)
+        offset *= layer.taps / max(np.trace(offset), TINY)
+        strip = strip + ridge * np.eye(len(strip))
+        matrix, _ = whitening.whitened(own * scale, strip, offset)
+        small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        found.append(_eigenvalues(small @ small.T))
+    return found
+
+
+def _centred(layer: Groups, strips: Strips) -> tuple[Array, Array]:
+    """The mean covariance of the strips, and the covariance of the taps, of each group."""
+    first = layer.scheme.first
+    means = [
+        layer.arranged(row[:, None]).reshape(layer.taps, -1) for row in strips.x / strips.count
+    ]
+    pairs = zip(strips.strips[first] / strips.count, means, strict=True)
+    covariances = [own - mean.T @ mean / layer.taps for own, mean in pairs]
+    pairs = zip(strips.offsets[first] / strips.count, means, strict=True)
+    return np.stack(covariances), np.stack([own - mean @ mean.T for own, mean in pairs])
+
+
+def _eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, "n"]:
+    """In ascending order."""
+    return scipy.linalg.eigvalsh(matrix, overwrite_a=True, check_finite=False, driver="evr")
+
+
+def needed(axes: str, sizes: Mapping[str, int], first: str, outputs: int) -> bool:
+    """Whether a form needs strips, or can do with the covariance of so many outputs of a group."""
+    one, two = split_axes(axes, first)
+    rows = math.prod(sizes[letter] for letter in one + only(axes, INPUTS))
+    return any(sizes[letter] > 1 for letter in two) or rows < outputs
