@@ -253,7 +253,7 @@ def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[
     loops = [axis for axis, index in key.gone if index is None]
     sizes = tuple(shape[axis] for axis in (*loops, *key.stack))
     fixed = {axis: index for axis, index in key.gone if index is not None}
-    flat = jax.tree.map(lambda value: value.reshape(*sizes, *value.shape[len(loops) + 1 :]), sums)
+    flat = jax.tree.map(lambda value: value.reshape((*sizes, *value.shape[len(loops) + 1 :])), sums)
     for place in np.ndindex(sizes):
         own = dict(zip((*loops, *key.stack), place, strict=True)) | fixed
         index = tuple(int(own[axis]) for axis in sorted(own))

@@ -50,14 +50,17 @@ class Strips:
     offsets: Mapping[str, Float64[Array, "g b b"]]
 
     def __add__(self, other: "Strips") -> "Strips":
-        sums = {f: getattr(self, f) + getattr(other, f) for f in ("count", "x", "y", "yy")}
-        parts = {
-            name: {
-                form: own + getattr(other, name)[form] for form, own in getattr(self, name).items()
-            }
-            for name in ("strips", "offsets")
-        }
-        return Strips(**sums, **parts)
+        def both(one: Mapping[str, Array], two: Mapping[str, Array]) -> dict[str, Array]:
+            return {first: one[first] + two[first] for first in one}
+
+        return Strips(
+            self.count + other.count,
+            self.x + other.x,
+            self.y + other.y,
+            self.yy + other.yy,
+            both(self.strips, other.strips),
+            both(self.offsets, other.offsets),
+        )
 
     @property
     def variance(self) -> Float64[Array, "g m"]:

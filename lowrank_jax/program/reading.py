@@ -66,7 +66,7 @@ class Reading:
     @property
     def shared(self) -> bool:
         """Whether all groups, and all kernels of a stack, read the same channels."""
-        return self.eqn.params["feature_group_count"] == 1
+        return not self.is_convolution or self.eqn.params["feature_group_count"] == 1
 
     @property
     def groups(self) -> int:

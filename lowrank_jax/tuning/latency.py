@@ -6,6 +6,7 @@ from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tuning.algorithms import PLAIN, Layer
+from lowrank_jax.tuning.products import TWO, Product
 from lowrank_jax.tuning.timer import Timer
 from lowrank_jax.tuning.timer_file import DENSE
 
@@ -16,7 +17,7 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 def layer_seconds(
     trace: Trace, timer: Timer, paths: Sequence[str] | None = None, multiple: int = 1
 ) -> dict[str, dict[Scheme | None, float]]:
-    """Times of every layer, dense and at a few ranks in both orders: the table for a latency plan.
+    """Times of every layer, dense and at a few ranks in each form: the table for a latency plan.
 
     The time of a layer at a rank is the time of its fastest algorithm. A kernel that runs more than
     once counts each time.
@@ -29,7 +30,7 @@ def layer_seconds(
     """
     found: dict[str, dict[Scheme | None, float]] = {}
     for path in trace.safe_paths() if paths is None else paths:
-        rows = [_row(Layer.of(use), timer, _grid(use, multiple)) for use in trace.at(path)]
+        rows = [_row(use, timer, _grid(use, multiple)) for use in trace.at(path)]
         if rows[0]:
             times = list(zip(rows, trace.at(path), strict=True))
             found[path] = {
@@ -38,8 +39,28 @@ def layer_seconds(
     return found
 
 
-def _row(layer: Layer, timer: Timer, schemes: list[Scheme]) -> dict[Scheme | None, float]:
-    """Times of one layer, dense and by schemes; the middle rank of an order tells the algorithm."""
+def _row(use: KernelUse, timer: Timer, schemes: list[Scheme]) -> dict[Scheme | None, float]:
+    """Times of one layer, dense and by schemes."""
+    if use.kind == "product":
+        return _row_of_product(Product.of(use), timer, schemes)
+    return _row_of_convolution(Layer.of(use), timer, schemes)
+
+
+def _row_of_product(
+    product: Product, timer: Timer, schemes: list[Scheme]
+) -> dict[Scheme | None, float]:
+    row: dict[Scheme | None, float] = {}
+    for scheme in schemes:
+        times = timer.measure_product(product, scheme)
+        row[scheme] = times[TWO]
+        row[None] = min(row.get(None, times[DENSE]), times[DENSE])
+    return row
+
+
+def _row_of_convolution(
+    layer: Layer, timer: Timer, schemes: list[Scheme]
+) -> dict[Scheme | None, float]:
+    """The middle rank of a form tells the algorithm."""
     row: dict[Scheme | None, float] = {}
     for first in dict.fromkeys(scheme.first for scheme in schemes):
         own = [scheme for scheme in schemes if scheme.first == first]

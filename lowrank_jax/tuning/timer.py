@@ -21,6 +21,7 @@ from lowrank_jax.tuning.algorithms import (
 )
 from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.experimental.pools import POOLS, Pool
+from lowrank_jax.tuning.products import TWO, Product
 from lowrank_jax.tuning.steps import STEPS
 from lowrank_jax.tuning.timer_file import DENSE, Times, add_times, key_of, read_times
 from lowrank_jax.tuning.timing import Program, measure, reason
@@ -100,6 +101,11 @@ class Timer:
         if scheme is None:
             return self._known(key, lambda: self._dense(layer))
         return self._known(key, lambda: self._factored(layer, scheme, names))
+
+    def measure_product(self, product: Product, scheme: Scheme) -> Mapping[str, float]:
+        """Seconds of a product with two factors, and of the dense one under "dense"."""
+        key = self._key(dataclasses.astuple(product), scheme.rank, scheme.groups)
+        return self._known(key, lambda: self._time(product.runs(scheme), [DENSE, TWO]))
 
     def fastest_pool(self, pool: Pool) -> str:
         """Name of the fastest algorithm of a pooling, for `pooled`."""

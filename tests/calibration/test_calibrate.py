@@ -11,6 +11,12 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Calibration, calibrate, plan
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.calibration.sums import geometry_of, patch_sums
+from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.program.interpreter import Rule, bind, interpret
+from lowrank_jax.program.kernel import Kernel, dense, sources_of
+from lowrank_jax.program.reading import READERS, Reading
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -19,25 +25,52 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+class Whole(Rule):
+    """Adds up the moments of whole patches, as a fit needs them."""
+
+    def apply(self, eqn, values):
+        if eqn.primitive.name not in READERS:
+            return None
+        reading = Reading.of(eqn, sources_of(values))
+        outputs = bind(eqn, [dense(value) for value in values])
+        x = dense(values[1 - reading.operand])
+        return outputs, {reading.source.path: patch_sums(geometry_of(reading), x, outputs[0], 0)}
+
+
+def whole_moments(apply, variables, x):
+    """Those of the only layer."""
+    network = Network(apply, variables)
+    traced = network.program((x,))
+    pairs = zip(traced.sources, network.leaves((x,)), strict=True)
+    values = [leaf if s is None else Kernel.dense(s, leaf) for s, leaf in pairs]
+    ((_, sums),) = interpret(traced.program.closed, values, Whole())[1].items()
+    one = {name: np.asarray(value, np.float64)[0] for name, value in sums.items()}
+    return Moments(count=int(one.pop("count")), **one)
+
+
 def total(found, path, index=()):
     """The moments of all images."""
-    first, *others = found.moments[path][index]
-    return sum(others, first)
+    return found.moments[path][index]
 
 
-def assert_predicts(moments, kernel, outputs, groups=1):
-    """The moments give the covariance of a layer's outputs, which are (..., features)."""
+def by_groups(array, groups):
+    return np.asarray(array, np.float64).reshape(-1, groups, array.shape[-1] // groups)
+
+
+def assert_predicts(strips, kernel, outputs, groups=1):
+    """The moments are those of a layer's outputs, which are (..., features), and inputs."""
     features = outputs.shape[-1]
-    kernel = np.asarray(kernel, np.float64).reshape(-1, groups, features // groups)
-    flat = np.asarray(outputs, np.float64).reshape(-1, groups, features // groups)
-    assert moments.count == len(flat)  # every position of so small an image is taken
+    kernel = by_groups(np.asarray(kernel).reshape(-1, features), groups)
+    flat = by_groups(outputs, groups)
+    assert strips.count == len(flat)  # every position of so small an image is taken
     for g in range(groups):
         wanted = np.cov(flat[:, g].T, bias=True)
         # Sums of some hundred products of order one in float32.
-        own = kernel[:, g].T @ moments.covariance[g] @ kernel[:, g]
-        np.testing.assert_allclose(own, wanted, atol=1e-4)
-        np.testing.assert_allclose(kernel[:, g].T @ moments.cross[g], wanted, atol=1e-4)
-        np.testing.assert_allclose(moments.variance[g], np.diag(wanted), atol=1e-4)
+        np.testing.assert_allclose(strips.variance[g], np.diag(wanted), atol=1e-4)
+        if strips.yy.ndim == 3:
+            np.testing.assert_allclose(strips.output_covariance[g], wanted, atol=1e-4)
+        mean = kernel[:, g].T @ (strips.x[g] / strips.count)
+        np.testing.assert_allclose(mean, strips.y[g] / strips.count, atol=1e-4)
 
 
 LAYERS = [
@@ -73,6 +106,56 @@ def test_the_moments_predict_the_covariance_of_the_outputs(layer, shape):
     if outputs.shape[-1] != 6:
         outputs = outputs.reshape(*outputs.shape[:-2], 6)
     assert_predicts(total(found, "kernel"), kernel, outputs, groups)
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda case: str(case)[:60])
+def test_the_moments_of_whole_patches_predict_the_outputs(layer, shape):
+    x = normal(*shape)
+    variables = layer.init(jax.random.key(1), x)
+    groups, kernel = getattr(layer, "feature_group_count", 1), variables["params"]["kernel"]
+    kernel = by_groups(
+        (kernel.T if isinstance(layer, nn.Einsum) else kernel).reshape(-1, 6), groups
+    )
+    moments = whole_moments(layer.apply, variables, x)
+    outputs = by_groups(np.asarray(layer.apply(variables, x)).reshape(-1, 6), groups)
+    assert moments.count == len(outputs)
+    for g in range(groups):
+        wanted = np.cov(outputs[:, g].T, bias=True)
+        own = kernel[:, g].T @ moments.covariance[g] @ kernel[:, g]
+        np.testing.assert_allclose(own, wanted, atol=1e-4)
+        np.testing.assert_allclose(kernel[:, g].T @ moments.cross[g], wanted, atol=1e-4)
+        np.testing.assert_allclose(moments.variance[g], np.diag(wanted), atol=1e-4)
+
+
+def test_strips_of_inputs_that_are_alike_everywhere_have_the_covariance_of_the_channels():
+    """Every tap sees the same, so that each strip stands for all of them exactly."""
+    x = jnp.broadcast_to(normal(64, 1, 1, 3), (64, 4, 4, 3))
+    layer = nn.Conv(4, (3, 2), padding="CIRCULAR")
+    variables = layer.init(jax.random.key(0), x)
+    strips = total(calibrate(layer.apply, variables, x), "kernel")
+    channels, mean = np.cov(np.asarray(x[:, 0, 0]).T, bias=True), np.asarray(x[:, 0, 0]).mean(0)
+    for first, (one, two) in {
+        "vertical": (3, 2),
+        "horizontal": (2, 3),
+        "pointwise": (1, 6),
+    }.items():
+        found = strips.strips[first][0] / strips.count - np.outer(
+            np.tile(mean, one), np.tile(mean, one)
+        )
+        np.testing.assert_allclose(found, np.tile(channels, (one, one)), atol=1e-4)
+        taps = strips.offsets[first][0] / strips.count - one * mean @ mean
+        np.testing.assert_allclose(taps, np.full((two, two), one * np.trace(channels)), atol=1e-4)
+
+
+def test_strips_of_other_inputs_have_on_the_average_their_share_of_the_patches():
+    layer, x = nn.Conv(4, (3, 3)), normal(64, 8, 8, 3)
+    variables = layer.init(jax.random.key(0), x)
+    found = total(calibrate(layer.apply, variables, x), "kernel")
+    whole = whole_moments(layer.apply, variables, x)
+    for first in ("vertical", "horizontal", "pointwise"):
+        strip, offset = (np.trace(m[first][0]) for m in (found.strips, found.offsets))
+        assert offset == pytest.approx(np.trace(whole.xx[0]), rel=1e-4)
+        assert strip * len(found.offsets[first][0]) == pytest.approx(offset, rel=0.05)
 
 
 def test_layouts_of_other_frameworks_are_read_from_the_program():
@@ -180,19 +263,15 @@ def test_branches_and_unbounded_loops_are_measured_as_far_as_they_run():
     assert total(calibrate(apply, tree, x, paths=["w"]), "w").count == 2 * 4 * 25
 
 
-def test_batches_add_up_to_the_whole_and_give_two_sets_of_images():
+def test_batches_add_up_to_the_whole():
     layer, x = nn.Conv(6, (3, 3)), normal(6, 7, 8, 4)
     variables = layer.init(jax.random.key(1), x)
     whole = calibrate(layer.apply, variables, x)
     parts = calibrate(layer.apply, variables, [x[:2], x[2:]])
     one, two = total(whole, "kernel"), total(parts, "kernel")
     assert one.count == two.count and whole.images == parts.images == 6
-    assert [len(found.moments["kernel"][()]) for found in (whole, parts)] == [2, 2]
-    np.testing.assert_allclose(
-        one.covariance, two.covariance, atol=1e-5
-    )  # float32 in another order
-    alone = calibrate(layer.apply, variables, x[:1])
-    assert len(alone.moments["kernel"][()]) == 1
+    for field in ("x", "y", "yy"):  # float32 in another order
+        np.testing.assert_allclose(getattr(one, field), getattr(two, field), atol=1e-3)
 
 
 def test_a_grid_of_positions_stands_for_all_of_them():
@@ -201,14 +280,11 @@ def test_a_grid_of_positions_stands_for_all_of_them():
     layer = nn.Conv(4, (3, 3))
     variables = layer.init(jax.random.key(0), x)
     some = total(calibrate(layer.apply, variables, x), "kernel")
-    every = np.lib.stride_tricks.sliding_window_view(
-        np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2)
-    )
-    flat = every.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27)
-    assert some.count == 16 * 256 < len(flat)
-    covariance = np.cov(flat.T, bias=True)
+    every = np.asarray(layer.apply(variables, x)).reshape(-1, 4)
+    assert some.count == 16 * 256 < len(every)
+    covariance = np.cov(every.T, bias=True)
     # 4,096 samples: relative deviations of about 1/64 of the largest entry.
-    assert np.abs(some.covariance[0] - covariance).max() < 0.1 * np.abs(covariance).max()
+    assert np.abs(some.output_covariance[0] - covariance).max() < 0.1 * np.abs(covariance).max()
 
 
 def test_only_the_layers_asked_for_are_measured():
@@ -218,26 +294,62 @@ def test_only_the_layers_asked_for_are_measured():
 
 
 class Normed(nn.Module):
-    """The output of the first layer passes through a product with one before its normalisation."""
+    """What follows the first layer scales each of its channels on the way to the outputs."""
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(6, (3, 3), use_bias=False, name="conv")(x) * 1.0
-        x = nn.BatchNorm(True, name="norm")(x)
-        return nn.Conv(6, (3, 3), name="free")(nn.relu(x))
+        return nn.BatchNorm(True, name="norm")(x)
 
 
 @pytest.mark.parametrize(
     "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"]
 )
-def test_importance_is_the_scale_of_the_normalisation_that_follows(wrap):
+def test_importance_is_what_an_error_of_a_channel_costs_the_outputs(wrap):
     x = normal(2, 5, 5, 4)
     variables = Normed().init(jax.random.key(0), x)
     variables["params"]["norm"]["scale"] = jnp.arange(-3.0, 3.0)
     variables["batch_stats"]["norm"]["var"] = jnp.full(6, 4.0)
     found = calibrate(wrap(Normed().apply), variables, x).importance
     assert set(found) == {"conv"}
-    np.testing.assert_allclose(found["conv"], np.abs(np.arange(-3.0, 3.0)) / 2, rtol=1e-4)
+    # Signs times the scale, at 25 positions: their squares are exact.
+    expected = np.sqrt(25) * np.abs(np.arange(-3.0, 3.0)) / 2
+    np.testing.assert_allclose(found["conv"], expected, rtol=1e-4)
+
+
+def test_curvature_is_the_squared_jacobian_of_the_network_on_the_average():
+    model, x = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(7)]), normal(512, 4)
+    variables = model.init(jax.random.key(0), x)
+    found = calibrate(model.apply, variables, x).curvature["layers_0"]
+    params = variables["params"]
+    y = x[:64] @ params["layers_0"]["kernel"]
+    jacobian = (1 - jnp.tanh(y) ** 2)[:, :, None] * params["layers_2"]["kernel"]
+    expected = np.asarray((jacobian**2).sum(2).mean(0))
+    # 64 random signs each: relative deviations of about sqrt(2 / 64).
+    np.testing.assert_allclose(found, expected, rtol=0.7)
+
+
+def test_layers_within_loops_have_the_curvature_of_all_their_runs():
+    def apply(tree, x, times=1):
+        body = lambda x, _: (x @ tree["w"], None)  # noqa: E731
+        return jax.lax.scan(body, x, length=times)[0]
+
+    tree, x = {"w": jnp.asarray(np.linalg.qr(normal(4, 4))[0])}, normal(32, 4)
+    one, three = (calibrate(apply, tree, x, times=times).curvature["w"].sum() for times in (1, 3))
+    assert three == pytest.approx(3 * one, rel=1e-4)  # the matrix keeps the signs' norm
+
+
+def test_a_network_without_a_derivative_says_so_and_all_its_layers_count_alike():
+    def apply(tree, x):
+        state = (0, x)
+        loop = jax.lax.while_loop(
+            lambda s: s[0] < jnp.int32(2), lambda s: (s[0] + 1, s[1] @ tree["w"]), state
+        )
+        return loop[1]
+
+    with pytest.warns(UserWarning, match="All layers count alike .* no derivative: Reverse-mode"):
+        found = calibrate(apply, {"w": normal(4, 4)}, normal(8, 4), paths=["w"])
+    assert found.importance == {}
 
 
 def test_a_calibration_is_saved_and_loaded(tmp_path):
@@ -277,7 +389,7 @@ variables = layer.init(jax.random.key(1), x)
 parted = [jax.device_put(part, NamedSharding(mesh, P("data"))) for part in (x[:8], x[8:])]
 inside = jax.shard_map(layer.apply, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
 one, *others = [
-    sum(found.moments["kernel"][()][1:], found.moments["kernel"][()][0])
+    found.moments["kernel"][()]
     for found in (
         lr.calibrate(layer.apply, variables, [x[:8], x[8:]]),
         lr.calibrate(layer.apply, variables, parted),
@@ -285,7 +397,7 @@ one, *others = [
     )
 ]
 for other in others:
-    np.testing.assert_allclose(other.covariance, one.covariance, atol=1e-5)
+    np.testing.assert_allclose(other.output_covariance, one.output_covariance, atol=1e-5)
     assert other.count == one.count
 print("same")
 """

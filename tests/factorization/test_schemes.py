@@ -1,4 +1,4 @@
-"""Every scheme is the best approximation of its rank, costs what it says, and is one small class."""
+"""Every scheme is the best approximation of its rank, and costs what it says."""
 
 import dataclasses
 import math

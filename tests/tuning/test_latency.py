@@ -11,6 +11,7 @@ from lowrank_jax.planning.selectors import latency
 from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.tuning.algorithms import PLAIN
 from lowrank_jax.tuning.latency import layer_seconds
+from lowrank_jax.tuning.products import TWO
 from lowrank_jax.tuning.timer import Timer
 from lowrank_jax.tuning.timer_file import DENSE
 
@@ -73,3 +74,27 @@ def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
     chosen = [choice for choice in plan if choice.scheme]
     for choice in chosen:
         assert table[choice.path][choice.scheme] < table[choice.path][None]
+
+
+def test_products_are_in_the_table_as_they_run_dense_and_with_two_factors():
+    """A layer of attention: one product of which heads have factors of their own, and others."""
+    model, x = nn.MultiHeadDotProductAttention(4), jnp.ones((2, 6, 32))
+    trace = lr.trace(model.apply, model.init(jax.random.key(0), x), x)
+    table = layer_seconds(trace, Timer(rounds=2), multiple=4)
+    assert set(table) == {"query", "key", "value", "out"}
+    assert {scheme.first for scheme in table["query"] if scheme} == {"left", "heads"}
+    assert all(seconds > 0 for row in table.values() for seconds in row.values())
+
+
+def test_a_latency_budget_covers_products(monkeypatch):
+    def measured(timer, product, scheme):
+        return {TWO: product.inputs * scheme.rank * 1e-6, DENSE: product.inputs * 1e-5}
+
+    monkeypatch.setattr(Timer, "measure_product", measured)
+    model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32)])
+    x = jax.random.normal(jax.random.key(0), (16, 32))
+    variables = model.init(jax.random.key(1), x)
+    plan = lr.plan(model.apply, variables, x, latency=0.5)
+    dense, chosen = plan.total("latency")
+    assert chosen <= dense / 2 and set(plan.ranks) == {"layers_0", "layers_2"}
+    assert all(scheme.rank < 10 for scheme in plan.ranks.values())
