@@ -57,7 +57,9 @@ def test_a_name_exists(name):
 
 def test_the_table_names_the_whole_public_surface():
     modules = {name.split(".")[1] for name in NAMES}
-    said = {"KernelUse", "Trace", "Calibration", "Plan", "Budget"} & set(re.findall(r"\w+", TABLE))
+    said = {"KernelUse", "Trace", "Calibration", "Plan", "Budget", "Scheme"} & set(
+        re.findall(r"\w+", TABLE)
+    )
     assert set(lowrank_jax.__all__) == set(OWN) | modules & set(lowrank_jax.__all__) | said
 
 

@@ -1,14 +1,14 @@
 """Every scheme is the best approximation of its rank, and costs what it says."""
 
-import dataclasses
 import math
+import re
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,29 +121,18 @@ def test_a_scheme_that_does_not_fit_is_refused_by_name(scheme, shape, message):
         scheme.factor(normal(shape))
 
 
-def test_a_scheme_of_ones_own_is_planned_fitted_and_run():
-    """The example of docs/schemes.md: all taps but the first column's run first."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Transposed(
-        lr.Scheme,
-        forms={
-            "pointwise_last": forms.Form(
-                keys=("whole", "point"), split=lambda axes: (axes[::-1], "")
-            )
-        },
-    ):
-        """The scheme `Channel` under another name."""
-
-        first: str = "pointwise_last"
-
+def test_the_scheme_of_ones_own_in_the_docs_is_fitted_planned_and_run():
+    text = (Path(__file__).parents[2] / "docs" / "schemes.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(example.partition("class Depth")[2].partition("model")[0].splitlines()) < 20
+    scope: dict = {}
     try:
-        model, x = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu]), normal((4, 8, 8, 6))
-        variables = model.init(jax.random.key(0), x)
-        small = lr.compress(model.apply, variables, x, {"layers_0": Transposed(5)})
-        same = lr.compress(model.apply, variables, x, {"layers_0": lr.Channel(5)})
-        assert set(small["params"]["layers_0"]["kernel"]) == {"whole", "point"}
-        found, expected = (jax.jit(lr.lowrank(model.apply))(tree, x) for tree in (small, same))
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        exec(example, scope)
+        small = scope["small"]
+        assert set(small["params"]["layers_0"]["kernel"]) == {"depth_DHWIO", "plane_DHWIO"}
+        dense = scope["model"].apply(lr.reconstruct(small), scope["x"])
+        np.testing.assert_allclose(scope["logits"], dense, atol=1e-5)
+        program = lr.trace(scope["model"].apply, scope["variables"], scope["x"])
+        assert "depth" in program[0].forms
     finally:
-        del forms.FORMS["pointwise_last"], forms.SCHEMES["pointwise_last"]
+        del forms.FORMS["depth"], forms.SCHEMES["depth"]
