@@ -87,8 +87,8 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--budget", type=parse_budget, default="macs=0.5", help=about)
     about = "images that run at once, for a budget of latency"
     add("--batch", type=positive, default=1, help=about)
-    about = "ranks are restricted to multiples of this"
-    add("--multiple", type=positive, default=1, help=about)
+    about = "ranks are restricted to multiples of this; without it 8 on an accelerator, 1 on a CPU"
+    add("--multiple", type=positive, help=about)
     add("--out", type=Path, default=Path(folder), help="folder for the results")
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration, calibrate
@@ -38,7 +39,7 @@ def plan(
     latency: float | None = None,
     batch: int = 1,
     timer: "Timer | None" = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     select: Callable[[Candidates, Budget], Plan] = total_energy,
     **kwargs: Any,
 ) -> Plan:
@@ -57,7 +58,8 @@ def plan(
             slower.
         batch: how many images are to run at once, for latency.
         timer: that measures; keep one to measure once.
-        multiple: ranks are restricted to multiples of it.
+        multiple: ranks are restricted to multiples of it; without one of 8 on an accelerator, whose
+            units of matrices are filled so, and of 1 on a CPU.
         select: a selector of `lowrank_jax.planning.selectors`, of candidates and a budget.
 
     Returns:
@@ -86,11 +88,21 @@ def plan(
             "arguments "
             "of the model were given to calibrate."
         )
-    known = calibrated_spectra(source), multiple, layer_weights(source)
-    table = candidates(source.trace, *known)
+    step = usual_multiple() if multiple is None else multiple
+    table = candidates(source.trace, calibrated_spectra(source), step, layer_weights(source))
     if budget.measure == "latency":
-        table = timed(table, _latencies(source, batch, timer, list(table.layers), multiple))
+        table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
     return select(table, budget)
+
+
+def usual_multiple() -> int:
+    """Of which the ranks are multiples on this device.
+
+    Example:
+        >>> usual_multiple() in (1, 8)
+        True
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
 
 
 def one_budget(**given: int | float | None) -> Budget:
