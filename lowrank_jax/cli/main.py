@@ -1,9 +1,9 @@
-"""The command ``lowrank-jax``: `demo`, `cifar10`, `plan` and `compress`."""
+"""The command ``lowrank-jax``: `demo`, `cifar10`, `plan`, `compress` and `paper`."""
 
 import argparse
 import sys
 
-from lowrank_jax.cli import compress_command, journeys, plan_command
+from lowrank_jax.cli import compress_command, journeys, paper_command, plan_command
 from lowrank_jax.io.folders import check_folder
 
 
@@ -26,11 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     about = "Low-rank compression of pretrained networks."
     parser = argparse.ArgumentParser(prog="lowrank-jax", description=about)
-    names = "{demo,cifar10,plan,compress}"
+    names = "{demo,cifar10,plan,compress,paper}"
     commands = parser.add_subparsers(required=True, dest="command", metavar=names)
     journeys.add_commands(commands)
     plan_command.add_command(commands)
     compress_command.add_command(commands)
+    paper_command.add_command(commands)
     return parser
 
 

@@ -10,13 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
-from lowrank_jax.factorization.fitting import FEW, fit_layer, whitened_spectrum
+from lowrank_jax.factorization.fitting import FEW, fit_layer
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
 from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.strips import Strips, whitened_spectrum
 
 # Statistics of random data hold for nearly all seeds: the examples are the same in every run.
 few = settings(max_examples=20)
@@ -75,12 +76,7 @@ class Layer:
         return drifted.reshape(-1, *patches.shape[2:]), outputs.reshape(-1, *outputs.shape[2:])
 
     def moments(self, count, **options):
-        x, y = self.images(count, **options)
-        xx, xy = (
-            np.einsum("igp,igq->gpq", x, x, optimize=True),
-            np.einsum("igp,igm->gpm", x, y, optimize=True),
-        )
-        return Moments(len(x), x.sum(0), y.sum(0), xx, xy, (y**2).sum(0))
+        return moments_of(*self.images(count, **options))
 
     def error(self, first, second):
         """Of the outputs of fresh images, relative to their variance."""
@@ -91,6 +87,25 @@ class Layer:
             fresh.variance + gained - 2 * np.einsum("gpm,gpm->gm", flat, fresh.cross, optimize=True)
         )
         return error.sum() / fresh.variance.sum()
+
+
+def moments_of(x, y):
+    """Of patches (i, g, p) and their outputs (i, g, m)."""
+    xx, xy = (
+        np.einsum("igp,igq->gpq", x, x, optimize=True),
+        np.einsum("igp,igm->gpm", x, y, optimize=True),
+    )
+    return Moments(len(x), x.sum(0), y.sum(0), xx, xy, (y**2).sum(0))
+
+
+def strips_of(x, y, taps):
+    """Of the same, of a kernel of one column of taps."""
+    parts = x.reshape(*x.shape[:2], taps, -1)
+    own = np.einsum("igbr,igbs->grs", parts, parts, optimize=True) / taps
+    offsets = np.einsum("igbr,igcr->gbc", parts, parts, optimize=True)
+    whole = np.einsum("igm,ign->gmn", y, y, optimize=True)
+    strips, offsets = ({"horizontal": a, "pointwise": a} for a in (own, offsets))
+    return Strips(len(x), x.sum(0), y.sum(0), whole, strips, offsets)
 
 
 def factors(layer, scheme):
@@ -239,10 +254,11 @@ def test_the_whitened_spectrum_is_the_error_of_the_outputs_of_kronecker_patches(
     seed, first, groups
 ):
     layer = Layer(seed, (3, 1, 4, 6), groups=groups, drift=0)  # one column of taps: Kronecker
-    moments = layer.moments(100)
+    images = layer.images(100)
+    moments, strips = moments_of(*images), strips_of(*images, taps=3)
     for rank in (1, 2):
         scheme = SCHEMES[first](rank, groups, first=first)
-        values = whitened_spectrum(layer.kernel, moments, scheme)
+        values = whitened_spectrum(layer.kernel, strips, scheme)
         fit = fit_layer(layer.kernel, [moments, moments], scheme)
         left_out = np.sum(values[:, rank:] ** 2) / moments.total_variance.sum()
         if first in ("vertical", "spatial"):
