@@ -92,7 +92,8 @@ def fit(
         target: with a definite covariance.
         rank: K.
         weights: importance of each output to the start.
-        sweeps: alternating refinements, after the first of the second factor.
+        sweeps: alternating refinements, after the first of the second factor. With one tap of the
+            second factor the start is the optimum, and there are none.
 
     Returns:
         V, of orthonormal columns, and H.
@@ -100,7 +101,7 @@ def fit(
     strips, offsets = kronecker(target.blocks)
     first = whitened_left(kernel * weights, strips, offsets, rank)
     second = least_squares(target.reduced(first))
-    for _ in range(sweeps):
+    for _ in range(sweeps if target.taps > 1 else 0):
         first = _orthonormal(refit_first(first, second, target, strips, offsets))
         second = least_squares(target.reduced(first))
     return first, second

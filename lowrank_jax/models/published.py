@@ -1,4 +1,4 @@
-"""The networks of Tai et al., 2016 (arXiv 1511.06067), with the ranks and figures of the authors."""
+"""The networks of Tai et al., 2016 (arXiv 1511.06067), with the figures of the authors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
