@@ -184,7 +184,7 @@ def calibrate(
         >>> found = calibrate(model.apply, variables, images)
         >>> strips = found.moments["layers_0"][()].strips
         >>> {form: own.shape for form, own in strips.items()}
-        {'vertical': (1, 12, 12), 'horizontal': (1, 12, 12), 'pointwise': (1, 4, 4)}
+        {'horizontal': (1, 12, 12), 'pointwise': (1, 4, 4), 'vertical': (1, 12, 12)}
     """
     network, batches, one = prepared(apply, variables, inputs, args, kwargs)
     trace = network.trace(one)

@@ -186,16 +186,28 @@ def forms_of(axes: str, shape: Sequence[int]) -> tuple[str, ...]:
         >>> forms_of("HWIO", (3, 3, 8, 8)), forms_of("IPO", (8, 2, 4))
         (('vertical', 'horizontal', 'spatial', 'pointwise'), ('left', 'heads'))
     """
-    spatial = spatial_axes(axes)
-    if not spatial:
+    if not spatial_axes(axes):
         return ("left", "heads") if heads_of(axes, shape) > 1 else ("left",)
+    names = [first for first, form in FORMS.items() if form.spatial]
+    return tuple(dict.fromkeys(same_form(axes, shape, first) for first in names))
+
+
+def same_form(axes: str, shape: Sequence[int], first: str) -> str:
+    """The first form that is the same product for a kernel: each for one of a single tap.
+
+    Example:
+        >>> import lowrank_jax
+        >>> same_form("HWIO", (1, 1, 8, 8), "pointwise"), same_form("WIO", (3, 8, 8), "spatial")
+        ('vertical', 'vertical')
+    """
+    if not form_of(first).spatial:
+        return first
     sizes = dict(zip(axes, shape[-len(axes) :], strict=True))
-    different: dict[tuple[str, ...], str] = {}
-    for first, form in FORMS.items():
-        if form.spatial:
-            parts = [[x for x in part if sizes[x] > 1] for part in form.split(spatial)]
-            different.setdefault(tuple(map("".join, parts)), first)
-    return tuple(different.values())
+
+    def parts(name: str) -> list[list[str]]:
+        return [[x for x in part if sizes[x] > 1] for part in split_axes(axes, name)]
+
+    return next(name for name in FORMS if FORMS[name].spatial and parts(name) == parts(first))
 
 
 def heads_of(axes: str, shape: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx, traverse_util
 
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, read_factors
+from lowrank_jax.factorization.placement import shared_axes
 from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.program.transform import lowrank
 
@@ -28,11 +29,10 @@ class Factors(nnx.Pytree):
     """
 
     def __init__(self, kernel: nnx.Variable, arrays: Mapping[str, jax.Array]) -> None:
-        (one, two), axes, _ = read_factors(arrays, "kernel")  # noqa: RUF059
-        places = {letter: index - len(axes) for index, letter in enumerate(axes)}
+        pair, axes, first = read_factors(arrays, "kernel")
         for name, array in arrays.items():
-            between = places["O"] if array is one else places["I"]
-            mesh = _on_mesh(kernel, array.ndim, {between: None})
+            index = 0 if array is pair[0] else 1
+            mesh = factor_mesh(kernel, array.ndim, axes, first, index)
             setattr(self, name, kernel.copy(array, **mesh))
 
     @property
@@ -64,24 +64,39 @@ def dense_variable(factors: Factors, abstract: bool = False) -> nnx.Variable:
     (one, two), axes, first = read_factors(held, "kernel")
     names = factor_keys(first, axes, one.ndim)
     variable, second = (held[name] for name in names)
-    out = axes.index("O") - len(axes)
-    outputs = second.get_metadata().get("out_sharding") or [None] * one.ndim
-    mesh = _on_mesh(variable, one.ndim, {out: outputs[out]})
+    mesh = _dense_mesh(variable, second, one.ndim, axes, first)
     if abstract:
         shape = dense_shape(one.shape, two.shape, axes)
         return variable.copy(jax.ShapeDtypeStruct(shape, one.dtype), **mesh)
     return variable.copy(merge(one, two, axes), **mesh)
 
 
-def _on_mesh(variable: nnx.Variable, ndim: int, other: Mapping[int, Any]) -> dict[str, Any]:
-    """The axes of a mesh that a variable lies on, with other ones for some of its axes."""
-    mesh = variable.get_metadata().get("out_sharding")
+def factor_mesh(
+    kernel: nnx.Variable, ndim: int, axes: str, first: str, index: int
+) -> dict[str, Any]:
+    """The axes of a mesh that a factor lies on: those of the kernel along the axes they share."""
+    if not (mesh := _mesh_of(kernel, ndim)):
+        return {}
+    own, letters = shared_axes(axes, first, index), "." * (ndim - len(axes)) + axes
+    pairs = zip(letters, mesh, strict=True)
+    return {"out_sharding": tuple(part if x in own else None for x, part in pairs)}
+
+
+def _dense_mesh(
+    one: nnx.Variable, two: nnx.Variable, ndim: int, axes: str, first: str
+) -> dict[str, Any]:
+    """The axes of a mesh that a kernel lies on, each as the factor that has it."""
+    mesh, other = _mesh_of(one, ndim), _mesh_of(two, ndim) or [None] * ndim
     if not mesh:
         return {}
-    axes = [*mesh, *[None] * (ndim - len(mesh))]
-    for place, name in other.items():
-        axes[place] = name
-    return {"out_sharding": tuple(axes)}
+    own, letters = shared_axes(axes, first, 0), "." * (ndim - len(axes)) + axes
+    every = zip(letters, mesh, other, strict=True)
+    return {"out_sharding": tuple(m if x in own else o for x, m, o in every)}
+
+
+def _mesh_of(variable: nnx.Variable, ndim: int) -> list[Any]:
+    mesh = variable.get_metadata().get("out_sharding")
+    return [*mesh, *[None] * (ndim - len(mesh))] if mesh else []
 
 
 class SeparableConv(nnx.Module):

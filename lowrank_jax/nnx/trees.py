@@ -77,8 +77,10 @@ def _units(model: Any) -> dict[str, Separable]:
     nodes = dict(nnx.iter_graph(model))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model), is_leaf=_is_variable)
     paths = [path for path, _ in leaves]
-    holders = [nodes.get(tuple(key.key for key in path[:-1])) for path in paths]
-    pairs = zip(names_of(paths), holders, strict=True)
+    kernels = [path for path in paths if path[-1].key == "kernel"]
+    holders = [nodes.get(tuple(key.key for key in path[:-1])) for path in kernels]
+    known = dict(zip(paths, names_of(paths), strict=True))
+    pairs = zip((known[path] for path in kernels), holders, strict=True)
     return {name: _unit(layer) for name, layer in pairs if isinstance(layer, CONVOLUTIONS)}
 
 

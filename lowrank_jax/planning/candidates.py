@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_jax.factorization.layout import same_form
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.budget import Budget, check_budget, check_measure, number
@@ -86,14 +87,15 @@ class Candidates:
             ValueError: the path is unknown, or the scheme does not fit the layer.
         """
         use = known_use(self.trace, path)
-        if path not in self.layers or scheme.first not in self.spectra.values[path]:
-            raise ValueError(f"{path}: there is no spectrum of its form {scheme.first!r}; add one.")
-        fitting = use.scheme(scheme.rank, scheme.first)
-        if scheme != fitting:
+        fitting = use.scheme(scheme.rank, scheme.first if scheme.first in use.forms else None)
+        if (scheme.axes, scheme.groups) != (fitting.axes, fitting.groups):
             raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")
+        first = same_form(use.axes, use.kernel_shape, scheme.first)
+        if first not in self.spectra.values.get(path, {}):
+            raise ValueError(f"{path}: there is no spectrum of its form {first!r}; add one.")
         rank = scheme.check(use.kernel_shape, path)
         weight = self.weights.get(path, 1.0)
-        return at_ranks(self.trace.at(path), self.spectra, scheme.first, [rank], weight)[0]
+        return at_ranks(self.trace.at(path), self.spectra, first, [rank], weight)[0]
 
     def plan(
         self, chosen: Mapping[str, Candidate], selector: str, budget: Budget | None = None
@@ -202,6 +204,11 @@ def _layer(
 
 def _check_size(kernel: KernelUse, first: str, values: np.ndarray) -> int:
     """The largest rank of a kernel, or an error if its spectrum has another size."""
+    if first not in kernel.forms:
+        raise ValueError(
+            f"{kernel.path}: a spectrum of the form {first!r} is not allowed; give one of "
+            f"{', '.join(map(repr, kernel.forms))}."
+        )
     groups = kernel.scheme(1, first).groups
     limit = max_rank(kernel.kernel_shape, groups, kernel.axes, first)
     if values.shape[-1] == limit:

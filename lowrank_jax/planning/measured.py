@@ -87,6 +87,7 @@ def order_and_rank(scheme: Scheme) -> tuple[str, int]:
     """The key of a scheme in a table of divergences.
 
     Example:
+        >>> from lowrank_jax import Separable
         >>> order_and_rank(Separable(4, first="horizontal"))
         ('horizontal', 4)
     """

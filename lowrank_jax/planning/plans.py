@@ -68,6 +68,7 @@ class Plan:
         rest: cost of the other layers of the traced program, which stay.
 
     Example:
+        >>> from lowrank_jax import Separable
         >>> costs = dict(parameters=(600, 200), macs=(6000, 2000), bytes=(40, 30))
         >>> choice = Choice(path="Conv_0", scheme=Separable(4), error=0.125, **costs)
         >>> rest, budget = Rest(parameters=100, macs=1000), Budget("parameters", 0.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,20 @@ def _rows(survey: Survey, types: Mapping[str, str]) -> list[KernelUse]:
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(uses))  # computed kernels stay apart
         uses[key] = _sum(uses[key], use) if key in uses else use
-    return [dataclasses.replace(use, reason=_reason(use, survey, types)) for use in uses.values()]
+    layouts: dict[str, set[str]] = defaultdict(set)
+    for use in uses.values():
+        layouts[use.path].add(use.axes)
+    return [
+        dataclasses.replace(use, reason=_reason(use, survey, types) or _two_layouts(use, layouts))
+        for use in uses.values()
+    ]
+
+
+def _two_layouts(use: KernelUse, layouts: Mapping[str, set[str]]) -> str:
+    """Why a matrix that is contracted along other axes elsewhere has no one set of factors."""
+    own = sorted(layouts[use.path]) if use.path else []
+    mixed = len(own) > 1 and any("W" not in axes for axes in own)
+    return f"its kernel is read in the layouts {' and '.join(own)}" if mixed else ""
 
 
 def _reason(use: KernelUse, survey: Survey, types: Mapping[str, str]) -> str:

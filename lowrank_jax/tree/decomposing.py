@@ -19,6 +19,8 @@ from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
 
+NO_MATRICES = ("bias", "scale", "embedding", "mean", "var")
+
 
 def decompose(
     tree: Any, rules: Rules | None = None, trace: Trace | None = None, *, axes: str = "HWIO"
@@ -145,9 +147,11 @@ def find_schemes(
 def _is_kernel(name: str, leaf: Any) -> bool:
     """Whether a rule may mean a leaf; quantised kernels are kernels, which are refused by name.
 
-    Flax's tables of embeddings are read row by row.
+    Of the leaves with two axes, biases and scales of a stack are none, and tables of embeddings are
+    read row by row.
     """
-    if getattr(leaf, "ndim", 0) < 2 or name.endswith("embedding"):
+    ndim = getattr(leaf, "ndim", 0)
+    if ndim < 2 or (ndim == 2 and name.rpartition("/")[2] in NO_MATRICES):
         return False
     return jnp.issubdtype(leaf.dtype, jnp.floating) or np.dtype(leaf.dtype).itemsize == 1
 

@@ -37,9 +37,9 @@ def find_leaf(path: str, leaves: Mapping[str, Any]) -> Any:
     if path in leaves:
         return leaves[path]
     kernels = sorted(name for name, leaf in leaves.items() if _may_be_kernel(leaf))
-    advice = suggest(path, kernels, "the tree holds no array of three or more axes at all.")
+    advice = suggest(path, kernels, "the tree holds no array of two or more axes at all.")
     raise ValueError(f"No kernel at {path!r}; {advice}")
 
 
 def _may_be_kernel(leaf: Any) -> bool:
-    return is_factors(leaf) or getattr(leaf, "ndim", 0) > 2
+    return is_factors(leaf) or getattr(leaf, "ndim", 0) > 1

@@ -52,6 +52,7 @@ class Timer:
         ValueError: the file holds something else.
 
     Example:
+        >>> from lowrank_jax import Separable
         >>> timer = Timer(rounds=2)
         >>> layer = Layer((1, 8, 8, 4), 16, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
         >>> times = timer.measure(layer, Separable(2))
