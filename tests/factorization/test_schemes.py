@@ -61,7 +61,7 @@ def matrices(kernel, scheme):
     return split.transpose(2, 0, 1, 3).reshape(scheme.groups, split.shape[0], -1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(schemes(), st.integers(0, 99))
 def test_factors_are_the_best_of_their_rank_and_multiply_back(scheme, seed):
     kernel = normal(LAYOUTS[scheme.axes], seed)
@@ -83,7 +83,7 @@ def test_a_scheme_counts_the_parameters_that_its_factors_have(scheme):
     assert scheme.parameters(shape) == sum(map(math.prod, scheme.shapes(shape)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(schemes(), st.sampled_from(["float16", "bfloat16", "float32"]))
 def test_factors_are_found_in_a_tree_by_their_keys(scheme, dtype):
     kernel = jnp.asarray(normal(LAYOUTS[scheme.axes]), dtype)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -212,6 +213,7 @@ def test_a_convolution_runs_as_with_the_reconstructed_kernel_and_as_the_trace_sa
     assert convolutions_and_products(case, small, x) in allowed
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(convolutions(), st.data())
 def test_factors_of_any_layout_and_groups_give_what_their_product_gives(case, data):
@@ -253,6 +255,7 @@ ensembles = st.builds(
 )
 
 
+@pytest.mark.slow
 @many
 @given(ensembles, st.data())
 def test_an_ensemble_runs_as_with_the_reconstructed_kernels_and_as_the_trace_says(case, data):
