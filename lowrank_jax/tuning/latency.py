@@ -6,9 +6,9 @@ from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tuning.algorithms import PLAIN, Layer
-from lowrank_jax.tuning.products import TWO, Product
+from lowrank_jax.tuning.products import Product
 from lowrank_jax.tuning.timer import Timer
-from lowrank_jax.tuning.timer_file import DENSE
+from lowrank_jax.tuning.timer_file import DENSE, TWO
 
 # Of the rank at which the factors have as many weights as the kernel.
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)

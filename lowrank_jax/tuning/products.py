@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from lowrank_jax.factorization.layout import OUTPUTS, only
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse
-from lowrank_jax.tuning.timer_file import DENSE
-
-TWO = "product+product"
+from lowrank_jax.tuning.timer_file import DENSE, TWO
 
 
 @dataclasses.dataclass(frozen=True)

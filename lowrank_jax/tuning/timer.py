@@ -21,9 +21,9 @@ from lowrank_jax.tuning.algorithms import (
 )
 from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.experimental.pools import POOLS, Pool
-from lowrank_jax.tuning.products import TWO, Product
+from lowrank_jax.tuning.products import Product
 from lowrank_jax.tuning.steps import STEPS
-from lowrank_jax.tuning.timer_file import DENSE, Times, add_times, key_of, read_times
+from lowrank_jax.tuning.timer_file import DENSE, TWO, Times, add_times, key_of, read_times
 from lowrank_jax.tuning.timing import Program, measure, reason
 
 LEAST, MOST = 0.01, 2.0  # seconds: shorter turns are mostly noise, longer measurements too dear

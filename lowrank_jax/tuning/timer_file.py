@@ -13,6 +13,7 @@ from lowrank_jax.tuning.device import Device
 from lowrank_jax.tuning.experimental.pools import POOLS
 
 DENSE = "dense"  # the fastest algorithm of the dense layer
+TWO = "product+product"  # a matrix product by two factors
 VERSION = 2
 Times = dict[str, dict[str, float]]  # what was measured, as JSON, to seconds by algorithm
 
@@ -74,7 +75,7 @@ def _check_key(key: str) -> None:
 
 
 def _check_times(key: str, times: Any) -> None:
-    known = {DENSE, *NAMES, *POOLS}
+    known = {DENSE, TWO, *NAMES, *POOLS}
     if not isinstance(times, dict) or not times:
         raise ValueError(f"the entry {key[:200]!r} is no object of seconds by algorithm")
     for name, seconds in times.items():

@@ -11,9 +11,8 @@ from lowrank_jax.planning.selectors import latency
 from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.tuning.algorithms import PLAIN
 from lowrank_jax.tuning.latency import layer_seconds
-from lowrank_jax.tuning.products import TWO
 from lowrank_jax.tuning.timer import Timer
-from lowrank_jax.tuning.timer_file import DENSE
+from lowrank_jax.tuning.timer_file import DENSE, TWO
 
 
 class Net(nn.Module):
@@ -76,11 +75,14 @@ def test_a_plan_by_latency_is_never_slower_than_dense_by_the_table(net):
         assert table[choice.path][choice.scheme] < table[choice.path][None]
 
 
-def test_products_are_in_the_table_as_they_run_dense_and_with_two_factors():
+def test_products_are_in_the_table_as_they_run_dense_and_with_two_factors(tmp_path):
     """A layer of attention: one product of which heads have factors of their own, and others."""
     model, x = nn.MultiHeadDotProductAttention(4), jnp.ones((2, 6, 32))
     trace = lr.trace(model.apply, model.init(jax.random.key(0), x), x)
-    table = layer_seconds(trace, Timer(rounds=2), multiple=4)
+    timer = Timer(rounds=2, path=tmp_path / "times.json")
+    table = layer_seconds(trace, timer, multiple=4)
+    again = layer_seconds(trace, Timer(path=tmp_path / "times.json"), multiple=4)
+    assert table == again  # read, not measured
     assert set(table) == {"query", "key", "value", "out"}
     assert {scheme.first for scheme in table["query"] if scheme} == {"left", "heads"}
     assert all(seconds > 0 for row in table.values() for seconds in row.values())
