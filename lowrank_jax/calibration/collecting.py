@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lowrank_jax.calibration.curvature import channel_curvature
-from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images
+from lowrank_jax.calibration.curvature import channel_curvature, importance_of
+from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.calibration.strips import StripGeometry, strip_sums
@@ -95,7 +95,7 @@ class Calibration:
     @property
     def importance(self) -> dict[str, np.ndarray]:
         """Layer path to how much each output channel counts, as a factor of its error."""
-        return {path: np.sqrt(own) for path, own in self.curvature.items()}
+        return importance_of(self.curvature)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the moments to a ``.npz`` file."""
@@ -159,7 +159,7 @@ def calibrate(
     """Gathers what a plan needs to know of every convolution and product: second moments.
 
     The moments are additional outputs of the network's own program, inside loops and calls too. One
-    batch is held at a time.
+    batch is held at a time; an iterator that runs once is held whole, for the fits.
 
     Args:
         apply: ``model.apply``, or any function of (variables, *inputs, *args, **kwargs).
@@ -200,7 +200,7 @@ def _moments(
 ) -> tuple[dict[str, LayerMoments], int]:
     total, programs, count = _Total(), dict[str, Callable](), 0
     for turn, batch in enumerate(tqdm(batches, "calibrating", leave=False, disable=None)):
-        shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        shape = shape_key(batch)
         if shape not in programs:
             programs[shape] = _program(network, batch, wanted)
         total.add(programs[shape](turn, *network.leaves(batch)))
@@ -210,12 +210,10 @@ def _moments(
 
 def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callable:
     traced = network.program(batch)
-    sources = traced.sources
     keys: list[Key] = []
 
     def sums(turn: jax.Array, *inputs: jax.Array) -> list:
-        pairs = zip(sources, inputs, strict=True)
-        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
+        values = traced.values(inputs)
         _, notes = interpret(traced.program.closed, values, Measure(wanted, turn))
         keys[:] = notes
         return list(notes.values())

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.inputs import images
+from lowrank_jax.calibration.inputs import images, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
-from lowrank_jax.program.kernel import Kernel, dense, sources_of
+from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.reading import READERS, Reading
 
@@ -67,6 +67,11 @@ class Tap(Rule):
         return [_tap(geometry_of(reading), outputs, self.totals[source.path])], {}
 
 
+def importance_of(curvature: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Layer path to how much each output channel counts, as a factor of its error."""
+    return {path: np.sqrt(own) for path, own in curvature.items()}
+
+
 def channel_curvature(
     network: Network, batches: Iterable[tuple], trace: Trace, paths: Collection[str]
 ) -> dict[str, np.ndarray]:
@@ -87,7 +92,7 @@ def channel_curvature(
     programs: dict[str, Any] = {}
     count = 0
     for turn, batch in enumerate(_few(batches)):
-        shape = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        shape = shape_key(batch)
         if shape not in programs:
             programs[shape] = _program(network, batch, widths)
         try:
@@ -115,12 +120,9 @@ def _few(batches: Iterable[tuple]) -> Iterator[tuple]:
 
 def _program(network: Network, batch: tuple, widths: Mapping[str, int]) -> Any:
     traced = network.program(batch)
-    sources = traced.sources
 
     def outputs(totals: Mapping[str, jax.Array], inputs: list) -> list:
-        pairs = zip(sources, inputs, strict=True)
-        values = [x if s is None else Kernel.dense(s, x) for s, x in pairs]
-        results, _ = interpret(traced.program.closed, values, Tap(totals))
+        results, _ = interpret(traced.program.closed, traced.values(inputs), Tap(totals))
         found = [dense(value) for value in results]
         return [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
 

@@ -140,6 +140,11 @@ def images(arguments: tuple) -> int:
     return int(count)  # type: ignore[arg-type]
 
 
+def shape_key(arguments: tuple) -> str:
+    """Tells batches apart that need programs of their own."""
+    return str(jax.tree.map(lambda x: (x.shape, x.dtype), arguments))
+
+
 def shapes_of(arguments: tuple, count: int) -> tuple:
     """The shapes of a batch of so many images."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.jaxprs import Program, check_function, is_array
+from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.names import leaf_names, names_of
 from lowrank_jax.program.provenance import Source
@@ -98,6 +99,11 @@ class NetworkProgram:
             Source.of(self.names[index], var.aval.shape) if index < self.variables else None
             for index, var in pairs
         ]
+
+    def values(self, inputs: Sequence) -> list:
+        """The inputs of the jaxpr, the variables among them as kernels."""
+        pairs = zip(self.sources, inputs, strict=True)
+        return [x if s is None else Kernel.dense(s, x) for s, x in pairs]
 
     def kinds(self) -> list[str]:
         """For each input of the jaxpr "variable", "image" or "other"."""

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, summed_products
-from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, forms_of, only, split_axes
+from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, summed_products
+from lowrank_jax.factorization.layout import OUTPUTS, forms_of, only, patch_axes, split_axes
 from lowrank_jax.factorization.strips import needed
 from lowrank_jax.program.reading import Reading
-
-POSITIONS = 16  # of each image; neighbours tell nearly the same, and the cost is proportional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,10 @@ class StripGeometry:
 
     def in_taps(self, patches: jax.Array, first: str) -> jax.Array:
         """Patches (rows, S, g, p) as (rows, S, g, taps of the second factor, strip)."""
-        one, two = split_axes(self.axes, first)
-        stored = "".join(letter for letter in self.axes if letter not in OUTPUTS)
-        order = [stored.index(letter) for letter in two + one + only(self.axes, INPUTS)]
+        _, two = split_axes(self.axes, first)
+        stored, order = patch_axes(self.axes, first)
         spread = patches.reshape(*patches.shape[:3], *(self.sizes[letter] for letter in stored))
-        moved = spread.transpose(0, 1, 2, *(3 + place for place in order))
+        moved = spread.transpose(0, 1, 2, *(3 + stored.index(letter) for letter in order))
         return moved.reshape(*patches.shape[:3], math.prod(self.sizes[x] for x in two), -1)
 
 

@@ -15,7 +15,7 @@ from lowrank_jax.models.published import PUBLISHED, Published
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.report.journey import table
+from lowrank_jax.report.journey import costs, table
 from lowrank_jax.training.experiment import machine
 from lowrank_jax.tree.decomposing import decompose
 from lowrank_jax.tuning.timing import compile_fastest, throughput
@@ -86,9 +86,9 @@ def markdown(facts: dict[str, Any]) -> str:
     rows = [HEAD]
     for layer in facts["layers"]:
         rank = "dense" if layer["rank"] is None else str(layer["rank"])
-        rows.append((layer["layer"], rank, *_costs(layer["parameters"]), *_costs(layer["macs"])))
+        rows.append((layer["layer"], rank, *costs(layer["parameters"]), *costs(layer["macs"])))
     parameters, macs = (_total(facts, measure) for measure in ("parameters", "macs"))
-    rows.append(("convolutions", "", *_costs(parameters), *_costs(macs)))
+    rows.append(("convolutions", "", *costs(parameters), *costs(macs)))
     low, median, high = facts["speed_up"]
     published = facts["published"]
     lines = [
@@ -123,10 +123,6 @@ def _gain(apply: Any, dense: Any, small: Any, images: jax.Array, rounds: int) ->
     }
     times = throughput(programs, items=len(images), rounds=rounds)
     return list(times.ratio("low-rank", "dense"))
-
-
-def _costs(pair: list[int]) -> tuple[str, str, str]:
-    return f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[0] / pair[1]:.2f}"
 
 
 def _total(facts: dict[str, Any], measure: str) -> list[int]:

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from lowrank_jax.calibration.collecting import Calibration, prepared
-from lowrank_jax.calibration.curvature import channel_curvature
+from lowrank_jax.calibration.curvature import channel_curvature, importance_of
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.tree.decomposing import find_schemes
 
@@ -78,7 +76,7 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
     trace, batches = network.trace(one), batches.held()
     schemes = find_schemes(variables, table, trace=trace)
     curvature = channel_curvature(network, batches, trace, list(schemes))
-    return Job(network, batches, schemes, {path: np.sqrt(own) for path, own in curvature.items()})
+    return Job(network, batches, schemes, importance_of(curvature))
 
 
 def _of_calibration(found: Calibration, given: tuple, kwargs: Mapping[str, Any]) -> Job:

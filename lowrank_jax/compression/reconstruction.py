@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lowrank_jax.calibration.inputs import Inputs
+from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.kernels import Factors, Slice
 from lowrank_jax.compression.notes import (
@@ -164,7 +164,7 @@ def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:
     known: dict[str, Outline] = {}
     found = []
     for batch in batches:
-        key = str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
+        key = shape_key(batch)
         if key not in known:
             known[key] = Outline(network.program(batch))
         found.append(known[key])

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.factorization import whitening
-from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, split_axes
+from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, patch_axes, split_axes
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.whitening import TINY, Pair, Target
@@ -26,11 +26,10 @@ class Groups:
 
     def __init__(self, kernel: Array, scheme: Scheme, scale: Float[Array, "n"] | None) -> None:
         self.scheme, self.sizes = scheme, dict(zip(scheme.axes, kernel.shape, strict=True))
-        self.one, self.two = split_axes(scheme.axes, scheme.first)
-        self.stored = "".join(letter for letter in scheme.axes if letter not in OUTPUTS)
-        self.order = self.two + self.one + only(scheme.axes, INPUTS)
+        self.stored, self.order = patch_axes(scheme.axes, scheme.first)
+        _, two = split_axes(scheme.axes, scheme.first)
         outputs = only(scheme.axes, OUTPUTS)
-        self.taps = math.prod(self.sizes[letter] for letter in self.two)
+        self.taps = math.prod(self.sizes[letter] for letter in two)
         width = math.prod(self.sizes[letter] for letter in outputs)
         self.weights = _importance(scale, width).reshape(scheme.groups, -1)
         parts = merged(kernel, scheme.axes, [self.order, outputs])

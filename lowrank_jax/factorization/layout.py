@@ -143,6 +143,19 @@ def only(axes: str, letters: str) -> str:
     return "".join(letter for letter in axes if letter in letters)
 
 
+def patch_axes(axes: str, first: str) -> tuple[str, str]:
+    """The axes of a patch as they are stored, and with the taps of the second factor outermost.
+
+    Example:
+        >>> import lowrank_jax
+        >>> patch_axes("OIHW", "vertical")
+        ('IHW', 'WHI')
+    """
+    one, two = split_axes(axes, first)
+    stored = "".join(letter for letter in axes if letter not in OUTPUTS)
+    return stored, two + one + only(axes, INPUTS)
+
+
 def own_letters(axes: str, first: str, index: int) -> str:
     """The letters of the axes that a factor shares with its kernel.
 

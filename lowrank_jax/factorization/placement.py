@@ -32,11 +32,18 @@ def factor_sharding(sharding: Any, ndim: int, axes: str, first: str, index: int)
     """The sharding of a factor where its kernel, as it is stored, has one."""
     if not isinstance(sharding, NamedSharding):
         return sharding
+    parts = factor_parts(tuple(sharding.spec), ndim, axes, first, index)
+    return sharding.update(spec=PartitionSpec(*parts))
+
+
+def factor_parts(
+    spec: Sequence[Any], ndim: int, axes: str, first: str, index: int
+) -> tuple[Any, ...]:
+    """For each axis of a factor that of the mesh on which its kernel lies there, or None."""
     letters = "." * (ndim - len(axes)) + axes
-    parts = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    parts = [*spec, *[None] * (ndim - len(spec))]
     own = shared_axes(axes, first, index)
-    spec = [part if x in own else None for part, x in zip(parts, letters, strict=True)]
-    return sharding.update(spec=PartitionSpec(*spec))
+    return tuple(part if x in own else None for part, x in zip(parts, letters, strict=True))
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:

@@ -16,13 +16,13 @@ import scipy.linalg
 from jaxtyping import Float, Float64
 
 from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.groups import Groups
 from lowrank_jax.factorization.layout import INPUTS, only, split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.whitening import TINY
 
 Array = np.ndarray
-RIDGE = 1e-4  # by the mean variance of the entries of a patch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,11 +115,8 @@ def _of_strips(layer: Groups, strips: Strips) -> list[Array]:
     found = []
     every = zip(*(layer.of_groups(x) for x in _centred(layer, strips)), strict=True)
     for own, scale, (strip, offset) in zip(layer.own, layer.weights, every, strict=True):
-        ridge = RIDGE * max(np.trace(offset) / layer.taps / len(strip), TINY)
-        offset = offset + ridge * len(strip) * np.eye(layer.taps)
-        offset *= layer.taps / max(np.trace(offset), TINY)
-        strip = strip + ridge * np.eye(len(strip))
-        matrix, _ = whitening.whitened(own * scale, strip, offset)
+        ridge = SHRINKAGES[0] * max(np.trace(offset) / layer.taps / len(strip), TINY)
+        matrix, _ = whitening.whitened(own * scale, *whitening.ridged(strip, offset, ridge))
         small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
         found.append(_eigenvalues(small @ small.T))
     return found

@@ -132,9 +132,18 @@ def kronecker(
         A, the mean covariance of the strips that the first convolution sees, and B, the correlation
         of the taps of the second, with a trace of b.
     """
-    taps, rows = blocks.shape[:2]
-    strips = np.einsum("xrxs->rs", blocks) / taps + ridge * np.eye(rows)
-    offsets = np.einsum("xrXr->xX", blocks) + ridge * rows * np.eye(taps)
+    taps = len(blocks)
+    strips = np.einsum("xrxs->rs", blocks) / taps
+    return ridged(strips, np.einsum("xrXr->xX", blocks), ridge)
+
+
+def ridged(
+    strips: Float[Array, "r r"], offsets: Float[Array, "b b"], ridge: float
+) -> tuple[Float[Array, "r r"], Float[Array, "b b"]]:
+    """A and B of `kronecker`, from the sums over the taps and over the rows of the patches."""
+    taps, rows = len(offsets), len(strips)
+    strips = strips + ridge * np.eye(rows)
+    offsets = offsets + ridge * rows * np.eye(taps)
     return strips, offsets * (taps / max(np.trace(offsets), TINY))
 
 

@@ -2,14 +2,14 @@
 
 import copyreg
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx, traverse_util
 
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, read_factors
-from lowrank_jax.factorization.placement import shared_axes
+from lowrank_jax.factorization.placement import factor_parts
 from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.program.transform import lowrank
 
@@ -32,7 +32,7 @@ class Factors(nnx.Pytree):
         pair, axes, first = read_factors(arrays, "kernel")
         for name, array in arrays.items():
             index = 0 if array is pair[0] else 1
-            mesh = factor_mesh(kernel, array.ndim, axes, first, index)
+            mesh = _mesh_of_factor(kernel, array.ndim, axes, first, index)
             setattr(self, name, kernel.copy(array, **mesh))
 
     @property
@@ -64,39 +64,31 @@ def dense_variable(factors: Factors, abstract: bool = False) -> nnx.Variable:
     (one, two), axes, first = read_factors(held, "kernel")
     names = factor_keys(first, axes, one.ndim)
     variable, second = (held[name] for name in names)
-    mesh = _dense_mesh(variable, second, one.ndim, axes, first)
+    mesh = _mesh_of_kernel((variable, second), one.ndim, axes, first)
     if abstract:
         shape = dense_shape(one.shape, two.shape, axes)
         return variable.copy(jax.ShapeDtypeStruct(shape, one.dtype), **mesh)
     return variable.copy(merge(one, two, axes), **mesh)
 
 
-def factor_mesh(
+def _mesh_of_factor(
     kernel: nnx.Variable, ndim: int, axes: str, first: str, index: int
 ) -> dict[str, Any]:
     """The axes of a mesh that a factor lies on: those of the kernel along the axes they share."""
-    if not (mesh := _mesh_of(kernel, ndim)):
-        return {}
-    own, letters = shared_axes(axes, first, index), "." * (ndim - len(axes)) + axes
-    pairs = zip(letters, mesh, strict=True)
-    return {"out_sharding": tuple(part if x in own else None for x, part in pairs)}
+    mesh = kernel.get_metadata().get("out_sharding")
+    return {"out_sharding": factor_parts(mesh, ndim, axes, first, index)} if mesh else {}
 
 
-def _dense_mesh(
-    one: nnx.Variable, two: nnx.Variable, ndim: int, axes: str, first: str
+def _mesh_of_kernel(
+    pair: Sequence[nnx.Variable], ndim: int, axes: str, first: str
 ) -> dict[str, Any]:
     """The axes of a mesh that a kernel lies on, each as the factor that has it."""
-    mesh, other = _mesh_of(one, ndim), _mesh_of(two, ndim) or [None] * ndim
-    if not mesh:
+    meshes = [variable.get_metadata().get("out_sharding") for variable in pair]
+    if not meshes[0]:
         return {}
-    own, letters = shared_axes(axes, first, 0), "." * (ndim - len(axes)) + axes
-    every = zip(letters, mesh, other, strict=True)
-    return {"out_sharding": tuple(m if x in own else o for x, m, o in every)}
-
-
-def _mesh_of(variable: nnx.Variable, ndim: int) -> list[Any]:
-    mesh = variable.get_metadata().get("out_sharding")
-    return [*mesh, *[None] * (ndim - len(mesh))] if mesh else []
+    one, two = (factor_parts(m or (), ndim, axes, first, i) for i, m in enumerate(meshes))
+    either = zip(one, two, strict=True)
+    return {"out_sharding": tuple(b if a is None else a for a, b in either)}
 
 
 class SeparableConv(nnx.Module):

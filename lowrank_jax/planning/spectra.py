@@ -134,7 +134,7 @@ def spectra(
     for path in trace.safe_paths() if paths is None else paths:
         use = known_use(trace, path)
         kernel = check_kernel(path, find_leaf(path, leaves))
-        for first in forms_of(use, wanted):
+        for first in _wanted_forms(use, wanted):
             jobs[path, first] = partial(singular_values, np.asarray(kernel), use, first)
             sizes.append(kernel.size)
     results = side_by_side(list(jobs.values()), sizes, lambda _, found: found)
@@ -144,7 +144,7 @@ def spectra(
     return Spectra(values)
 
 
-def forms_of(use: KernelUse, wanted: Iterable[str] | None = None) -> list[str]:
+def _wanted_forms(use: KernelUse, wanted: Iterable[str] | None = None) -> list[str]:
     """The forms of a layer that are wanted; the usual one where it allows none of them."""
     if wanted is None:
         return list(use.forms)

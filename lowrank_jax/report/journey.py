@@ -26,13 +26,13 @@ def markdown(journey: Journey) -> str:
     rows = [("layer", "rank", "parameters", "low-rank", "factor", "macs", "low-rank", "factor")]
     for layer in journey.layers:
         rank = "dense" if layer.rank is None else str(layer.rank)
-        rows.append((layer.name, rank, *_costs(layer.parameters), *_costs(layer.macs)))
+        rows.append((layer.name, rank, *costs(layer.parameters), *costs(layer.macs)))
     rows.append(
         (
             "convolutions",
             "",
-            *_costs(_total(journey, "parameters")),
-            *_costs(_total(journey, "macs")),
+            *costs(_total(journey, "parameters")),
+            *costs(_total(journey, "macs")),
         )
     )
     scores = [("network", "test accuracy", "images/s: median (quartiles)")]
@@ -84,7 +84,8 @@ def figures(journey: Journey) -> dict:
     }
 
 
-def _costs(pair: tuple[int, int]) -> tuple[str, str, str]:
+def costs(pair: Sequence[int]) -> tuple[str, str, str]:
+    """Dense, low-rank and their ratio, as the columns of a table."""
     return f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[0] / pair[1]:.2f}"
 
 
