@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, summed_products
+from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, summed_squares
 from lowrank_jax.factorization.layout import OUTPUTS, forms_of, only, patch_axes, split_axes
 from lowrank_jax.factorization.strips import needed
 from lowrank_jax.program.reading import Reading
@@ -79,7 +79,7 @@ def strip_sums(
         "count": jnp.full(stack, rows, patches.dtype),
         "x": patches.sum(0),
         "y": outputs.sum(0),
-        "yy": summed_products(outputs, outputs) if whole else (outputs**2).sum(0),
+        "yy": summed_squares(outputs) if whole else (outputs**2).sum(0),
         "strips": {first: pair[0] for first, pair in pairs.items()},
         "offsets": {first: pair[1] for first, pair in pairs.items()},
     }
@@ -93,4 +93,4 @@ def _sums_of(taps: jax.Array) -> tuple[jax.Array, jax.Array]:
     turn = np.random.default_rng(0).integers(count, size=(rows, 1, 1, 1, 1))
     strip = jnp.take_along_axis(taps, turn, axis=3)[:, :, :, 0]
     offsets = jnp.einsum("nsgxr,nsgXr->sgxX", taps, taps, precision=jax.lax.Precision.HIGHEST)
-    return summed_products(strip, strip), offsets
+    return summed_squares(strip), offsets

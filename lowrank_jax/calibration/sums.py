@@ -7,6 +7,7 @@ from lowrank_jax.calibration.patches import Geometry
 from lowrank_jax.calibration.products import ProductGeometry
 from lowrank_jax.program.reading import Reading
 
+WIDE, BLOCKS = 512, 4  # rows from which a product with itself is computed in blocks, and how many
 POSITIONS = 16  # of each image; neighbours tell nearly the same, and the cost is proportional
 
 AnyGeometry = Geometry | ProductGeometry
@@ -49,7 +50,7 @@ def _products(x: jax.Array, y: jax.Array) -> Sums:
     x, y = jax.lax.optimization_barrier((x, y))
     rows, stack = y.shape[:2]
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
-    xx = summed_products(x, x)
+    xx = summed_squares(x)
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
@@ -58,6 +59,26 @@ def _products(x: jax.Array, y: jax.Array) -> Sums:
         "xy": summed_products(every, y),
         "yy": (y * y).sum(0),
     }
+
+
+def summed_squares(x: jax.Array) -> jax.Array:
+    """Sums (S, g, p, p) of the products of the rows of (rows, S, g, p) with themselves.
+
+    They are symmetric: of wide rows only the blocks on and above the diagonal are computed.
+    """
+    width = x.shape[-1]
+    if width < WIDE:
+        return summed_products(x, x)
+    starts = [width * block // BLOCKS for block in range(BLOCKS)]
+    rows = [
+        summed_products(x[..., start:end], x[..., start:])
+        for start, end in zip(starts, [*starts[1:], width], strict=True)
+    ]
+    missing = [((0, 0), (0, 0), (0, 0), (start, 0)) for start in starts]
+    upper = jnp.concatenate(
+        [jnp.pad(row, pad) for row, pad in zip(rows, missing, strict=True)], axis=2
+    )
+    return jnp.triu(upper) + jnp.triu(upper, 1).mT
 
 
 def summed_products(x: jax.Array, y: jax.Array) -> jax.Array:

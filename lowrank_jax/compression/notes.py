@@ -10,15 +10,13 @@ import numpy as np
 
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
-from lowrank_jax.compression.segments import Live, Note
+from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
-
-FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
 
 
 def fit_note(outline: Outline, place: int, shortcut: Shortcut | None) -> Note:
@@ -83,14 +81,14 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def trusted(lack: Callable[[Sequence], np.ndarray], found: Sequence) -> np.ndarray:
-    """A mean difference over all batches, less the share of it that is noise (James and Stein).
+    """A mean difference over all images, less the share of it that is noise (James and Stein).
 
     Two sets of images differ by twice the noise of their mean. The share is 1 where both lack the
     same, and 0 for one image, which nothing can be held against.
     """
     if len(found) < FOLDS:
         return 0 * lack(found)
-    one, two = (lack(found[fold::FOLDS]) for fold in range(FOLDS))
+    one, two = (lack([own]) for own in found)
     noise, mean = np.sum((one - two) ** 2) / 4, np.sum((one + two) ** 2) / 4
     share = max(0.0, 1 - noise / mean) if mean else 0.0
     return share * lack(found)
@@ -98,9 +96,7 @@ def trusted(lack: Callable[[Sequence], np.ndarray], found: Sequence) -> np.ndarr
 
 def drifted_mean(found: Sequence[tuple]) -> np.ndarray:
     """What the means of a value lack in the compressed network, from `mean_note`."""
-    dense, small, count = (
-        np.sum([np.float64(x) for x in xs], 0) for xs in zip(*found, strict=True)
-    )
+    dense, small, count = (np.sum(xs, 0) for xs in zip(*found, strict=True))
     return (dense - small) / count
 
 
@@ -120,19 +116,12 @@ def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> 
 
 
 def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
-    return np.sum([np.asarray(note[name], np.float64) for note in found], axis=0)
+    return np.sum([note[name] for note in found], axis=0)
 
 
 def folds_of(found: Sequence[Mapping], path: str) -> list[list[Moments]]:
     """For each set of images the moments of each kernel that ran at once."""
-    totals: list[dict[str, np.ndarray]] = []
-    for number, note in enumerate(found):
-        own = {name: np.asarray(x, np.float64) for name, x in note["sums"].items()}
-        if number < FOLDS:
-            totals.append(own)
-            continue
-        old = totals[number % FOLDS]
-        totals[number % FOLDS] = {name: old[name] + own[name] for name in own}
+    totals = [own["sums"] for own in found]
     if not all(np.isfinite(x).all() for total in totals for x in total.values()):
         raise ValueError(
             f"{path}: the activations hold NaN or infinite values; check the weights and the "

@@ -141,6 +141,8 @@ class Reconstruction:
         drifts = shift is not None and shift.sign < 0 and shift.data in matched.differing
         if shift is None or not drifts or shift.data in matched.numbers:
             return
+        if shift.leaf in self.shifts:  # by the fit of the layer before it
+            return
         found = self.segments.advance(place, self._small(), mean_note(shift))
         self._set_shift(shift, trusted(drifted_mean, found), matched)
 

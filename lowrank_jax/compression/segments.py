@@ -1,7 +1,7 @@
 """A network run in segments, dense and compressed side by side, one batch at a time.
 
-Between two segments lies a stop. What is alive there is held on the host, for all batches; the
-device holds one batch.
+Between two segments lies a stop. What is alive there is held on the host for all batches, or in a
+file where it is much; the device holds one batch.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+from lowrank_jax.compression.holding import Holding
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import bind, step
 from lowrank_jax.program.transform import LowRank
 
 Values = dict[int, Any]
+FOLDS = 2  # sets of images, of which one tells what is fitted to the other is worth
 
 
 @dataclasses.dataclass
@@ -58,25 +60,38 @@ class Segments:
         self.place = 0
 
     def advance(self, place: int, small: Values, note: Note) -> list:
-        """Runs all batches up to an equation, and notes something of each there.
+        """Runs all batches up to an equation, and adds up what is noted of each there.
 
         Args:
             place: index of the equation, which the compressed network does not run yet. The dense
                 network does.
             small: number of an input to its value in the compressed network, where it differs.
             note: function of what a batch has given, and of the number of the batch.
+
+        Returns:
+            The sums of the notes, in float64, of the even and of the odd batches.
         """
         programs: dict[int, Callable] = {}
-        found = []
+        found: list[Any] = []
+        holding = Holding(len(self.lives))
         for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
             if id(outline) not in programs:
                 run = _segment(outline, self.place, place, self.last)
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             results = programs[id(outline)](self.given, small, live.dense, live.small)
-            found.append(jax.tree.map(np.asarray, note(Live(*results), turn)))
-            live.dense, live.small = jax.tree.map(np.asarray, results)
+            _add(found, turn % FOLDS, note(Live(*results), turn))
+            live.dense, live.small = holding.keep(results)
         self.place = place
         return found
+
+
+def _add(sums: list, fold: int, note: Any) -> None:
+    """Adds a note to the sum of its fold."""
+    new = jax.tree.map(lambda value: np.asarray(value, np.float64), note)
+    if fold == len(sums):
+        sums.append(new)
+    else:
+        sums[fold] = jax.tree.map(np.add, sums[fold], new)
 
 
 def _last_reads(outline: Outline) -> dict[int, int]:

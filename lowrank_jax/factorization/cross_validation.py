@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.groups import Gap, Groups, mean_variance
 from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.parallel import together
 from lowrank_jax.factorization.whitening import Pair, Target
 
 Array = np.ndarray
@@ -44,12 +45,12 @@ def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice
     """
     parts = _parts(layer, folds)
     variance = sum(part.count * part.variance for part in parts)
-    limits = _by_fold(parts, [np.array([part.error(*plain[part.group])]) for part in parts])
+    limits = _by_fold(parts, lambda part: np.array([part.error(*plain[part.group])]))
     limit = _relative(limits.sum(), variance)
     if len(folds) < 2:
         return Choice(PLAIN, limit, limit)
     start = _likely(samples_for_dimension(layer, folds))
-    errors = _by_fold(parts, [part.path(layer.scheme.rank, start) for part in parts])
+    errors = _by_fold(parts, lambda part: part.path(layer.scheme.rank, start))
     totals = np.where((errors < limits).all(axis=0), errors.sum(axis=0), math.inf)
     best = int(np.argmin(totals))
     if math.isinf(totals[best]):
@@ -71,9 +72,12 @@ def _relative(error: float, variance: float) -> float:
     return max(float(error), 0.0) / variance if variance > 0 else 0.0
 
 
-def _by_fold(parts: "list[_Part]", errors: list[Float[Array, "s"]]) -> Float[Array, "f s"]:
+def _by_fold(
+    parts: "list[_Part]", measure: "Callable[[_Part], Float[Array, 's']]"
+) -> Float[Array, "f s"]:
     """Errors of the groups of each fold, added up by their patches."""
     folds = 1 + max(part.fold for part in parts)
+    errors = together([functools.partial(measure, part) for part in parts])
     totals = np.zeros((folds, len(errors[0])))
     for part, error in zip(parts, errors, strict=True):
         totals[part.fold] += part.count * error

@@ -11,20 +11,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from jaxtyping import Float
-from threadpoolctl import ThreadpoolController
 
 from lowrank_jax.factorization.cross_validation import choose, samples_for_dimension
 from lowrank_jax.factorization.groups import Groups
 from lowrank_jax.factorization.moments import Moments
+from lowrank_jax.factorization.parallel import one_core_each
 from lowrank_jax.factorization.scheme import Scheme
 
 Array = np.ndarray
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
-ONE_CORE = 1024  # dimensions of a patch up to which one core is enough
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +72,7 @@ def fit_layer(
         sweeps: alternating refinements of the two factors.
     """
     layer = Groups(np.asarray(kernel, np.float64), scheme, scale)
-    with _cores(layer.own[0][..., 0].size):
+    with one_core_each():
         return _fitted(layer, folds, sweeps)
 
 
@@ -96,18 +94,3 @@ def _fitted(layer: Groups, folds: Sequence[Moments], sweeps: int) -> Fit:
         plain=choice.plain,
         samples=samples_for_dimension(layer, folds),
     )
-
-
-def _cores(size: int) -> AbstractContextManager:
-    """One core for patches of few dimensions.
-
-    There more threads gain nothing, and those of two libraries, or of two programs, wait for each
-    other most of the time.
-    """
-    return nullcontext() if size > ONE_CORE else _libraries().limit(limits=1, user_api="blas")
-
-
-@functools.cache
-def _libraries() -> ThreadpoolController:
-    """The numerical libraries of this process."""
-    return ThreadpoolController()

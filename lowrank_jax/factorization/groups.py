@@ -9,7 +9,8 @@ from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, patch_axes, split_axes
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
-from lowrank_jax.factorization.whitening import TINY, Pair, Target
+from lowrank_jax.factorization.solving import TINY
+from lowrank_jax.factorization.whitening import Pair, Target
 
 Array = np.ndarray
 Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
@@ -58,7 +59,7 @@ class Groups:
             self.of_groups(moments.variance, outputs=True),
             strict=True,
         ):
-            arranged = self.arranged(self.arranged(covariance).T)
+            arranged = self.arranged_square(covariance)
             found.append(Target(arranged, self.arranged(cross), variance, self.taps))
         return found
 
@@ -80,6 +81,13 @@ class Groups:
         spread = flat.reshape(*(self.sizes[letter] for letter in self.stored), -1)
         moved = spread.transpose(*(self.stored.index(x) for x in self.order), len(self.stored))
         return moved.reshape(flat.shape)
+
+    def arranged_square(self, square: Float[Array, "p p"]) -> Float[Array, "p p"]:
+        """The same for the rows and the columns of a covariance."""
+        count = len(self.stored)
+        spread = square.reshape([self.sizes[letter] for letter in self.stored] * 2)
+        order = [self.stored.index(letter) for letter in self.order]
+        return spread.transpose(*order, *(count + axis for axis in order)).reshape(square.shape)
 
     def kernels(self, pairs: list) -> tuple[Array, Array]:
         """The two kernels of the factors of all groups."""

@@ -50,7 +50,8 @@ def routine(name: str, dtype: np.dtype) -> Callable[..., None]:
     type, and arrays. Matrices lie column by column, and the routine changes some of them in place.
 
     Args:
-        name: one of "gemm", "ormqr", "stein", "sterf", "syrk" and "sytrd".
+        name: one of "gemm", "ormqr", "potrf", "potrs", "stein", "sterf", "syrk", "sytrd" and
+            "trtrs".
         dtype: of the arrays.
 
     Raises:
@@ -227,13 +228,49 @@ def _ormqr(
     yield Need("info", 1, written=True, integer=True)
 
 
+def _potrf(uplo: str, n: int, a: np.ndarray, lda: int, info: np.ndarray) -> Iterator[Need]:
+    """The Cholesky factor of a definite matrix, in one of its triangles."""
+    yield Need("a", n, n, lda, written=True)
+    yield Need("info", 1, written=True, integer=True)
+
+
+def _potrs(
+    uplo: str, n: int, nrhs: int, a: np.ndarray, lda: int, b: np.ndarray, ldb: int,
+    info: np.ndarray,
+) -> Iterator[Need]:  # fmt: skip
+    """Division by a matrix whose Cholesky factor is known."""
+    yield Need("a", n, n, lda)
+    yield Need("b", n, nrhs, ldb, written=True)
+    yield Need("info", 1, written=True, integer=True)
+
+
+def _trtrs(
+    uplo: str, trans: str, diag: str, n: int, nrhs: int, a: np.ndarray, lda: int, b: np.ndarray,
+    ldb: int, info: np.ndarray,
+) -> Iterator[Need]:  # fmt: skip
+    """Division by a triangular matrix."""
+    yield Need("a", n, n, lda)
+    yield Need("b", n, nrhs, ldb, written=True)
+    yield Need("info", 1, written=True, integer=True)
+
+
 _NEEDS: dict[str, Callable[..., Iterator[Need]]] = {
     "gemm": _gemm,
     "ormqr": _ormqr,
+    "potrf": _potrf,
+    "potrs": _potrs,
     "stein": _stein,
     "sterf": _sterf,
     "syrk": _syrk,
     "sytrd": _sytrd,
+    "trtrs": _trtrs,
 }
 _LETTERS = {np.dtype("float32"): "s", np.dtype("float64"): "d"}
-_CHARACTERS = {"transa": "NTC", "transb": "NTC", "trans": "NTC", "uplo": "UL", "side": "LR"}
+_CHARACTERS = {
+    "transa": "NTC",
+    "transb": "NTC",
+    "trans": "NTC",
+    "uplo": "UL",
+    "side": "LR",
+    "diag": "NU",
+}

@@ -20,7 +20,7 @@ from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.groups import Groups
 from lowrank_jax.factorization.layout import INPUTS, only, split_axes
 from lowrank_jax.factorization.scheme import Scheme
-from lowrank_jax.factorization.whitening import TINY
+from lowrank_jax.factorization.solving import TINY
 
 Array = np.ndarray
 

@@ -11,17 +11,14 @@ is the start, and least squares for H, then V, then H go on from there. NumPy in
 import dataclasses
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 
+from lowrank_jax.factorization.solving import TINY, Inverse, cholesky, solve, solve_triangular
 from lowrank_jax.factorization.truncated import truncated
 
 Array = np.ndarray
 Pair = tuple[Float[Array, "r K"], Float[Array, "b K n"]]
 
-TINY = np.finfo(np.float64).tiny
-JITTER = 1e-10  # of the mean eigenvalue: rounding leaves covariances this far from definite
-NOTHING = 1e-12  # of the largest eigenvalue: directions in which the data say nothing
 STEPS, CLOSE = 30, 1e-3  # of conjugate gradients: at most so many, to so small a residual
 
 
@@ -169,8 +166,7 @@ def whitened_left(
     """The first factor that is best for a Kronecker covariance, its columns orthonormal."""
     matrix, root = whitened(kernel, strips, offsets)
     left = truncated(matrix, rank)[0]
-    turned = scipy.linalg.solve_triangular(root, left, lower=True, trans="T", check_finite=False)
-    return _orthonormal(turned)
+    return _orthonormal(solve_triangular(root, left))
 
 
 def matrix_of(kernel: Float[Array, "b r n"]) -> Float[Array, "r bn"]:
@@ -226,53 +222,6 @@ def _conjugate_gradients(normal, precondition, right: Array, v: Array, steps: in
         before, slope = slope, float(np.sum(residual * z))
         direction = z + (slope / before) * direction
     return v
-
-
-def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """L, lower triangular, with L L^T a covariance; what rounding made indefinite is raised."""
-    size = len(matrix)
-    jitter = JITTER * np.trace(matrix) / size
-    lifted = matrix + (jitter if jitter > 0 else 1.0) * np.eye(size)
-    try:
-        return scipy.linalg.cholesky(lifted, lower=True, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-        floor = max(JITTER * values[-1], TINY)
-        return np.linalg.qr((vectors * np.sqrt(np.maximum(values, floor))).T)[1].T
-
-
-class Inverse:
-    """Divides by a covariance."""
-
-    def __init__(self, matrix: Float[Array, "n n"]) -> None:
-        self.root = cholesky(matrix)
-
-    def __call__(self, right: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        return scipy.linalg.cho_solve((self.root, True), right, check_finite=False)
-
-
-def solve(normal: Float[Array, "n n"], right: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """Solves normal equations.
-
-    By a Cholesky factor; where the matrix is singular, or close to it, by its eigenvectors, and
-    directions in which the data say nothing get zero.
-    """
-    try:
-        root = scipy.linalg.cholesky(normal, lower=True, check_finite=False)
-        pivots = np.diag(root)
-        if pivots.min() ** 2 > NOTHING * pivots.max() ** 2:
-            return scipy.linalg.cho_solve((root, True), right, check_finite=False)
-    except np.linalg.LinAlgError:
-        pass
-    return _solve_by_eigenvectors(normal, right)
-
-
-def _solve_by_eigenvectors(
-    normal: Float[Array, "n n"], right: Float[Array, "n m"]
-) -> Float[Array, "n m"]:
-    values, vectors = np.linalg.eigh((normal + normal.T) / 2)
-    keep = values > NOTHING * max(values[-1], TINY)
-    return vectors[:, keep] @ ((vectors[:, keep].T @ right) / values[keep, None])
 
 
 def balance(first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> Pair:

@@ -20,6 +20,9 @@ READ = {  # the arrays that a routine only reads
     "sterf": set(),
     "stein": {"d", "e", "w", "iblock", "isplit"},
     "ormqr": {"tau"},
+    "potrf": set(),
+    "potrs": {"a"},
+    "trtrs": {"a"},
 }
 
 
@@ -44,6 +47,9 @@ def arguments(name: str, dtype: str) -> dict:
         "sterf": (N, d, e, info),
         "stein": (N, d, e, 2, vector(2, dtype), ints(2), ints(N), matrix(N, 2, dtype), N, work,
                   ints(N), ints(2), info),
+        "potrf": ("L", N, square, N, info),
+        "potrs": ("L", N, M, square, N, matrix(N, M, dtype), N, info),
+        "trtrs": ("L", "T", "N", N, M, square, N, matrix(N, M, dtype), N, info),
         "ormqr": ("L", "N", M, N, K, a, M, vector(K, dtype), c, M, work, 5 * N, info),
     }[name]  # fmt: skip
     return dict(zip(inspect.signature(lapack._NEEDS[name]).parameters, values, strict=True))

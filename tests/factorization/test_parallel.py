@@ -16,7 +16,12 @@ from threadpoolctl import threadpool_info
 import lowrank_jax as lr
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.lapack import routine
-from lowrank_jax.factorization.parallel import side_by_side
+from lowrank_jax.factorization.parallel import (
+    available_cores,
+    one_core_each,
+    side_by_side,
+    together,
+)
 from lowrank_jax.factorization.scheme import factor_all
 
 
@@ -166,3 +171,19 @@ def test_kernels_with_values_beside_traced_ones_stay_in_this_thread():
     found, wanted = jax.jit(factors)(kernels[3]), factors(kernels[3])
     for one, two in zip(found, wanted, strict=True):
         np.testing.assert_allclose(lr.merge(*one), lr.merge(*two), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_jobs_at_once_give_their_results_in_turn_on_one_core_each(count):
+    def job(index):
+        return index, set(blas_threads())
+
+    with one_core_each():
+        found = together([lambda i=i: job(i) for i in range(count)])
+    assert found == [(index, {1}) for index in range(count)]
+
+
+@pytest.mark.skipif(available_cores() < 2, reason="one core runs one job at a time")
+def test_two_jobs_meet_each_other():
+    both = threading.Barrier(2, timeout=20)
+    assert sorted(together([both.wait, both.wait])) == [0, 1]

@@ -149,32 +149,6 @@ def test_the_scale_of_the_patches_does_not_matter(scale):
     np.testing.assert_allclose(merged(*whitening.fit(kernel, scaled, 2)), expected, rtol=1e-4)
 
 
-@few
-@given(seeds, st.integers(0, 5), st.floats(-12, 12))
-def test_singular_normal_equations_have_the_solution_without_the_null_space(seed, rank, power):
-    rng = np.random.default_rng(seed)
-    root = 10**power * rng.standard_normal((6, rank))
-    normal = root @ root.T
-    right = normal @ rng.standard_normal((6, 2))
-    expected = np.linalg.pinv(normal, rcond=1e-10, hermitian=True) @ right
-    np.testing.assert_allclose(
-        whitening.solve(normal, right), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
-    )
-
-
-@few
-@given(seeds, st.integers(0, 6), st.floats(0, 1e-6))
-def test_the_root_of_a_covariance_survives_rank_deficiency_and_rounding(seed, rank, rounding):
-    rng = np.random.default_rng(seed)
-    root = rng.standard_normal((6, rank))
-    noise = rng.standard_normal((6, 6))
-    matrix = root @ root.T - rounding * (noise + noise.T)
-    lower = whitening.cholesky(matrix)
-    assert np.isfinite(lower).all() and np.all(np.diag(lower) != 0)
-    limit = 1e-4 * np.abs(matrix).max() + 20 * rounding + (1.1 if rank == 0 else 0)
-    np.testing.assert_allclose(lower @ lower.T, matrix, atol=limit)
-
-
 @pytest.mark.parametrize("rank", [1, 2])
 def test_patches_of_low_rank_leave_finite_factors(rank):
     kernel, target = problem(6, rank=rank)

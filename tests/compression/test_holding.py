@@ -1,0 +1,46 @@
+"""Activations of many batches are held in files, with the same values."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_jax.compression import holding
+from lowrank_jax.compression.holding import Holding
+
+VALUES = {
+    "map": jnp.arange(60.0).reshape(3, 4, 5),
+    "half": jnp.ones((2, 3), jnp.bfloat16) / 3,
+    "scalar": jnp.float32(2.5),
+    "empty": jnp.zeros((0, 4)),
+    "index": jnp.arange(4, dtype=jnp.int8),
+}
+
+
+def kept(limit, monkeypatch, batches=1):
+    monkeypatch.setattr(holding, "IN_MEMORY", limit)
+    return Holding(batches).keep(VALUES)
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_what_is_held_is_what_was_given(limit, monkeypatch):
+    found = kept(limit, monkeypatch)
+    assert isinstance(found["map"], np.memmap) == (limit == 0)
+    chex.assert_trees_all_equal(found, {name: np.asarray(x) for name, x in VALUES.items()})
+    chex.assert_trees_all_equal_dtypes(found, VALUES)
+
+
+def test_all_batches_count(monkeypatch):
+    size = sum(x.nbytes for x in VALUES.values())
+    assert not isinstance(kept(5 * size, monkeypatch, batches=5)["map"], np.memmap)
+    assert isinstance(kept(5 * size, monkeypatch, batches=6)["map"], np.memmap)
+
+
+def test_without_space_they_stay_in_memory_and_a_warning_says_so(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.warns(UserWarning, match="No space left.*set TMPDIR"):
+        found = kept(0, monkeypatch)
+    assert not isinstance(found["map"], np.memmap)
