@@ -122,30 +122,25 @@ class Calibration:
             FileNotFoundError: there is nothing at the path.
             ValueError: the file is damaged, or belongs to other variables.
         """
-        network, batches, one = prepared(apply, variables, inputs, args, kwargs)
+        network, batches, trace = prepared(apply, variables, inputs, args, kwargs)
         moments, curvature, count = read_moments(path, network.named())
-        return cls(network, batches, network.trace(one), moments, curvature, count)
+        return cls(network, batches, trace, moments, curvature, count)
 
 
 def prepared(
     apply: Callable, variables: Any, inputs: Any, args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[Network, Inputs, tuple]:
-    """The network, its batches, and a sample: one image, or a batch where one does not run."""
+) -> tuple[Network, Inputs, Trace]:
+    """The network, its batches, and its trace of one image, or of a batch if one does not run."""
     network = Network(apply, variables, args, kwargs)
     batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
     first = batches.first()
     check_evaluation(kwargs, (*first, *args))
     one = jax.tree.map(lambda x: x[:1], first)
-    return network, batches, one if _runs(network, one) else first
-
-
-def _runs(network: Network, inputs: tuple) -> bool:
-    """Whether the network takes these inputs; a mesh of devices may not divide one image."""
     try:
-        network.trace(inputs)
-    except ValueError:
-        return False
-    return True
+        trace = network.trace(one)
+    except ValueError:  # a mesh of devices may not divide one image
+        trace = network.trace(first)
+    return network.with_changed(trace), batches, trace
 
 
 def calibrate(
@@ -186,8 +181,7 @@ def calibrate(
         >>> {form: own.shape for form, own in strips.items()}
         {'horizontal': (1, 12, 12), 'pointwise': (1, 4, 4), 'vertical': (1, 12, 12)}
     """
-    network, batches, one = prepared(apply, variables, inputs, args, kwargs)
-    trace = network.trace(one)
+    network, batches, trace = prepared(apply, variables, inputs, args, kwargs)
     wanted = set(trace.safe_paths() if paths is None else paths)
     batches = batches.held()
     moments, count = _moments(network, batches, wanted)

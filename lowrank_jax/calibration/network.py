@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.factorization.factors import is_factors
+from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.jaxprs import Program, check_function, is_array
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.kernel_use import Trace
@@ -25,12 +26,15 @@ class Network:
         apply: the function.
         variables: its first argument.
         args, kwargs: the arguments of the model itself, after its inputs.
+        changed: name of a kernel that the program changes first to the changed kernel, which stands
+            for the stored one in all that follows.
     """
 
     apply: Callable
     variables: Any
     args: tuple = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_function(self.apply, self.variables)
@@ -49,7 +53,15 @@ class Network:
     def named(self) -> dict[str, Any]:
         """Name of each leaf of the variables to the leaf."""
         leaves = jax.tree.leaves(self.variables)
-        return dict(zip(leaf_names(self.variables), leaves, strict=True))
+        own = dict(zip(leaf_names(self.variables), leaves, strict=True))
+        return own | dict(self.changed)
+
+    def with_changed(self, found: Trace) -> "Network":
+        """The network whose program reads the kernels that it changes as a trace found them."""
+        if found.changed is None:
+            return self
+        values = found.changed.values(list(found.changed.roots), self.named())
+        return dataclasses.replace(self, changed=values)
 
     def trace(self, inputs: tuple) -> Trace:
         """What becomes of every kernel; see `lowrank_jax.trace`."""
@@ -65,11 +77,16 @@ class Network:
         own = [path[2:] for path, _ in paths if path[0].idx == 0 and path[1].idx == 0]
         names = names_of(own)
         count = len(jax.tree.leaves(inputs))
-        return NetworkProgram(program, tuple(names), len(names), count)
+        traced = NetworkProgram(program, tuple(names), len(names), count)
+        if not self.changed:
+            return traced
+        kernels = ChangedKernels.of(program.closed, traced.sources)
+        program = dataclasses.replace(program, closed=kernels.cut(self.changed))
+        return dataclasses.replace(traced, program=program)
 
     def leaves(self, inputs: tuple, variables: Any = None) -> list:
         """The arrays that a `NetworkProgram` takes, of other variables where they are given."""
-        own = self.variables if variables is None else variables
+        own = list(self.named().values()) if variables is None else variables
         leaves = jax.tree.leaves(((own, *inputs, *self.args), dict(self.kwargs)))
         return [leaf for leaf in leaves if is_array(leaf)]
 

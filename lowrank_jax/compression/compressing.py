@@ -72,8 +72,8 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
             f"{1 + len(given)} arguments."
         )
     variables, inputs, table, *args = given
-    network, batches, one = prepared(apply, variables, inputs, tuple(args), kwargs)
-    trace, batches = network.trace(one), batches.held()
+    network, batches, trace = prepared(apply, variables, inputs, tuple(args), kwargs)
+    batches = batches.held()
     schemes = find_schemes(variables, table, trace=trace)
     curvature = channel_curvature(network, batches, trace, list(schemes))
     return Job(network, batches, schemes, importance_of(curvature))

@@ -158,7 +158,8 @@ class Reconstruction:
         outline, schemes = self.outline, self.job.schemes
         new = {outline.sources[number].path: value for number, value in self.shifts.items()}
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
-        return replaced(tree, {p: (schemes[p], self.factors.arrays(p)) for p in schemes})
+        new = {path: (schemes[path], self.factors.arrays(path)) for path in schemes}
+        return replaced(tree, new, self.job.network.changed)
 
 
 def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:

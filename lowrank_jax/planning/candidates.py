@@ -102,7 +102,7 @@ class Candidates:
     ) -> Plan:
         """The plan of one candidate for each path; a layer that has none stays dense."""
         choices = [
-            _choice(path, layer[0], chosen.get(path, layer[0]))
+            _choice(self.trace.at(path)[0], layer[0], chosen.get(path, layer[0]))
             for path, layer in self.layers.items()
         ]
         rest = Rest(**{measure: int(self.rest(measure)) for measure in COUNTS})
@@ -179,11 +179,18 @@ def front(
     return best
 
 
-def _choice(path: str, dense: Candidate, chosen: Candidate) -> Choice:
+def _choice(use: KernelUse, dense: Candidate, chosen: Candidate) -> Choice:
     pairs: dict[str, Any] = {m: (getattr(dense, m), getattr(chosen, m)) for m in COUNTS}
     times = (dense.latency, chosen.latency)
     latency = None if any(map(math.isnan, times)) else times
-    return Choice(path=path, scheme=chosen.scheme, latency=latency, error=chosen.error, **pairs)
+    return Choice(
+        path=use.path,
+        scheme=chosen.scheme,
+        latency=latency,
+        error=chosen.error,
+        changed=use.changed,
+        **pairs,
+    )
 
 
 def _layer(

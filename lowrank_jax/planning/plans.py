@@ -28,6 +28,7 @@ class Choice:
         parameters, macs, bytes: (dense, chosen).
         latency: (dense, chosen) in seconds; None if it was not measured.
         error: predicted, the share of the squared singular values that is left out.
+        changed: whether the kernel is the stored one as the program changes it; see `KernelUse`.
 
     Example:
         >>> Choice(path="conv", scheme=None, parameters=(9, 9), macs=(9, 9), bytes=(9, 9)).error
@@ -41,6 +42,7 @@ class Choice:
     bytes: Pair
     latency: Pair | None = None
     error: float = 0.0
+    changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,11 @@ class Plan:
     def ranks(self) -> dict[str, Scheme]:
         """The table for `lowrank_jax.decompose`: the layers that do not stay dense."""
         return {choice.path: choice.scheme for choice in self if choice.scheme}
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The layers whose factors are of the kernel as the program changes it, for evaluation."""
+        return tuple(choice.path for choice in self if choice.scheme and choice.changed)
 
     def total(self, measure: str) -> Pair:
         """The (dense, chosen) cost of the whole program; the latency is of the measured layers.
@@ -185,16 +192,22 @@ def _plan(choices: list, selector: str, budget: dict | None, rest: dict) -> Plan
 
 
 def _choice(
-    path: str, scheme: dict | None, error: float, latency: list | None, **costs: list
+    path: str,
+    scheme: dict | None,
+    error: float,
+    latency: list | None,
+    changed: bool = False,
+    **costs: list,
 ) -> Choice:
-    if not isinstance(path, str) or not 0 <= error <= 1:
-        raise ValueError(f"the layer {path!r} has the error {error!r}")
+    if not isinstance(path, str) or not 0 <= error <= 1 or not isinstance(changed, bool):
+        raise ValueError(f"the layer {path!r} has the error {error!r}, changed: {changed!r}")
     pairs: dict[str, Any] = {measure: _pair(pair) for measure, pair in costs.items()}
     return Choice(
         path=path,
         scheme=_scheme(**scheme) if scheme else None,
         latency=_pair(latency) if latency else None,
         error=error,
+        changed=changed,
         **pairs,
     )
 

@@ -11,9 +11,10 @@ import numpy as np
 from lowrank_jax.factorization.layout import from_matrix, from_pair, to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.planning.spectra import known_use
+from lowrank_jax.program.changed import KEY, changed
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.tree.decomposing import check_kernel
+from lowrank_jax.tree.decomposing import changed_kernels, check_kernel
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 
 Basis = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -69,24 +70,27 @@ def divergences(
         raise ValueError(f"measure={measure!r} is not allowed; give one of {sorted(DIVERGENCES)}.")
     if not len(images):
         raise ValueError("No images: give at least one batch of inputs.")
-    leaves = named_leaves(variables)
+    own = changed_kernels(variables, candidates, trace)
+    leaves = named_leaves(variables) | own
     known = {path: known_use(trace, path) for path in candidates}
     kernels = {path: check_kernel(path, find_leaf(path, leaves)) for path in candidates}
     bases = _bases(kernels, known, candidates)
     parts = [jnp.asarray(images[start : start + batch]) for start in range(0, len(images), batch)]
-    call = lambda variables, x: apply(variables, x, *args, **kwargs)  # noqa: E731
+    call = lambda variables, x: changed(apply)(variables, x, *args, **kwargs)  # noqa: E731
     program = jax.jit(call, compiler_options=default_options())
 
-    def outputs(new: Mapping[str, jax.Array]) -> np.ndarray:
-        changed = map_named(lambda name, leaf: new.get(name, leaf), variables)
-        return np.concatenate([np.asarray(program(changed, x), np.float64) for x in parts])
+    def outputs(new: Mapping[str, Any]) -> np.ndarray:
+        tree = map_named(lambda name, leaf: new.get(name, leaf), variables)
+        return np.concatenate([np.asarray(program(tree, x), np.float64) for x in parts])
 
     dense = outputs({})
 
     def loss(path: str, first: str, rank: int) -> float:
         low = _of_rank(bases[path, first], rank, known[path], first)
         kernel = jnp.asarray(low, kernels[path].dtype)
-        return DIVERGENCES[measure](dense, outputs({path: kernel}))
+        return DIVERGENCES[measure](
+            dense, outputs({path: {KEY: kernel} if path in own else kernel})
+        )
 
     return {path: {pair: loss(path, *pair) for pair in pairs} for path, pairs in candidates.items()}
 

@@ -15,7 +15,7 @@ from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.tree.decomposing import check_kernel
+from lowrank_jax.tree.decomposing import changed_kernels, check_kernel
 from lowrank_jax.tree.paths import find_leaf, named_leaves
 from lowrank_jax.tree.suggest import suggest
 
@@ -128,10 +128,11 @@ def spectra(
         >>> {first: values.shape for first, values in found.values["layers_0"].items()}
         {'vertical': (1, 12), 'horizontal': (1, 12), 'spatial': (1, 8), 'pointwise': (1, 4)}
     """
-    leaves = named_leaves(tree)
+    paths = trace.safe_paths() if paths is None else list(paths)
+    leaves = named_leaves(tree) | changed_kernels(tree, paths, trace)
     wanted = None if forms is None else tuple(map(_known_form, forms))
     jobs, sizes = {}, []
-    for path in trace.safe_paths() if paths is None else paths:
+    for path in paths:
         use = known_use(trace, path)
         kernel = check_kernel(path, find_leaf(path, leaves))
         for first in _wanted_forms(use, wanted):

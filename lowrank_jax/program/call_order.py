@@ -62,7 +62,8 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
         >>> call_order(apply, params, jnp.ones((1, 3))).position
         {1: 0, 0: 1}
     """
-    jaxpr, _, arrays = traced(apply, variables, args, kwargs)
+    program, _, arrays = traced(apply, variables, args, kwargs)
+    jaxpr = program.jaxpr
     count = len(jax.tree.leaves(variables))
     order = CallOrder()
     leaves = zip(jaxpr.invars, arrays, strict=True)

@@ -1,5 +1,6 @@
 """A program without calls: one list of equations, with the loops over kernels written out."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lowrank_jax.program.kernel import Kernel, dense
 from lowrank_jax.program.provenance import Source
 
 
-def flatten(program: Any, sources: Sequence[Source | None]) -> Any:
+def flatten(program: Any, sources: Sequence[Source | None], loops: bool = True) -> Any:
     """The same program as one list of equations.
 
     ``jit``, ``remat`` and functions with a derivative of their own are opened. A ``scan`` that a
@@ -23,6 +24,7 @@ def flatten(program: Any, sources: Sequence[Source | None]) -> Any:
     Args:
         program: a jaxpr with its constants.
         sources: for each input the kernel that it is, or None.
+        loops: whether loops are written out.
 
     Returns:
         A jaxpr with its constants and the same inputs and outputs.
@@ -31,7 +33,7 @@ def flatten(program: Any, sources: Sequence[Source | None]) -> Any:
     def run(*inputs: jax.Array) -> list:
         pairs = zip(sources, inputs, strict=True)
         values = [x if source is None else Kernel.dense(source, x) for source, x in pairs]
-        outputs, _ = interpret(program, values, _Open())
+        outputs, _ = interpret(program, values, _Open(loops))
         return [dense(value) for value in outputs]
 
     shapes = [
@@ -40,7 +42,9 @@ def flatten(program: Any, sources: Sequence[Source | None]) -> Any:
     return jax.make_jaxpr(run)(*shapes)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Open(Rule):
+    loops: bool
     opens = True
 
     def apply(self, eqn: Any, values: list) -> Found | None:
@@ -49,7 +53,7 @@ class _Open(Rule):
             return interpret(eqn.params["jaxpr"], values, self)
         if name in ("remat2", "checkpoint"):
             return interpret(eqn.params["jaxpr"], values, self)
-        if name == "scan" and any(isinstance(value, Kernel) for value in values):
+        if name == "scan" and self.loops and any(isinstance(value, Kernel) for value in values):
             return self._written_out(eqn, values)
         if name in CALLS and name not in _CALLED:
             return bind(eqn, [dense(value) for value in values]), {}

@@ -87,18 +87,18 @@ def check_function(apply: Any, variables: Any = ()) -> None:
 
 def traced(
     apply: Callable, variables: Any, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Any, list, dict[int, Any]]:
+) -> tuple[Program, list, dict[int, Any]]:
     """Traces ``apply(variables, *args, **kwargs)``; what is no array stays as it is.
 
     Returns:
-        The jaxpr; all (path, leaf) pairs of (variables, args, kwargs), those of the variables
+        The program; all (path, leaf) pairs of (variables, args, kwargs), those of the variables
         first; and the number of each leaf that is an input of the jaxpr, in the order of the
         inputs, to the leaf.
     """
     check_function(apply, variables)
     leaves, tree = jax.tree_util.tree_flatten_with_path(((variables, *args), kwargs))
     program = Program.of(apply, tree, [leaf for _, leaf in leaves])
-    return program.jaxpr, leaves, {i: leaves[i][1] for i in program.inputs}
+    return program, leaves, {i: leaves[i][1] for i in program.inputs}
 
 
 def programs(params: dict[str, Any]) -> list[Any]:

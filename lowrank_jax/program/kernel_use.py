@@ -3,10 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import OUTPUTS, forms_of, heads_of, spatial_axes, split_axes
 from lowrank_jax.factorization.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowrank_jax.program.changed import ChangedKernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,8 @@ class KernelUse:
         count: "exact", "at most" (in a branch of a ``cond``) or "per iteration" (in a ``while``).
         reason: why the layer cannot be decomposed safely; "" if it can.
         dtype: type of the inputs of the convolution or product.
+        changed: whether the program changes the kernel first, by parameters alone. What is
+            decomposed is the changed kernel, for evaluation.
     """
 
     path: str
@@ -51,6 +57,7 @@ class KernelUse:
     count: str = "exact"
     reason: str = ""
     dtype: str = "float32"
+    changed: bool = False
 
     @property
     def parameters(self) -> int:
@@ -124,9 +131,15 @@ class KernelUse:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """The uses of all kernels in program order; prints as a table."""
+    """The uses of all kernels in program order; prints as a table.
+
+    Attributes:
+        uses: in program order.
+        changed: the kernels that the program changes first; None if there are none.
+    """
 
     uses: tuple[KernelUse, ...]
+    changed: "ChangedKernels | None" = dataclasses.field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[KernelUse]:
         return iter(self.uses)
@@ -213,7 +226,7 @@ def _row(use: KernelUse) -> tuple[str, ...]:
         use.axes,
         strides,
         *counts,
-        (use.reason or "yes") + note,
+        (use.reason or ("yes, as the program changes it" if use.changed else "yes")) + note,
     )
 
 

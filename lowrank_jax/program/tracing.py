@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lowrank_jax.factorization.factors import why_not_floating
-from lowrank_jax.program.jaxprs import traced
+from lowrank_jax.program.changed import ChangedKernels
+from lowrank_jax.program.jaxprs import Program, traced
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
@@ -22,7 +23,9 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     Follows ``jit``, ``custom_jvp``, ``custom_vjp``, ``remat``, ``shard_map``, ``scan`` (counted
     once an iteration), ``while`` (one iteration) and ``cond`` (every branch). A kernel that is
     converted to another type, transposed, reversed, or one of a stack that is scanned, sliced or
-    vmapped still counts as unaltered. Any other operation on a kernel is named.
+    vmapped still counts as unaltered. So does one that the program changes by parameters alone, as
+    weight standardisation, weight and spectral norm, masks and scales do: the changed kernel is the
+    one that is decomposed then, for evaluation. Any other operation on a kernel is named.
 
     Args:
         apply: function (variables, *args, **kwargs), such as ``model.apply``.
@@ -41,20 +44,38 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> trace(model.apply, variables, images).macs
         36864
     """
-    jaxpr, leaves, arrays = traced(apply, variables, args, kwargs)
+    program, leaves, arrays = traced(apply, variables, args, kwargs)
     own = [path[2:] for path, _ in leaves if path[0].idx == 0 and path[1].idx == 0]
     names = dict(enumerate(names_of(own)))
     sources = [
         Source.of(names[i], leaf.shape) if i in names else None for i, leaf in arrays.items()
     ]
     types = {names[i]: why_not_floating(arrays[i].dtype) for i in names if i in arrays}
-    return Trace(tuple(_rows(Survey.of(jaxpr, sources), types)))
+    survey = Survey.of(program.jaxpr, sources)
+    kernels = _changed(survey, program, sources)
+    if kernels is None:
+        return Trace(tuple(_rows(survey, types)))
+    cut = Survey.of(kernels.cut(kernels.roots), sources)
+    return Trace(tuple(_rows(cut, types, kernels.roots)), kernels)
 
 
-def _rows(survey: Survey, types: Mapping[str, str]) -> list[KernelUse]:
+def _changed(
+    survey: Survey, program: Program, sources: Sequence[Source | None]
+) -> ChangedKernels | None:
+    """The kernels that the program changes first by parameters alone; None if it has none."""
+    if not any(found.reading.reason and found.reading.source for found in survey.found):
+        return None
+    kernels = ChangedKernels.of(program.closed, sources)
+    return kernels if kernels.roots else None
+
+
+def _rows(
+    survey: Survey, types: Mapping[str, str], changed: Collection[str] = ()
+) -> list[KernelUse]:
     uses: dict[tuple, KernelUse] = {}
     for found in survey.found:
         use = _use(found)
+        use = dataclasses.replace(use, changed=use.path in changed)
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(uses))  # computed kernels stay apart
         uses[key] = _sum(uses[key], use) if key in uses else use

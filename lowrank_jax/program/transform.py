@@ -10,6 +10,7 @@ import jax
 
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
 from lowrank_jax.factorization.placement import dense_sharding
+from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
 from lowrank_jax.program.jaxprs import Program, check_function, is_array
@@ -26,10 +27,11 @@ def lowrank(apply: Callable) -> Callable:
     A function transformation like ``jax.grad``. The function is traced with the dense tree, of
     which only shapes are needed. Then its program runs with factors in the place of kernels: at a
     convolution or a product two smaller ones run. Factors pass through type conversions, moves of
-    axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation, such as a
-    mask or a normalisation of the kernel, they are multiplied back, once. The result is exact
-    there, and no faster than the dense function; `trace` tells beforehand. So every function runs,
-    of Linen, NNX, Haiku, Equinox or of no framework.
+    axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation they are
+    multiplied back, once. The result is exact there, and no faster than the dense function; `trace`
+    tells beforehand. Factors of a kernel as the program changes it, which stand as ``{"changed":
+    factors}``, run where the changed kernel was read. So every function runs, of Linen, NNX, Haiku,
+    Equinox or of no framework.
 
     Args:
         apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
@@ -51,7 +53,7 @@ def lowrank(apply: Callable) -> Callable:
         (1, 8, 8, 16)
     """
 
-    return with_rule(apply, LowRank())
+    return with_rule(changed(apply), LowRank())
 
 
 def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:

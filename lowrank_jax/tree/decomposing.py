@@ -1,6 +1,6 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lowrank_jax.factorization.factors import (
     read_factors,
 )
 from lowrank_jax.factorization.scheme import Scheme, factor_all, merge
+from lowrank_jax.program.changed import KEY
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
@@ -57,28 +58,69 @@ def decompose(
         >>> jax.tree.map(jnp.shape, decompose(params, {"conv": 2})["conv"]["kernel"])
         {'horizontal': (1, 3, 2, 16), 'vertical': (3, 1, 8, 2)}
     """
-    return factored(tree, find_schemes(tree, rules, axes, trace))
+    schemes = find_schemes(tree, rules, axes, trace)
+    planned = [path for path in getattr(rules, "changed", ()) if path in schemes]
+    if planned and trace is None:
+        raise ValueError(
+            f"{planned[0]}: the program changes this kernel before it reads it, and the plan is of "
+            "the changed kernel; give trace=lowrank_jax.trace(apply, variables, inputs), which "
+            "computes it."
+        )
+    return factored(tree, schemes, changed_kernels(tree, schemes, trace))
 
 
-def factored(tree: Any, schemes: Mapping[str, Scheme]) -> Any:
-    """A tree with the factors of the kernels at some paths, by checked schemes."""
-    kernels = named_leaves(tree)
+def changed_kernels(tree: Any, paths: Collection[str], trace: Trace | None) -> dict[str, jax.Array]:
+    """Those of some layers that the program changes first, as it changes them.
+
+    Args:
+        tree: holds the parameters.
+        paths: of the layers.
+        trace: of the program; without one nothing is known of changes.
+    """
+    if trace is None or trace.changed is None:
+        return {}
+    own = [path for path in paths if path in trace.changed.roots]
+    return trace.changed.values(own, named_leaves(tree)) if own else {}
+
+
+def factored(
+    tree: Any, schemes: Mapping[str, Scheme], changed: Mapping[str, jax.Array] | None = None
+) -> Any:
+    """A tree with the factors of the kernels at some paths, by checked schemes.
+
+    Args:
+        tree: holds the kernels.
+        schemes: layer path to its scheme.
+        changed: kernels as the program changes them, in place of the stored ones.
+    """
+    changed = changed or {}
+    kernels = named_leaves(tree) | dict(changed)
     given = [kernels[path] for path in schemes]
     factors = factor_all(list(schemes.values()), given)
-    return replaced(
-        tree, dict(zip(schemes, zip(schemes.values(), factors, strict=True), strict=True))
-    )
+    new = dict(zip(schemes, zip(schemes.values(), factors, strict=True), strict=True))
+    return replaced(tree, new, changed)
 
 
-def replaced(tree: Any, new: Mapping[str, tuple[Scheme, Sequence[jax.Array]]]) -> Any:
-    """A tree with factors in place of the kernels at some paths."""
+def replaced(
+    tree: Any,
+    new: Mapping[str, tuple[Scheme, Sequence[jax.Array]]],
+    changed: Collection[str] = (),
+) -> Any:
+    """A tree with factors in place of the kernels at some paths.
+
+    Args:
+        tree: holds the kernels.
+        new: layer path to its scheme and factors.
+        changed: the layers whose factors are of the kernel as the program changes it.
+    """
 
     def leaf(name: str, old: Any) -> Any:
         if name not in new:
             return old
         scheme, factors = new[name]
         keys = factor_keys(scheme.first, scheme.axes, factors[0].ndim)
-        return dict(zip(keys, factors, strict=True))
+        node = dict(zip(keys, factors, strict=True))
+        return {KEY: node} if name in changed else node
 
     return map_named(leaf, tree)
 
