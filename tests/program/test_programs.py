@@ -399,8 +399,10 @@ def verdict(case):
     with jax.enable_x64(case.dtype == "float64"):
         apply, tree, x = built(case)
         path, (scheme, *_) = schemes_of(case, apply, tree, x)
-        uses = [use for use in trace(apply, tree, x) if use.path in (path, "")]
-        small = jax.eval_shape(lambda tree: decompose(tree, {path: scheme}), tree)
+        program = trace(apply, tree, x)
+        uses = [use for use in program if use.path in (path, "")]
+        changed = program if any(use.changed for use in uses) else None
+        small = jax.eval_shape(lambda tree: decompose(tree, {path: scheme}, changed), tree)
         dense, low = operations(apply, tree, x), operations(lowrank(apply), small, x)
     readers = ("conv_general_dilated", "dot_general")
     extra = [low[name] - dense[name] for name in (*readers, "merge")]
@@ -409,8 +411,12 @@ def verdict(case):
     reason = use.reason if use.path else "its kernel is computed by the program"
     own = [dense[readers[0]], 0] if use.kind != "product" else [0, dense[readers[1]] - case.others]
     if use.safe:
-        assert extra == [*own, 0]
-        return "factored"
+        if not use.changed:
+            assert extra == [*own, 0]
+            return "factored"
+        # Products that the change is made of are gone.
+        assert (extra[0], extra[2]) == (own[0], 0) and extra[1] <= own[1]
+        return "factored, as the program changes it"
     both = reason.startswith("its kernel is also used")
     assert extra == [*(own if both else (0, 0)), 1]  # one product makes the kernel
     return f"{'both' if both else 'multiplied back'}: {reason}"
@@ -423,6 +429,9 @@ def test_at_full_rank_it_computes_what_the_dense_layer_does(name):
         apply, tree, x = built(case)
         path, schemes = schemes_of(case, apply, tree, x)
         trees = [tree, *(decompose(tree, {path: scheme}) for scheme in schemes)]
+        program = trace(apply, tree, x)
+        if any(use.changed for use in program.at(path)):
+            trees += [decompose(tree, {path: scheme}, program) for scheme in schemes]
         run = jax.jit(lambda *all, x: [lowrank(apply)(t, x) for t in all])
         dense, *low = run(*trees, x=x)
         # Sums of tens of terms, both factors and the channels between them rounded to the type of
@@ -446,8 +455,16 @@ def page():
         "",
         "Every kind of layer runs by `lowrank(function)`. Where the program lets factors run, two",
         "smaller operations take the place of one. Elsewhere factors are multiplied back, once:",
-        "the layer is exact, and no faster than the dense one. `trace` tells beforehand. This page",
-        "is written by `python tests/program/test_programs.py` from the cases of the tests.",
+        "the layer is exact, and no faster than the dense one. `trace` tells beforehand.",
+        "",
+        "Some programs change a kernel by parameters alone before they read it: weight",
+        "standardisation, weight and spectral norm, equalised learning rates, masks. Verbs that",
+        "are given the trace, or trace themselves, decompose the changed kernel. Its factors",
+        'stand as `{"changed": factors}` in the tree. Such a tree is for evaluation, because the',
+        "stored kernel is gone. Without a trace `decompose` takes the stored kernel, and its",
+        "factors are multiplied back.",
+        "",
+        "`python tests/program/test_programs.py` writes this page from the cases of the tests.",
         "",
         "| framework | layer | what runs |",
         "| --- | --- | --- |",
