@@ -14,10 +14,12 @@ class Call:
 
     Attributes:
         model: the one given.
+        stored_kernels: says that kernels stand as they are stored; see `trace`. A layer has no
+            place for one that a module around it has changed.
     """
 
     def __init__(self, model: nnx.Module) -> None:
-        self.model = model
+        self.model, self.stored_kernels = model, True
         self._graphdef = nnx.graphdef(dense_form(evaluated(model)))
 
     def __call__(self, variables: Any, *args: Any, **kwargs: Any) -> Any:

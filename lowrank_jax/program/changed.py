@@ -101,10 +101,19 @@ class ChangedKernels:
         Args:
             paths: of the layers.
             leaves: the parameters by name.
+
+        Raises:
+            ValueError: a parameter that a change depends on is missing.
         """
         jaxpr, roots = opened(self.flat), {path: self.roots[path] for path in paths}
         needed = _needed(jaxpr, roots.values(), set())
-        own = {name: var for name, var in self.inputs.items() if name in leaves}
+        read = {var for eqn in needed for var in _variables(eqn)}
+        own = {name: var for name, var in self.inputs.items() if var in read or name in roots}
+        if missing := sorted(set(own) - set(leaves)):
+            raise ValueError(
+                f"{next(iter(roots))}: the program changes this kernel by {missing[0]!r}, which "
+                "the tree lacks; give all variables of the model, as they were traced."
+            )
 
         @jax.jit
         def run(given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

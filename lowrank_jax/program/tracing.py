@@ -28,7 +28,8 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     one that is decomposed then, for evaluation. Any other operation on a kernel is named.
 
     Args:
-        apply: function (variables, *args, **kwargs), such as ``model.apply``.
+        apply: function (variables, *args, **kwargs), such as ``model.apply``. With an attribute
+            ``stored_kernels`` that is true, a kernel that it changes first counts as altered.
         variables: pytree of arrays or `jax.ShapeDtypeStruct`, of any framework's shape.
         *args, **kwargs: the other arguments; macs are for this batch size. What is no array, such
             as ``train=False``, stays as it is.
@@ -52,7 +53,8 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     ]
     types = {names[i]: why_not_floating(arrays[i].dtype) for i in names if i in arrays}
     survey = Survey.of(program.jaxpr, sources)
-    kernels = _changed(survey, program, sources)
+    stored = getattr(apply, "stored_kernels", False)
+    kernels = None if stored else _changed(survey, program, sources)
     if kernels is None:
         return Trace(tuple(_rows(survey, types)))
     cut = Survey.of(kernels.cut(kernels.roots), sources)

@@ -162,6 +162,13 @@ def test_a_plan_of_a_changed_kernel_needs_the_trace(tmp_path):
         lr.decompose(variables, plan)
 
 
+def test_a_tree_without_what_the_change_depends_on_is_refused():
+    apply, variables = network(standardised)
+    part = {"first": {"kernel": variables["first"]["kernel"]}}
+    with pytest.raises(ValueError, match="first: the program changes this kernel by 'first/gain'"):
+        lr.decompose(part, {"first": 2}, lr.trace(apply, variables, IMAGES))
+
+
 def modulated(kernel, x):
     """By the data, as StyleGAN2 does."""
     return kernel * (1 + x.mean())
