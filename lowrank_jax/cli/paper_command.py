@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.cli.options import new_command, positive
+from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
@@ -79,7 +80,7 @@ def network_facts(
 def kernel_errors(dense: Any, small: Any) -> dict[str, float]:
     """Relative Frobenius error of every kernel that has factors in the smaller tree."""
     given, merged = named_leaves(dense), named_leaves(reconstruct(small))
-    paths = [path for path, leaf in named_leaves(small).items() if isinstance(leaf, Mapping)]
+    paths = [path for path, leaf in named_leaves(small).items() if is_factors(leaf)]
     return {path: _error(given[path], merged[path]) for path in paths}
 
 
