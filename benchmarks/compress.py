@@ -1,7 +1,7 @@
-"""Compresses the pretrained ResNet-20 without training, by every selector and budget.
+"""Compresses the pretrained ResNet-20 without training, by every selector, budget and scheme.
 
 python benchmarks/compress.py --shared ../shared/data [--budgets 0.5 0.33]
-    [--selectors ratio total_energy]
+    [--selectors ratio total_energy] [--schemes separable channel mixed]
 
 Writes JSON, a table and a picture. All plans and fits share one calibration.
 """
@@ -30,18 +30,25 @@ from lowrank_jax import (
     lowrank,
 )
 from lowrank_jax.calibration.batch_norm import reestimate
+from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.planning import selectors as ranks
 from lowrank_jax.planning.candidates import Candidates, candidates
-from lowrank_jax.planning.planner import calibrated_spectra
+from lowrank_jax.planning.planner import calibrated_spectra, layer_weights
 from lowrank_jax.planning.sensitivities import divergences
-from lowrank_jax.planning.spectra import spectra
+from lowrank_jax.planning.spectra import restrict, spectra
 from lowrank_jax.training.experiment import machine
 from lowrank_jax.training.loops import evaluate
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 SELECTORS = ("ratio", "energy", "total_energy", "log_energy", "minmax", "sensitivity", "evbmf")
+# The forms that a plan may choose, by the name of the column; mixed are all that there are.
+SCHEMES = {
+    "separable": ("vertical", "horizontal"),
+    "channel": ("spatial", "pointwise"),
+    "mixed": tuple(FORMS),
+}
 FACTORS = ("plain", "plain, re-estimated", "data-aware", "data-aware, re-estimated")
 
 
@@ -59,21 +66,23 @@ def load(shared: Path) -> tuple[CifarResNet, dict]:
     return model, jax.tree.map(jnp.asarray, variables)
 
 
-def tables(found: Calibration) -> dict[str, Candidates]:
+def tables(found: Calibration, scheme: str) -> dict[str, Candidates]:
     """What each layer may become, by the plain and by the whitened singular values."""
-    program, variables = found.trace, found.network.variables
+    program, forms = found.trace, SCHEMES[scheme]
+    plain = spectra(found.network.variables, program, forms=forms)
+    whitened = restrict(calibrated_spectra(found), program, forms)
     return {
-        "plain": candidates(program, spectra(variables, program)),
-        "data-aware": candidates(program, calibrated_spectra(found)),
+        "plain": candidates(program, plain),
+        "data-aware": candidates(program, whitened, weights=layer_weights(found)),
     }
 
 
 def losses(calibration: Calibration, images: jax.Array, table: Candidates) -> dict:
-    """Squared change of the logits of 256 images at three ranks of each layer and order."""
+    """Squared change of the logits of 256 images at three ranks of each layer and form."""
     found: dict[str, list] = {}
     for path, layer in table.layers.items():
         schemes = [candidate.scheme for candidate in layer if candidate.scheme]
-        for first in ("vertical", "horizontal"):
+        for first in dict.fromkeys(scheme.first for scheme in schemes):
             known = [scheme.rank for scheme in schemes if scheme.first == first]
             picked = {known[round(share * (len(known) - 1))] for share in (0.15, 0.4, 0.8) if known}
             found.setdefault(path, []).extend((first, rank) for rank in sorted(picked))
@@ -141,16 +150,17 @@ def options() -> argparse.Namespace:
     add("--budgets", type=float, nargs="+", default=[0.66, 0.5, 0.33, 0.25])
     add("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
     add("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
+    add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     add("--calibration", type=int, default=2048, help="unlabelled training images")
     add("--test", type=int, default=10_000, help="test images")
     return parser.parse_args()
 
 
 def rows(
-    args: argparse.Namespace, found: Calibration, images: jax.Array, accuracy: Callable
+    args: argparse.Namespace, found: Calibration, images: jax.Array, accuracy: Callable, scheme: str
 ) -> Iterator[dict]:
-    """What every selector, budget and kind of factors keeps."""
-    both = tables(found)
+    """What every selector, budget and kind of factors keeps with one scheme."""
+    both = tables(found, scheme)
     for table_name, table in both.items():
         kinds = [kind for kind in args.factors if kind.startswith(table_name)]
 
@@ -162,11 +172,11 @@ def rows(
             total, low = plan.total("macs")
             for kind, network, seconds in networks(found, plan, kinds):
                 kept = accuracy(network)
-                row = {"selector": name, "factors": kind, "budget": share, "reached": low / total}
+                row = {"scheme": scheme, "selector": name, "factors": kind, "budget": share}
                 row |= {"accuracy": kept, "interval": interval(kept, args.test)}
-                say = f"{name:13} {kind:26} {low / total:.2f} {kept:.2%} {seconds:.0f} s"
-                print(say, flush=True)
-                yield row | {"seconds": seconds}
+                say = f"{scheme:10} {name:13} {kind:26} {low / total:.2f} {kept:.2%}"
+                print(f"{say} {seconds:.0f} s", flush=True)
+                yield row | {"reached": low / total, "seconds": seconds}
 
 
 def main() -> None:
@@ -186,28 +196,30 @@ def main() -> None:
     calibrated_spectra(found)
     facts |= {"calibration": args.calibration, "planning_seconds": time.perf_counter() - start}
     known: list[dict] = []
-    for row in rows(args, found, images, accuracy):
-        known.append(row)
-        write(args.out, facts | {"rows": known})
+    for scheme in args.schemes:
+        for row in rows(args, found, images, accuracy, scheme):
+            known.append(row)
+            write(args.out, facts | {"rows": known})
     draw(facts | {"rows": known}).savefig(args.out.with_suffix(".png"), dpi=120)
 
 
 def draw(found: dict) -> Figure:
-    """One panel for each kind of factors, one line for each selector, with the intervals."""
+    """One panel for each kind of factors, one line for each selector and scheme, with intervals."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
-    for axis, kind in zip(
-        figure.subplots(2, 2, sharex=True, sharey=True).flat, FACTORS, strict=True
-    ):
-        for name in SELECTORS:
-            rows = [
-                row for row in found["rows"] if (row["selector"], row["factors"]) == (name, kind)
+    lines = dict.fromkeys((row["selector"], row["scheme"]) for row in found["rows"])
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for axis, kind in zip(panels, FACTORS, strict=True):
+        for line in lines:
+            own = [
+                r
+                for r in found["rows"]
+                if (r["selector"], r["scheme"], r["factors"]) == (*line, kind)
             ]
-            share, accuracy = ([100 * row[key] for row in rows] for key in ("reached", "accuracy"))
+            share, accuracy = ([100 * row[key] for row in own] for key in ("reached", "accuracy"))
             spread = [
-                [100 * abs(row["interval"][end] - row["accuracy"]) for row in rows]
-                for end in (0, 1)
+                [100 * abs(row["interval"][end] - row["accuracy"]) for row in own] for end in (0, 1)
             ]
-            axis.errorbar(share, accuracy, spread, fmt="o-", ms=3, lw=1, label=name)
+            axis.errorbar(share, accuracy, spread, fmt="o-", ms=3, lw=1, label=", ".join(line))
         axis.axhline(100 * found["dense"], color="#8c8c8c", ls="--", label="dense")
         axis.set(title=kind, xlabel="macs, % of the dense network", ylabel="accuracy, %")
         axis.label_outer()
@@ -219,21 +231,28 @@ def write(out: Path, found: dict) -> None:
     """The figures so far; a long run that is cut short keeps them."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = [
-        "| selector | factors | macs asked (reached) | accuracy | 95 % interval |",
-        "| --- | --- | ---: | ---: | --- |",
-    ]
-    for row in found["rows"]:
-        low, high = row["interval"]
+    out.with_suffix(".md").write_text(markdown(found["rows"]))
+
+
+def markdown(rows: list[dict]) -> str:
+    """A column for each scheme: the accuracy, the macs reached, the 95 % interval."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    cells: dict[tuple, dict[str, str]] = {}
+    for row in rows:
         asked = "none" if row["budget"] is None else f"{row['budget']:.0%}"
-        cells = (
-            row["selector"],
-            row["factors"],
-            f"{asked} ({row['reached']:.1%})",
-            f"{row['accuracy']:.2%}",
-        )
-        lines.append(f"| {' | '.join(cells)} | {low:.2%} to {high:.2%} |")
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        low, high = row["interval"]
+        text = f"{row['accuracy']:.2%} ({row['reached']:.1%}; {low:.2%} to {high:.2%})"
+        own = cells.setdefault((row["selector"], row["factors"], asked), {})
+        own[row["scheme"]] = text
+    lines = [
+        "Accuracy (macs reached; 95 % interval), by the scheme that a plan may choose.",
+        "",
+        f"| selector | factors | macs asked | {' | '.join(schemes)} |",
+        f"| --- | --- | ---: |{' --- |' * len(schemes)}",
+    ]
+    for key, own in cells.items():
+        lines.append(f"| {' | '.join((*key, *(own.get(name, '') for name in schemes)))} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

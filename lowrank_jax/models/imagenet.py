@@ -1,12 +1,16 @@
-"""The two networks that compression papers measure on ImageNet."""
+"""The networks that compression papers measure on ImageNet: VGG-16, ResNet-18, ResNet-50."""
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
+from lowrank_jax.models.resnet import conv_norm
+
 VGG_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions)
-RESNET_STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # (features of the 3x3, blocks)
+WIDTHS = (64, 128, 256, 512)  # features of the 3x3 convolutions of a ResNet, by stage
 
 
 class VGG16(nn.Module):
@@ -45,6 +49,23 @@ class VGG16(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut, the stride in the first of them."""
+
+    features: int
+    strides: int = 1
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, h, w, channels) to (batch, h / strides, w / strides, features)."""
+        y = nn.relu(conv_norm(x, self.features, self.strides, train, self.dtype))
+        y = conv_norm(y, self.features, 1, train, self.dtype)
+        if x.shape != y.shape:
+            x = conv_norm(x, self.features, self.strides, train, self.dtype, size=1)
+        return nn.relu(x + y)
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions around a shortcut, the stride in the 3x3 one."""
 
@@ -54,30 +75,61 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        def norm(x):
-            return nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype)(x)
-
-        def conv(features, size, strides=1):
-            return nn.Conv(
-                features, (size, size), strides, size // 2, use_bias=False, dtype=self.dtype
-            )
-
-        y = nn.relu(norm(conv(self.features, 1)(x)))
-        y = nn.relu(norm(conv(self.features, 3, self.strides)(y)))
-        y = norm(conv(4 * self.features, 1)(y))
+        """Maps images (batch, h, w, channels) to (batch, h / strides, w / strides, 4 features)."""
+        wide = 4 * self.features
+        y = nn.relu(conv_norm(x, self.features, 1, train, self.dtype, size=1))
+        y = nn.relu(conv_norm(y, self.features, self.strides, train, self.dtype))
+        y = conv_norm(y, wide, 1, train, self.dtype, size=1)
         if x.shape != y.shape:
-            x = norm(conv(4 * self.features, 1, self.strides)(x))
+            x = conv_norm(x, wide, self.strides, train, self.dtype, size=1)
         return nn.relu(x + y)
 
 
-class ResNet50(nn.Module):
-    """ResNet-50 of He et al., 2015 (arXiv 1512.03385).
-
-    The stride of a block is in its 3x3 convolution.
+class ResNet(nn.Module):
+    """The residual networks of He et al., 2015 (arXiv 1512.03385) for ImageNet: what they share.
 
     Attributes:
         num_classes: of the last dense layer.
         dtype: type of the computation.
+        block: of which the stages are made.
+        counts: blocks of each stage.
+    """
+
+    num_classes: int = 1000
+    dtype: Dtype | None = None
+    block: ClassVar[type[BasicBlock] | type[Bottleneck]]
+    counts: ClassVar[tuple[int, int, int, int]]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, height, width, 3) to logits (batch, num_classes)."""
+        x = nn.relu(conv_norm(x, 64, 2, train, self.dtype, size=7))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, (features, count) in enumerate(zip(WIDTHS, self.counts, strict=True)):
+            for block in range(count):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = self.block(features, strides, self.dtype)(x, train)
+        x = x.mean((-3, -2))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+class ResNet18(ResNet):
+    """ResNet-18, with the layers of torchvision's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> images = jnp.zeros((1, 224, 224, 3))
+        >>> variables = jax.eval_shape(ResNet18().init, jax.random.key(0), images)
+        >>> variables["params"]["BasicBlock_7"]["Conv_1"]["kernel"].shape
+        (3, 3, 512, 512)
+    """
+
+    block = BasicBlock
+    counts = (2, 2, 2, 2)
+
+
+class ResNet50(ResNet):
+    """ResNet-50. The stride of a block is in its 3x3 convolution.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,18 +139,5 @@ class ResNet50(nn.Module):
         (3, 3, 64, 64)
     """
 
-    num_classes: int = 1000
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps images (batch, height, width, 3) to logits (batch, num_classes)."""
-        x = nn.Conv(64, (7, 7), 2, 3, use_bias=False, dtype=self.dtype)(x)
-        x = nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype)(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, (features, count) in enumerate(RESNET_STAGES):
-            for block in range(count):
-                strides = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(features, strides, self.dtype)(x, train)
-        x = x.mean((-3, -2))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+    block = Bottleneck
+    counts = (3, 4, 6, 3)

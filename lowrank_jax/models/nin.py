@@ -1,4 +1,4 @@
-"""The six-layer convolutional network of the original CIFAR-10 experiment."""
+"""Networks in network: that of the original CIFAR-10 experiment, and that for ImageNet."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, PrecisionLike
 
+from lowrank_jax.models.googlenet import pool
 from lowrank_jax.modules.linen import SeparableConv
 
 LAYERS = ((192, 5), (96, 1), (192, 5), (192, 1), (192, 3), (None, 1))  # (features, kernel size)
+IMAGENET = ((96, 11), (256, 5), (384, 3), (1024, 3))  # of the layers that are no 1x1 ones
 
 
 class NIN(nn.Module):
@@ -78,3 +80,36 @@ class NIN(nn.Module):
             raise ValueError(
                 f"ranks names {unknown}, which the network does not have; name some of {names}."
             )
+
+
+class ImageNetNIN(nn.Module):
+    """The network of Lin et al., 2013 (arXiv 1312.4400) for ImageNet, as Caffe's model zoo has it.
+
+    Four convolutions, each with two 1x1 ones behind it, and poolings between them. The layers are
+    named conv1 to conv4 and cccp1 to cccp8, as there.
+
+    Attributes:
+        num_classes: features of the last convolution.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> images = jnp.zeros((1, 224, 224, 3))
+        >>> jax.eval_shape(ImageNetNIN().init_with_output, jax.random.key(0), images)[0].shape
+        (1, 1000)
+    """
+
+    num_classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images (batch, height, width, 3) to logits (batch, num_classes)."""
+        last = len(IMAGENET)
+        for stage, (features, size) in enumerate(IMAGENET, 1):
+            strides, padding = (4, 0) if stage == 1 else (1, size // 2)
+            conv = nn.Conv(features, (size, size), strides, padding, name=f"conv{stage}")
+            x = nn.relu(conv(x))
+            second = self.num_classes if stage == last else features
+            x = nn.relu(nn.Conv(features, (1, 1), name=f"cccp{2 * stage - 1}")(x))
+            x = nn.relu(nn.Conv(second, (1, 1), name=f"cccp{2 * stage}")(x))
+            x = pool(x) if stage < last else x
+        return x.mean((1, 2))

@@ -76,8 +76,8 @@ class CifarResNet(nn.Module):
 
 
 def conv_norm(
-    x: jax.Array, features: int, stride: int, train: bool, dtype: Dtype | None
+    x: jax.Array, features: int, stride: int, train: bool, dtype: Dtype | None, size: int = 3
 ) -> jax.Array:
-    """A 3x3 convolution without bias and its normalisation; called inside a compact module."""
-    x = nn.Conv(features, (3, 3), stride, padding=1, use_bias=False, dtype=dtype)(x)
-    return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=dtype)(x)
+    """A convolution without bias and its normalisation; called inside a compact module."""
+    conv = nn.Conv(features, (size, size), stride, padding=size // 2, use_bias=False, dtype=dtype)
+    return nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=dtype)(conv(x))

@@ -3,7 +3,7 @@
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +19,7 @@ from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.measured import timed
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selectors import total_energy
-from lowrank_jax.planning.spectra import Spectra, spectra
+from lowrank_jax.planning.spectra import Spectra, check_forms, restrict, spectra
 from lowrank_jax.program.compiler import default_options
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def plan(
     batch: int = 1,
     timer: "Timer | None" = None,
     multiple: int | None = None,
+    forms: Iterable[str] | None = None,
     select: Callable[[Candidates, Budget], Plan] = total_energy,
     **kwargs: Any,
 ) -> Plan:
@@ -60,14 +61,17 @@ def plan(
         timer: that measures; keep one to measure once.
         multiple: ranks are restricted to multiples of it; without one of 8 on an accelerator, whose
             units of matrices are filled so, and of 1 on a CPU.
+        forms: names of the forms that a layer may have, such as ("vertical", "horizontal") for
+            `Separable` alone; without them all. A layer that allows none of those named, as a
+            matrix product, has its usual one.
         select: a selector of `lowrank_jax.planning.selectors`, of candidates and a budget.
 
     Returns:
         The plan. It prints as a table, and `decompose` and `compress` take it.
 
     Raises:
-        ValueError: not one budget, a budget below the least possible, no layer that can be
-            decomposed, or what `calibrate` refuses.
+        ValueError: not one budget, a budget below the least possible, an unknown form, no layer
+            that can be decomposed, or what `calibrate` refuses.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -80,6 +84,7 @@ def plan(
         (8, (73728, 36864))
     """
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
+    wanted = None if forms is None else check_forms(forms)
     if not isinstance(source, Calibration):
         source = calibrate(source, variables, inputs, *args, **kwargs)
     elif variables is not None or kwargs:
@@ -89,7 +94,9 @@ def plan(
             "of the model were given to calibrate."
         )
     step = usual_multiple() if multiple is None else multiple
-    table = candidates(source.trace, calibrated_spectra(source), step, layer_weights(source))
+    known = calibrated_spectra(source)
+    allowed = known if wanted is None else restrict(known, source.trace, wanted)
+    table = candidates(source.trace, allowed, step, layer_weights(source))
     if budget.measure == "latency":
         table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
     return select(table, budget)

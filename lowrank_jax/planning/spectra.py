@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lowrank_jax.factorization.forms import FORMS, form_of
-from lowrank_jax.factorization.layout import to_matrix, to_pair
+from lowrank_jax.factorization.forms import FORMS
+from lowrank_jax.factorization.layout import same_form, spatial_axes, to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -113,6 +113,7 @@ def spectra(
         trace: `lowrank_jax.trace` of the forward pass.
         paths: the layers; without them all that the trace proves safe.
         forms: names of the forms wanted, such as "vertical"; without them all that a layer allows.
+            A layer that allows none of those named has its usual one.
 
     Raises:
         ValueError: a path is unknown or cannot be decomposed safely, or a kernel is no array, holds
@@ -130,7 +131,7 @@ def spectra(
     """
     paths = trace.safe_paths() if paths is None else list(paths)
     leaves = named_leaves(tree) | changed_kernels(tree, paths, trace)
-    wanted = None if forms is None else tuple(map(_known_form, forms))
+    wanted = None if forms is None else check_forms(forms)
     jobs, sizes = {}, []
     for path in paths:
         use = known_use(trace, path)
@@ -145,16 +146,54 @@ def spectra(
     return Spectra(values)
 
 
+def restrict(found: Spectra, trace: Trace, forms: Iterable[str]) -> Spectra:
+    """The singular values of some forms alone; a layer that allows none of them has its usual one.
+
+    Args:
+        found: in every form, as `spectra` gives them.
+        trace: of the program, which tells the forms of a layer.
+        forms: as for `spectra`.
+
+    Raises:
+        ValueError: a form is unknown, or there is none.
+
+    Example:
+        >>> import jax
+        >>> from flax import linen as nn
+        >>> from lowrank_jax import trace
+        >>> model, images = nn.Sequential([nn.Conv(8, (3, 3))]), np.ones((1, 8, 8, 4))
+        >>> variables = model.init(jax.random.key(0), images)
+        >>> program = trace(model.apply, variables, images)
+        >>> restrict(spectra(variables, program), program, ["spatial"]).values["layers_0"].keys()
+        dict_keys(['spatial'])
+    """
+    wanted = check_forms(forms)
+    values = {}
+    for path, own in found.values.items():
+        names = _wanted_forms(known_use(trace, path), wanted)
+        values[path] = {first: own[first] for first in names}
+    return Spectra(values)
+
+
+def check_forms(forms: Iterable[str]) -> tuple[str, ...]:
+    """The names of forms, or a ValueError if there is none or one is unknown."""
+    names = (forms,) if isinstance(forms, str) else tuple(forms)
+    known = ", ".join(map(repr, FORMS))
+    if not names:
+        raise ValueError(f"forms is empty; give at least one of {known}, or None for all.")
+    if unknown := [name for name in names if name not in FORMS]:
+        raise ValueError(f"forms: {unknown[0]!r} is not allowed; give one of {known}.")
+    return names
+
+
 def _wanted_forms(use: KernelUse, wanted: Iterable[str] | None = None) -> list[str]:
-    """The forms of a layer that are wanted; the usual one where it allows none of them."""
+    """The forms of a layer that are wanted, by the names that it has for the same products."""
     if wanted is None:
         return list(use.forms)
-    return [first for first in use.forms if first in wanted] or [use.forms[0]]
-
-
-def _known_form(first: str) -> str:
-    form_of(first)
-    return first
+    spatial = bool(spatial_axes(use.axes))
+    fitting = [first for first in wanted if FORMS[first].spatial == spatial]
+    names = {same_form(use.axes, use.kernel_shape, first) for first in fitting}
+    return [first for first in use.forms if first in names] or [use.forms[0]]
 
 
 def singular_values(kernel: np.ndarray, use: KernelUse, first: str) -> np.ndarray:

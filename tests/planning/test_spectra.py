@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lowrank_jax import spectrum, trace
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.factorization.layout import to_matrix, to_pair
-from lowrank_jax.planning.spectra import Spectra, singular_values, spectra
+from lowrank_jax.planning.spectra import Spectra, restrict, singular_values, spectra
 
 X = jnp.zeros((2, 8, 6, 4))
 
@@ -101,8 +101,37 @@ def test_the_layers_and_forms_can_be_chosen():
     found = spectra(params, program, ["grouped", "head"], forms=["horizontal", "spatial"])
     chosen = {path: list(forms) for path, forms in found.values.items()}
     assert chosen == {"grouped": ["horizontal", "spatial"], "head": ["left"]}
-    with pytest.raises(ValueError, match=r"'diagonal' is not allowed; give one of .*'vertical'"):
-        spectra(params, program, forms=["diagonal"])
+
+
+def test_restricted_spectra_are_those_of_the_forms_alone():
+    params, program, found = network()
+    for forms in (["horizontal"], "spatial", ["vertical", "pointwise"]):
+        alone, part = spectra(params, program, forms=forms), restrict(found, program, forms)
+        assert {path: [*own] for path, own in part.values.items()} == {
+            path: [*own] for path, own in alone.values.items()
+        }
+        chex.assert_trees_all_equal(part.values, alone.values)
+
+
+def test_a_kernel_of_one_dimension_has_the_forms_that_are_the_same_products():
+    model, x = nn.Conv(8, (3,), name="conv"), jnp.zeros((2, 8, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    program = trace(model.apply, {"params": params}, x)
+    found = spectra(params, program, forms=["pointwise"])
+    assert [list(forms) for forms in found.values.values()] == [["horizontal"]]
+
+
+@pytest.mark.parametrize("forms", [["vertical", "diagonal"], "diagonal"])
+def test_an_unknown_form_is_refused_with_those_there_are(forms):
+    params, program, _ = network()
+    with pytest.raises(ValueError, match=r"forms: 'diagonal' is not allowed; give .*'vertical'"):
+        spectra(params, program, forms=forms)
+
+
+def test_no_form_at_all_is_refused():
+    params, program, _ = network()
+    with pytest.raises(ValueError, match=r"forms is empty; give at least one of .*'vertical'"):
+        spectra(params, program, forms=[])
 
 
 SPATIAL = [first for first, form in FORMS.items() if form.spatial]
