@@ -156,7 +156,7 @@ class Reconstruction:
         outline, schemes = self.outline, self.job.schemes
         new = {outline.sources[number].path: value for number, value in self.shifts.items()}
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
-        return replaced(tree, {p: (schemes[p], self.factors.arrays(p)) for p in schemes})
+        return replaced(tree, {p: (schemes[p], self.factors.all_factors(p)) for p in schemes})
 
 
 def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:
