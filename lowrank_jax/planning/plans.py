@@ -207,6 +207,8 @@ def _scheme(rank: int, groups: int, axes: str, first: str, inner: int | None = N
     split_axes(axes, first)  # refuses what is no layout and no form
     if inner is None:
         return SCHEMES[first](rank, groups, axes, first)
+    if first != Tucker.first:
+        raise ValueError(f"a scheme with the rank {inner!r} within has the form {first!r}")
     return Tucker(rank, groups, axes, inner=inner)
 
 

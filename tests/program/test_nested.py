@@ -74,7 +74,8 @@ def test_the_trace_lists_three_convolutions_with_their_macs():
     assert [use.path for use in own] == [f"grouped/{path}" for path in paths]
     assert sum(use.macs for use in own) == dense.at("grouped")[0].macs_at(scheme)
     assert sum(use.parameters for use in own) == scheme.parameters(TREE["grouped"].shape)
-    assert {use.path.partition("/")[0] for use in uses if use.reason} == {"masked"}
+    assert {use.path.partition("/")[0] for use in uses if use.reason} == {"masked", ""}
+    assert sum(not use.path for use in uses) == 1  # the masked product
 
 
 def test_factors_that_a_function_returns_are_still_factors():
