@@ -109,14 +109,13 @@ def test_under_jit_and_in_a_stack_the_kernels_are_the_same():
 def test_the_derivative_of_the_kernel_is_that_of_finite_differences():
     scheme, kernel, change = lr.Tucker(2, inner=3), normal((3, 3, 4, 6)), normal((3, 3, 4, 6), 1)
 
-    @jax.jit
     def along(t):
         node = scheme.node(scheme.factor(kernel + t * change))
         return jnp.sum(jnp.cos(product(node, "layer")))
 
-    step = 1e-2
-    slope = (along(step) - along(-step)) / (2 * step)
-    assert jax.jit(jax.grad(along))(0.0) == pytest.approx(float(slope), rel=2e-2)
+    both, step = jax.jit(lambda t: jax.jvp(along, (t,), (1.0,))), 1e-2
+    slope = (both(step)[0] - both(-step)[0]) / (2 * step)
+    assert both(0.0)[1] == pytest.approx(float(slope), rel=2e-2)
 
 
 def test_a_zero_kernel_has_zero_factors():
