@@ -5,7 +5,8 @@ times the channels. With C (b * r, b * r) the covariance of the patches that it 
 n) their covariance with the wanted outputs, factors V (r, K) and H (b, K, n) are to minimise
 tr(W~^T C W~) - 2 tr(R^T W~) with W~[x] = V H[x]. If C is a Kronecker product of B (b, b) and A (r,
 r), the optimum is the truncated SVD of the kernel's matrix times roots of A and B. Otherwise that
-is the start, and least squares for H, then V, then H go on from there. NumPy in float64.
+is the start, and least squares for H, then V, then H go on from there. Where H is to have a rank
+itself, a reduced-rank regression takes the place of its least squares. NumPy in float64.
 """
 
 import dataclasses

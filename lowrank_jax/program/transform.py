@@ -35,7 +35,8 @@ def lowrank(apply: Callable) -> Callable:
     axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation, such as a
     mask or a normalisation of the kernel, they are multiplied back, once. The result is exact
     there, and no faster than the dense function; `trace` tells beforehand. So every function runs,
-    of Linen, NNX, Haiku, Equinox or of no framework.
+    of Linen, NNX, Haiku, Equinox or of no framework. A factor that stands decomposed itself, as
+    `Tucker` leaves it, runs as its own factors by the same transformation.
 
     Args:
         apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
