@@ -11,6 +11,7 @@ from lowrank_jax.factorization.matrix import Matrix
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme, merge, spectrum
 from lowrank_jax.factorization.separable import Separable
+from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.modules.linen import SeparableConv
 from lowrank_jax.planning.budget import Budget
@@ -41,6 +42,7 @@ __all__ = [
     "SeparableConv",
     "Timer",
     "Trace",
+    "Tucker",
     "calibrate",
     "compress",
     "data",

@@ -1,4 +1,7 @@
-"""The factors of the layers that are being fitted, slice by slice of each stack."""
+"""The factors of the layers that are being fitted, slice by slice of each stack.
+
+While layers are fitted, a factor that is to be decomposed itself is held whole.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -33,7 +36,7 @@ class Factors:
     def _empty(self, path: str) -> tuple[np.ndarray, np.ndarray]:
         kernel, scheme = self.stored[path], self.schemes[path]
         stack = kernel.shape[: kernel.ndim - len(scheme.axes)]
-        one, two = scheme.shapes(kernel.shape)
+        one, two = scheme.outer.shapes(kernel.shape)
         return np.zeros((*stack, *one), kernel.dtype), np.zeros((*stack, *two), kernel.dtype)
 
     def slices(self, path: str) -> Iterator[Slice]:
@@ -50,7 +53,8 @@ class Factors:
         """Sets the closed-form factors of some kernels."""
         for path, index in missing:
             kernel = jnp.asarray(self.stored[path][index])
-            first, second = self.schemes[path].factor(kernel)
+            scheme = self.schemes[path]
+            first, second = scheme.joined(scheme.factor(kernel))
             self.fill(path, index, np.asarray(first), np.asarray(second))
 
     def whole(self, path: str) -> Kernel:
@@ -67,7 +71,11 @@ class Factors:
         one, two = (x[taken] for x in own)
         return Kernel.factored(source, scheme.axes, scheme.first, (one, two))
 
+    def all_factors(self, path: str) -> tuple[jnp.ndarray, ...]:
+        """Those of a layer, each by its scheme."""
+        return self.schemes[path].parted(self.arrays(path))
+
     def arrays(self, path: str) -> tuple[jnp.ndarray, jnp.ndarray]:
-        """The two arrays of a layer."""
+        """The two arrays of a layer that run while others are fitted."""
         one, two = self._pairs[path]
         return jnp.asarray(one), jnp.asarray(two)

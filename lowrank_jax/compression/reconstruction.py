@@ -158,7 +158,7 @@ class Reconstruction:
         outline, schemes = self.outline, self.job.schemes
         new = {outline.sources[number].path: value for number, value in self.shifts.items()}
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
-        new = {path: (schemes[path], self.factors.arrays(path)) for path in schemes}
+        new = {path: (schemes[path], self.factors.all_factors(path)) for path in schemes}
         return replaced(tree, new, self.job.network.changed)
 
 

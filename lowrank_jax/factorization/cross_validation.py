@@ -50,7 +50,7 @@ def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice
     if len(folds) < 2:
         return Choice(PLAIN, limit, limit)
     start = _likely(samples_for_dimension(layer, folds))
-    errors = _by_fold(parts, lambda part: part.path(layer.scheme.rank, start))
+    errors = _by_fold(parts, lambda part: part.path(layer.scheme.ranks, start))
     totals = np.where((errors < limits).all(axis=0), errors.sum(axis=0), math.inf)
     best = int(np.argmin(totals))
     if math.isinf(totals[best]):
@@ -140,15 +140,16 @@ class _Part:
         """Error of factors on the fold."""
         return self._error(self.target.reduced(first), second, self.gap[0] @ first)
 
-    def path(self, rank: int, start: float) -> Float[Array, "s"]:
+    def path(self, ranks: Sequence[int], start: float) -> Float[Array, "s"]:
         """Errors on the fold of fits to the rest with every shrinkage."""
         variance = mean_variance(self.rest)
         metric = whitening.kronecker(self.rest.blocks, start * variance)
-        first = whitening.whitened_left(self.own * self.weights, *metric, rank)
+        first = whitening.whitened_left(self.own * self.weights, *metric, ranks[0])
         given, measured = self.rest.reduced(first), self.target.reduced(first)
         dense, gap, found = first.T @ self.own, self.gap[0] @ first, []
         for shrinkage in SHRINKAGES:
-            second = whitening.least_squares(given.ridged(dense, shrinkage * variance))
+            ridged = given.ridged(dense, shrinkage * variance)
+            second = whitening.best_second(ridged, ranks[1:], self.weights)
             found.append(self._error(measured, second, gap))
         return np.array(found)
 

@@ -2,8 +2,9 @@
 
 The keys say which convolution comes first, and the layout where it is not Flax's: ``{"vertical",
 "horizontal"}`` are of a kernel (h, w, in, out), ``{"vertical_OIHW", "horizontal_OIHW"}`` of one
-(out, in, h, w). So a tree needs nothing beside it to be run or to be multiplied back, and stays a
-tree of plain arrays for every optimiser and every file format.
+(out, in, h, w). A factor is a kernel, too, and may stand decomposed itself: a dict in the place of
+its array. So a tree needs nothing beside it to be run or to be multiplied back, and stays a tree of
+plain arrays for every optimiser and every file format.
 """
 
 import math
@@ -51,14 +52,36 @@ def is_factors(node: Any) -> bool:
     """
     if not isinstance(node, Mapping) or (order := _order(node)) is None:
         return False
-    pair = [node[key] for key in order[:2]]
-    one, two = (np.shape(leaf) if hasattr(leaf, "shape") else () for leaf in pair)
+    one, two = (shape_of(node[key]) for key in order[:2])
     if len(one) != len(two) or len(one) < 2 + FORMS[order[2]].spatial:
         return False
     others = set(node) - set(order[:2])
     # Other modules have such names, too. A bias beside what fits is refused by `read_factors`.
     fit = others == {"bias"} and _fit(one, two, order[3] or fit_axes(AXES[2], len(one)))
     return not others or fit
+
+
+def is_pair(node: Any) -> bool:
+    """Whether a node stands for a kernel by two arrays, neither of which is decomposed itself.
+
+    Example:
+        >>> core, last = np.ones((3, 3, 2, 2)), np.ones((1, 1, 2, 8))
+        >>> pair = {"spatial_first": core, "pointwise_second": last}
+        >>> nested = {"pointwise_first": np.ones((1, 1, 4, 2)), "spatial_second": pair}
+        >>> is_pair(pair), is_pair(nested), is_factors(nested)
+        (True, False, True)
+    """
+    return is_factors(node) and not any(map(is_factors, node.values()))
+
+
+def shape_of(factor: Any) -> tuple[int, ...]:
+    """The shape of an array, or of the kernel that factors stand for; () of anything else."""
+    order = _order(factor) if is_factors(factor) else None
+    if order is None:
+        return tuple(np.shape(factor)) if hasattr(factor, "shape") else ()
+    one, two = (shape_of(factor[key]) for key in order[:2])
+    axes = order[3] or fit_axes(AXES[2], len(one))
+    return dense_shape(one, two, axes) if len(axes) <= len(one) else ()
 
 
 def _order(node: Mapping) -> tuple[str, str, str, str] | None:
@@ -78,7 +101,9 @@ def _order(node: Mapping) -> tuple[str, str, str, str] | None:
 
 
 def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
-    """The two arrays of a node, its layout, and which convolution comes first.
+    """The two factors of a node, its layout, and which convolution comes first.
+
+    A factor is an array, or the node of its own factors.
 
     Raises:
         ValueError: the arrays are not the factors of one kernel.
@@ -92,18 +117,18 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
             "the kernel, whose place the factors take. Move it there."
         )
     pair = _unboxed(node[one]), _unboxed(node[two])
-    axes = axes or fit_axes(AXES[2], len(pair[0].shape))
+    axes = axes or fit_axes(AXES[2], len(shape_of(pair[0])))
     _check(path, pair, axes)
     return pair, axes, first
 
 
 def _unboxed(factor: Any) -> Any:
     """The array in a variable of NNX."""
-    return jax.tree.leaves(factor)[0]
+    return factor if is_factors(factor) else jax.tree.leaves(factor)[0]
 
 
 def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
-    shapes = [tuple(factor.shape) for factor in pair]
+    shapes = [shape_of(factor) for factor in pair]
     if not _fit(shapes[0], shapes[1], axes):
         raise ValueError(
             f"{path}: factors of shapes {shapes[0]} and {shapes[1]} do not fit together in the "
@@ -112,12 +137,11 @@ def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
             "outputs of the first are the inputs of the second, times the groups. Decompose the "
             "parameters of this very model."
         )
-    types = [np.dtype(factor.dtype) for factor in pair]
+    types = [np.dtype(factor.dtype) for factor in jax.tree.leaves(pair)]
     if not all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in types):
         raise ValueError(
-            f"{path}: factors of types {types[0]} and {types[1]} are not allowed; give "
-            "floating-point "
-            "arrays, as decompose makes them."
+            f"{path}: factors of types {' and '.join(map(str, types))} are not allowed; give "
+            "floating-point arrays, as decompose makes them."
         )
 
 

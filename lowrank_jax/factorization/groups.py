@@ -38,8 +38,12 @@ class Groups:
         self.own = split.transpose(2, 0, 1, 3)
 
     def plain(self) -> list[Pair]:
-        """The factors of the truncated SVD of each group's kernel."""
-        return [whitening.plain(own, self.scheme.rank) for own in self.own]
+        """The factors of each group's kernel by its scheme, without data."""
+        return [self._plain(own) for own in self.own]
+
+    def _plain(self, own: Float[Array, "b r n"]) -> Pair:
+        left, right = self.scheme.truncated(whitening.matrix_of(own), self.taps)
+        return left, right.reshape(len(right), self.taps, -1).transpose(1, 0, 2)
 
     def fit(self, targets: list[Target], shrinkage: float, sweeps: int) -> list[Pair]:
         """The factors of each group with a ridge towards its kernel."""
@@ -47,7 +51,7 @@ class Groups:
         for own, target, weights in zip(self.own, targets, self.weights, strict=True):
             ridged = target.ridged(own, shrinkage * mean_variance(target))
             start = whitening.least_squares(ridged)
-            pairs.append(whitening.fit(start, ridged, self.scheme.rank, weights, sweeps))
+            pairs.append(whitening.fit(start, ridged, self.scheme.ranks, weights, sweeps))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:

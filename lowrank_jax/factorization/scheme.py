@@ -4,13 +4,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.factorization.factors import as_kernel, dense_shape
+from lowrank_jax.factorization.factors import (
+    as_kernel,
+    dense_shape,
+    factor_keys,
+    is_factors,
+    read_factors,
+)
 from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
 from lowrank_jax.factorization.layout import (
     INPUTS,
@@ -60,13 +66,29 @@ class Scheme:
     axes: str = "HWIO"
     first: str = ""
 
-    def __init_subclass__(cls, forms: Mapping[str, Form], **kwargs: Any) -> None:
+    def __init_subclass__(cls, forms: Mapping[str, Form] | None = None, **kwargs: Any) -> None:
         """Makes the forms known under their names."""
+        forms = forms or {}
         super().__init_subclass__(**kwargs)
         FORMS.update(forms)
         SCHEMES.update(dict.fromkeys(forms, cls))
 
-    def factor(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def name(self) -> str:
+        """Of the form, as plans show it."""
+        return self.first
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Numbers of channels between one factor and the next."""
+        return (self.rank,)
+
+    @property
+    def outer(self) -> "Scheme":
+        """The scheme of the two factors alone, where one of them stands decomposed itself."""
+        return self
+
+    def factor(self, kernel: jax.Array) -> tuple[jax.Array, ...]:
         """Factors a kernel, or each of a stack of kernels.
 
         Computed in float32, or float64 where the kernel is, and returned in the kernel's own type.
@@ -80,8 +102,8 @@ class Scheme:
             kernel: floating-point array whose last axes are those named.
 
         Returns:
-            The two factors in the kernel's layout, as `shapes` says. Within each group both have
-            the same norm.
+            The factors in the kernel's layout, as `shapes` says. Within each group the two have the
+            same norm.
 
         Raises:
             ValueError: the rank is not an int from 1 to `max_rank`, or the groups do not divide the
@@ -89,20 +111,39 @@ class Scheme:
         """
         return factor_all([self], [kernel])[0]
 
-    def _factors(self, kernel: Array, wide: Any) -> tuple[Array, Array]:
-        whole = gathered(kernel).astype(wide)
-        matrix = to_matrix(to_pair(whole, self.axes, self.first), self.groups)
-        pair = self.fold(*truncated(matrix, int(self.rank)), kernel.shape)
+    def factors(self, kernel: Array, wide: Any) -> tuple[Array, ...]:
+        """What `factor` gives of a checked kernel, computed in a wide type."""
+        spread = to_pair(gathered(kernel).astype(wide), *self._form)
+        pair = self.truncated(to_matrix(spread, self.groups), spread.shape[-3])
+        arrays = self.parted(self.fold(*pair, kernel.shape))
         places = self.shardings(typed_sharding(kernel), kernel.ndim)
-        first, second = (
-            placed(x.astype(kernel.dtype), y) for x, y in zip(pair, places, strict=True)
-        )
+        return tuple(placed(x.astype(kernel.dtype), y) for x, y in zip(arrays, places, strict=True))
+
+    def truncated(self, matrix: Array, taps: int) -> tuple[Array, Array]:
+        """The factors (..., m, K) and (..., K, n) of matrices, whose columns begin with the taps.
+
+        Args:
+            matrix: array of shape (..., m, n).
+            taps: of the second factor.
+        """
+        return truncated(matrix, int(self.rank))
+
+    def parted(self, pair: tuple[Array, Array]) -> tuple[Array, ...]:
+        """All factors of the two of `outer`."""
+        return pair
+
+    def joined(self, factors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The two factors of `outer` of all factors; the inverse of `parted`."""
+        first, second = factors
         return first, second
 
-    def shardings(self, sharding: Any, ndim: int) -> tuple[Any, Any]:
-        """Those of both factors of a kernel with this one: the same along the axes they share."""
-        one, two = (factor_sharding(sharding, ndim, self.axes, self.first, i) for i in (0, 1))
-        return one, two
+    def node(self, factors: Sequence[Any]) -> dict[str, Any]:
+        """What stands in a tree for the kernel with these factors."""
+        return dict(zip(factor_keys(self.first, self.axes, factors[0].ndim), factors, strict=True))
+
+    def shardings(self, sharding: Any, ndim: int) -> tuple[Any, ...]:
+        """Those of the factors of a kernel with this one: the same along the axes they share."""
+        return tuple(factor_sharding(sharding, ndim, *self._form, i) for i in (0, 1))
 
     def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
         """Turns the factors of the matrix of each group into the two kernels.
@@ -134,15 +175,19 @@ class Scheme:
         own = {letter: sizes[letter] for letter in own_letters(*self._form, index)}
         return from_pair(factor, *self._form, own)
 
-    def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the two factors in place of a kernel of this shape, which has no stack."""
+    def taps(self) -> tuple[str, ...]:
+        """The spatial axes of each factor."""
+        return split_axes(*self._form)
+
+    def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the factors in place of a kernel of this shape, which has no stack."""
         sizes = self._sizes(shape)
         one, two = ({x: sizes[x] for x in own_letters(*self._form, i)} for i in (0, 1))
         first, second = one | {"O": self.groups * self.rank}, two | {"I": self.rank}
         return tuple(first.get(x, 1) for x in self.axes), tuple(second.get(x, 1) for x in self.axes)
 
-    def check(self, shape: Sequence[int], where: str) -> int:
-        """Returns the rank as an int, or raises ValueError that names where it was given."""
+    def checked(self, shape: Sequence[int], where: str) -> Self:
+        """The scheme with its rank as an int, or a ValueError that names where it was given."""
         sizes = self._sizes(shape, where)
         outputs = next(letter for letter in self.axes if letter in OUTPUTS)
         if self.groups < 1 or sizes[outputs] % self.groups:
@@ -150,26 +195,13 @@ class Scheme:
                 f"{where}: groups={self.groups} must be at least 1 and divide the {sizes[outputs]} "
                 "outputs."
             )
-        return check_rank(
-            self.rank,
-            max_rank(shape, self.groups, self.axes, self.first),
-            where,
-            shape,
-            self.groups,
-        )
+        limit = max_rank(shape, self.groups, *self._form)
+        rank = check_rank(self.rank, limit, where, shape, self.groups)
+        return dataclasses.replace(self, rank=rank)
 
     def parameters(self, shape: Sequence[int]) -> int:
-        """Number of parameters of both factors of a kernel of this shape."""
-        one, two = self.parts(shape)
-        return self.rank * (self.groups * one + two)
-
-    def parts(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Entries of both factors for a channel between them: the first of one group."""
-        sizes = self._sizes(shape)
-        one, two = (
-            math.prod(sizes[letter] for letter in own_letters(*self._form, i)) for i in (0, 1)
-        )
-        return one, two
+        """Number of parameters of all factors of a kernel of this shape."""
+        return sum(map(math.prod, self.shapes(shape)))
 
     def _sizes(self, shape: Sequence[int], where: str = "Scheme") -> dict[str, int]:
         split_axes(*self._form)  # refuses a layout that names no axes
@@ -183,7 +215,7 @@ class Scheme:
 
 def factor_all(
     schemes: Sequence[Scheme], kernels: Sequence[jax.Array]
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> list[tuple[jax.Array, ...]]:
     """Factors of many kernels, each as `Scheme.factor` gives them; those with values are done
     side by side."""
     # A float64 array of NumPy takes the widest type that is enabled.
@@ -191,17 +223,17 @@ def factor_all(
     kernels = [jnp.asarray(as_kernel(kernel, type(own).__name__)) for own, kernel in pairs]
     places, jobs = list(map(place_of, kernels)), []
     for scheme, kernel, where in zip(schemes, kernels, places, strict=True):
-        scheme.check(kernel.shape, type(scheme).__name__)
+        scheme = scheme.checked(kernel.shape, type(scheme).__name__)
         given: Any = np.asarray(kernel) if where else kernel
         jobs.append(
-            functools.partial(scheme._factors, given, jnp.promote_types(kernel.dtype, jnp.float32))
+            functools.partial(scheme.factors, given, jnp.promote_types(kernel.dtype, jnp.float32))
         )
 
-    def place(index: int, pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    def place(index: int, factors: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         if (where := places[index]) is None:
-            return pair
+            return factors
         scheme, ndim = schemes[index], kernels[index].ndim
-        return jax.device_put(pair, scheme.shardings(where, ndim))
+        return jax.device_put(factors, scheme.shardings(where, ndim))
 
     cores = None if all(places) else 1  # what JAX traces belongs to this thread
     return side_by_side(jobs, [kernel.size for kernel in kernels], place, cores)
@@ -237,6 +269,23 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
     dense = parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
     return placed(dense.astype(dtype), dense_sharding((first, second), axes))
+
+
+def product(node: Mapping, path: str) -> jax.Array:
+    """The kernel that a node of a tree stands for.
+
+    Raises:
+        ValueError: its arrays are not the factors of one kernel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> node = {"vertical": jnp.ones((3, 1, 4, 2)), "horizontal": jnp.ones((1, 3, 2, 8))}
+        >>> product(node, "conv").shape
+        (3, 3, 4, 8)
+    """
+    pair, axes, _ = read_factors(node, path)
+    one, two = (product(factor, path) if is_factors(factor) else factor for factor in pair)
+    return merge(one, two, axes)
 
 
 def spectrum(

@@ -5,10 +5,12 @@ times the channels. With C (b * r, b * r) the covariance of the patches that it 
 n) their covariance with the wanted outputs, factors V (r, K) and H (b, K, n) are to minimise
 tr(W~^T C W~) - 2 tr(R^T W~) with W~[x] = V H[x]. If C is a Kronecker product of B (b, b) and A (r,
 r), the optimum is the truncated SVD of the kernel's matrix times roots of A and B. Otherwise that
-is the start, and least squares for H, then V, then H go on from there. NumPy in float64.
+is the start, and least squares for H, then V, then H go on from there. Where H is to have a rank
+itself, a reduced-rank regression takes the place of its least squares. NumPy in float64.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -77,7 +79,7 @@ class Target:
 def fit(
     kernel: Float[Array, "b r n"],
     target: Target,
-    rank: int,
+    ranks: Sequence[int],
     weights: Float[Array, "n"] | float = 1.0,
     sweeps: int = 1,
 ) -> Pair:
@@ -87,7 +89,7 @@ def fit(
         kernel: whose whitened SVD is the start; best is the one of full rank that gives the wanted
             outputs best.
         target: with a definite covariance.
-        rank: K.
+        ranks: K, and the rank of the second factor's matrix where that is to have one.
         weights: importance of each output to the start.
         sweeps: alternating refinements, after the first of the second factor. With one tap of the
             second factor the start is the optimum, and there are none.
@@ -96,19 +98,31 @@ def fit(
         V, of orthonormal columns, and H.
     """
     strips, offsets = kronecker(target.blocks)
-    first = whitened_left(kernel * weights, strips, offsets, rank)
-    second = least_squares(target.reduced(first))
+    first = whitened_left(kernel * weights, strips, offsets, ranks[0])
+    second = best_second(target.reduced(first), ranks[1:], weights)
     for _ in range(sweeps if target.taps > 1 else 0):
         first = _orthonormal(refit_first(first, second, target, strips, offsets))
-        second = least_squares(target.reduced(first))
+        second = best_second(target.reduced(first), ranks[1:], weights)
     return first, second
 
 
-def plain(kernel: Float[Array, "b r n"], rank: int) -> Pair:
-    """The factors of the truncated SVD of the kernel's matrix."""
-    taps, _, width = kernel.shape
-    left, right = truncated(matrix_of(kernel), rank)
-    return left, right.reshape(rank, taps, width).transpose(1, 0, 2)
+def best_second(
+    target: Target, ranks: Sequence[int], weights: Float[Array, "n"] | float
+) -> Float[Array, "b r n"]:
+    """The second factor that gives the wanted outputs best.
+
+    Args:
+        target: of the second factor.
+        ranks: empty, or of the matrix with a row for each tap and channel: its two factors are a
+            reduced-rank regression (Izenman, 1975), which one truncated SVD solves.
+        weights: importance of each output; it counts where there is a rank.
+    """
+    whole = least_squares(target)
+    if not ranks:
+        return whole
+    flat = dataclasses.replace(target, taps=1)
+    pair = fit(whole.reshape(1, *target.cross.shape), flat, ranks, weights)
+    return merged(*pair).reshape(whole.shape)
 
 
 def least_squares(target: Target) -> Float[Array, "b r n"]:

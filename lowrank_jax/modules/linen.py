@@ -68,7 +68,7 @@ class SeparableConv(nn.Module):
         size = check_size(self.kernel_size)
         scheme = Separable(self.rank, self.feature_group_count, AXES[len(size)], self.first)
         shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
-        scheme.check(shape, self.name or "SeparableConv")
+        scheme.checked(shape, self.name or "SeparableConv")
         parameters: dict[str, Any] = {"kernel": self.param("kernel", self._factors, scheme, shape)}
         if self.use_bias:
             parameters["bias"] = self.param(

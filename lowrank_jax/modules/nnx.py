@@ -8,16 +8,22 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from lowrank_jax.factorization.factors import dense_shape, factor_keys, read_factors
+from lowrank_jax.factorization.factors import (
+    factor_keys,
+    is_factors,
+    read_factors,
+    shape_of,
+)
 from lowrank_jax.factorization.placement import factor_parts
-from lowrank_jax.factorization.scheme import merge
+from lowrank_jax.factorization.scheme import product
 from lowrank_jax.program.transform import lowrank
 
 
 class Factors(nnx.Pytree):
     """Two variables in the place of a kernel, under the names that `decompose` gives them.
 
-    A module that reads the kernel of another one gets the product.
+    A factor that stands decomposed itself is `Factors`, too. A module that reads the kernel of
+    another one gets the product.
 
     Example:
         >>> import jax.numpy as jnp
@@ -28,12 +34,17 @@ class Factors(nnx.Pytree):
         ((3, 1, 4, 2), (3, 3, 4, 8), 2.0)
     """
 
-    def __init__(self, kernel: nnx.Variable, arrays: Mapping[str, jax.Array]) -> None:
-        pair, axes, first = read_factors(arrays, "kernel")
-        for name, array in arrays.items():
-            index = 0 if array is pair[0] else 1
-            mesh = _mesh_of_factor(kernel, array.ndim, axes, first, index)
-            setattr(self, name, kernel.copy(array, **mesh))
+    def __init__(self, kernel: nnx.Variable, node: Mapping[str, Any]) -> None:
+        pair, axes, first = read_factors(node, "kernel")
+        for name, factor in node.items():
+            index = 0 if factor is pair[0] else 1
+            shape = shape_of(factor)
+            mesh = _mesh_of_factor(kernel, len(shape), axes, first, index)
+            if is_factors(factor):
+                whole = kernel.copy(jax.ShapeDtypeStruct(shape, kernel.dtype), **mesh)
+                setattr(self, name, Factors(whole, factor))
+            else:
+                setattr(self, name, kernel.copy(factor, **mesh))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,15 +71,13 @@ class Factors(nnx.Pytree):
 
 def dense_variable(factors: Factors, abstract: bool = False) -> nnx.Variable:
     """The kernel that factors stand for, as a variable of its own type; a shape if abstract."""
-    held = {name: x for name, x in vars(factors).items() if isinstance(x, nnx.Variable)}
-    (one, two), axes, first = read_factors(held, "kernel")
-    names = factor_keys(first, axes, one.ndim)
-    variable, second = (held[name] for name in names)
-    mesh = _mesh_of_kernel((variable, second), one.ndim, axes, first)
-    if abstract:
-        shape = dense_shape(one.shape, two.shape, axes)
-        return variable.copy(jax.ShapeDtypeStruct(shape, one.dtype), **mesh)
-    return variable.copy(merge(one, two, axes), **mesh)
+    node = variables_of(factors)
+    (one, _), axes, first = read_factors(node, "kernel")
+    held = [getattr(factors, name) for name in factor_keys(first, axes, one.ndim)]
+    pair = [dense_variable(x, abstract) if isinstance(x, Factors) else x for x in held]
+    mesh = _mesh_of_kernel(pair, one.ndim, axes, first)
+    whole = jax.ShapeDtypeStruct(shape_of(node), one.dtype) if abstract else product(node, "kernel")
+    return pair[0].copy(whole, **mesh)
 
 
 def _mesh_of_factor(

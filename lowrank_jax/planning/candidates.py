@@ -11,10 +11,12 @@ import numpy as np
 from lowrank_jax.factorization.layout import same_form
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.planning.budget import Budget, check_budget, check_measure, number
 from lowrank_jax.planning.costs import Candidate, at_ranks
 from lowrank_jax.planning.plans import Choice, Plan, Rest
 from lowrank_jax.planning.spectra import Spectra, known_use
+from lowrank_jax.planning.tucker_ranks import at_pairs, tucker_forms, tucker_front
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 
 COUNTS = ("parameters", "macs", "bytes")
@@ -91,11 +93,15 @@ class Candidates:
         if (scheme.axes, scheme.groups) != (fitting.axes, fitting.groups):
             raise ValueError(f"{path}: {scheme} does not fit the program; write {fitting}.")
         first = same_form(use.axes, use.kernel_shape, scheme.first)
-        if first not in self.spectra.values.get(path, {}):
-            raise ValueError(f"{path}: there is no spectrum of its form {first!r}; add one.")
-        rank = scheme.check(use.kernel_shape, path)
+        forms = tucker_forms(use) if isinstance(scheme, Tucker) else (first,)
+        if missing := set(forms) - set(self.spectra.values.get(path, {})):
+            form = min(missing)
+            raise ValueError(f"{path}: there is no spectrum of its form {form!r}; add one.")
+        scheme, calls = scheme.checked(use.kernel_shape, path), self.trace.at(path)
         weight = self.weights.get(path, 1.0)
-        return at_ranks(self.trace.at(path), self.spectra, first, [rank], weight)[0]
+        if isinstance(scheme, Tucker):
+            return at_pairs(calls, self.spectra, np.array([scheme.ranks]), weight)[0]
+        return at_ranks(calls, self.spectra, first, [scheme.rank], weight)[0]
 
     def plan(
         self, chosen: Mapping[str, Candidate], selector: str, budget: Budget | None = None
@@ -204,9 +210,14 @@ def _layer(
         limit = _check_size(kernel, first, values)
         ranks = range(multiple, limit + 1, multiple)
         for low in at_ranks(calls, spectra, first, ranks, weight):
-            if any(low.cost(measure) < dense.cost(measure) for measure in COUNTS):
-                found.setdefault((low.parameters, low.macs, low.bytes, low.error), low)
-    return (dense, *found.values())
+            found.setdefault((low.parameters, low.macs, low.bytes, low.error), low)
+    every = [*found.values(), *tucker_front(calls, spectra, multiple, weight)]
+    return (dense, *(low for low in every if _is_cheaper(low, dense)))
+
+
+def _is_cheaper(low: Candidate, dense: Candidate) -> bool:
+    """By any measure."""
+    return any(low.cost(measure) < dense.cost(measure) for measure in COUNTS)
 
 
 def _check_size(kernel: KernelUse, first: str, values: np.ndarray) -> int:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Float64
 
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.planning.budget import check_measure
@@ -67,32 +68,38 @@ def at_ranks(
         weight: of the layer's error in its loss.
     """
     kernel, path = calls[0], calls[0].path
-    unit = kernel.scheme(1, first)
-    parameters, macs = kernel.parameters_at(unit), sum(call.macs_at(unit) for call in calls)
-    fixed, moved = np.sum([_bytes(call, unit) for call in calls], axis=0).tolist()
+    one, two = (costs_of(calls, kernel.scheme(rank, first)) for rank in (1, 2))
     error, spectral = spectra.left_out(path, first), spectra.largest_left_out(path, first)
     return [
-        Candidate(
-            scheme=kernel.scheme(rank, first),
-            parameters=rank * parameters,
-            macs=rank * macs,
-            bytes=round(fixed + rank * moved),
+        candidate_of(
+            kernel.scheme(rank, first),
+            one + (rank - 1) * (two - one),
             error=float(error[rank]),
-            weight=weight,
             spectral=float(spectral[rank]),
+            weight=weight,
         )
         for rank in ranks
     ]
 
 
-def _bytes(call: KernelUse, unit: Scheme) -> tuple[float, float]:
-    """Bytes that move at any rank, and those that each rank adds.
+def costs_of(calls: Sequence[KernelUse], scheme: Scheme) -> Float64[np.ndarray, "3"]:
+    """Parameters, macs and bytes of one layer by a scheme, over all calls."""
+    macs = sum(call.macs_at(scheme) for call in calls)
+    moved = sum(call.bytes_at(scheme) for call in calls)
+    return np.array([calls[0].parameters_at(scheme), macs, moved], np.float64)
 
-    A rank adds its parameters, and the array between the factors, which is written and read.
-    """
-    between = call.between(unit) * unit.groups
-    kernel = math.prod(call.kernel_shape[-len(unit.axes) :])
-    entries = math.prod(call.inputs) + kernel + math.prod(call.outputs)
-    entry = call.bytes / entries  # of all the calls; the mean if the types of the arrays differ
-    added = unit.parameters(call.kernel_shape) + 2 * between
-    return call.bytes - entry * kernel, entry * added
+
+def candidate_of(
+    scheme: Scheme, costs: Float64[np.ndarray, "3"], error: float, spectral: float, weight: float
+) -> Candidate:
+    """The candidate of a scheme with these costs, as `costs_of` gives them."""
+    parameters, macs, moved = (round(cost) for cost in costs.tolist())
+    return Candidate(
+        scheme=scheme,
+        parameters=parameters,
+        macs=macs,
+        bytes=moved,
+        error=error,
+        weight=weight,
+        spectral=spectral,
+    )

@@ -91,7 +91,7 @@ def order_and_rank(scheme: Scheme) -> tuple[str, int]:
         >>> order_and_rank(Separable(4, first="horizontal"))
         ('horizontal', 4)
     """
-    return scheme.first, scheme.rank
+    return scheme.name, scheme.rank
 
 
 def _check(

@@ -10,6 +10,7 @@ from typing import Any
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import split_axes
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.planning.budget import Budget, check_measure, number
 from lowrank_jax.program.kernel_use import table
@@ -212,11 +213,16 @@ def _choice(
     )
 
 
-def _scheme(rank: int, groups: int, axes: str, first: str) -> Scheme:
-    if any(type(value) is not int or value < 1 for value in (rank, groups)):
-        raise ValueError(f"a scheme has the rank {rank!r} and the groups {groups!r}")
+def _scheme(rank: int, groups: int, axes: str, first: str, inner: int | None = None) -> Scheme:
+    ranks = (rank,) if inner is None else (rank, inner)
+    if any(type(value) is not int or value < 1 for value in (*ranks, groups)):
+        raise ValueError(f"a scheme has the ranks {ranks!r} and the groups {groups!r}")
     split_axes(axes, first)  # refuses what is no layout and no form
-    return SCHEMES[first](rank, groups, axes, first)
+    if inner is None:
+        return SCHEMES[first](rank, groups, axes, first)
+    if first != Tucker.first:
+        raise ValueError(f"a scheme with the rank {inner!r} within has the form {first!r}")
+    return Tucker(rank, groups, axes, inner=inner)
 
 
 def _pair(costs: list) -> Pair:
@@ -240,7 +246,9 @@ def _short(text: str, most: int = 80) -> str:
 
 
 def _name(choice: Choice) -> tuple[str, str]:
-    return (choice.scheme.first, str(choice.scheme.rank)) if choice.scheme else ("", "dense")
+    if choice.scheme is None:
+        return "", "dense"
+    return choice.scheme.name, "x".join(map(str, choice.scheme.ranks))
 
 
 def _costs(pairs: Iterable[Pair]) -> list[str]:

@@ -236,6 +236,6 @@ def _out_of_noise(candidates: Candidates, path: str) -> list[Candidate]:
         found += [
             each
             for each in candidates.layers[path]
-            if each.scheme and each.scheme.first == first and each.scheme.rank >= rank
+            if each.scheme and each.scheme.name == first and each.scheme.rank >= rank
         ][:1]
     return found

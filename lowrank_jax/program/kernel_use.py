@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lowrank_jax.factorization.forms import SCHEMES
-from lowrank_jax.factorization.layout import OUTPUTS, forms_of, heads_of, spatial_axes, split_axes
+from lowrank_jax.factorization.layout import OUTPUTS, forms_of, heads_of, spatial_axes
 from lowrank_jax.factorization.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -115,18 +115,37 @@ class KernelUse:
         with a stride the macs do not follow the parameters. Padding that the program adds as
         an operation of its own, such as circular padding, is counted as part of that input.
         """
-        one, two = scheme.parts(self.kernel_shape)
-        first = self.between(scheme) * one * scheme.groups
-        return self.uses * scheme.rank * (first + self.positions * two)
+        sizes = map(math.prod, scheme.shapes(self.kernel_shape))
+        pairs = zip(self.positions_after(scheme), sizes, strict=True)
+        return self.uses * sum(positions * size for positions, size in pairs)
 
-    def between(self, scheme: Scheme) -> int:
-        """Positions of one use between the two factors, over the whole batch."""
+    def positions_after(self, scheme: Scheme) -> list[int]:
+        """Positions of one use after each factor, over the whole batch."""
+        taps = scheme.taps()
         if self.kind == "product":
-            return self.positions
-        along = split_axes(scheme.axes, scheme.first)[0]
-        extent = zip(spatial_axes(scheme.axes), self.inputs[1:-1], self.outputs[1:-1], strict=True)
+            return [self.positions] * len(taps)
+        done = ["".join(taps[:count]) for count in range(1, len(taps))]
+        return [*(self._positions(along, scheme.axes) for along in done), self.positions]
+
+    def _positions(self, along: str, axes: str) -> int:
+        """Positions where the convolutions along some axes have run."""
+        extent = zip(spatial_axes(axes), self.inputs[1:-1], self.outputs[1:-1], strict=True)
         sizes = [out if letter in along else own for letter, own, out in extent]
         return self.inputs[0] * math.prod(sizes)
+
+    def bytes_at(self, scheme: Scheme) -> float:
+        """Bytes that all the uses move with the factors in place of the kernel.
+
+        The arrays between the factors are written and read.
+        """
+        shapes = scheme.shapes(self.kernel_shape)
+        channels = [shape[scheme.axes.index("O")] for shape in shapes[:-1]]
+        pairs = zip(self.positions_after(scheme)[:-1], channels, strict=True)
+        between = sum(positions * count for positions, count in pairs)
+        kernel = math.prod(self.kernel_shape[-len(scheme.axes) :])
+        entries = math.prod(self.inputs) + kernel + math.prod(self.outputs)
+        entry = self.bytes / entries  # of all the uses; the mean if the types of the arrays differ
+        return self.bytes + entry * (sum(map(math.prod, shapes)) - kernel + 2 * between)
 
 
 @dataclasses.dataclass(frozen=True)

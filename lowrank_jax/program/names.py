@@ -66,8 +66,8 @@ def _text(key: Any) -> str:
 
 
 def _short(parts: list[str]) -> str:
-    own = parts[1:] if len(parts) > 1 and parts[0] == COLLECTION else parts
-    if len(own) > 2 and own[-2] in KERNELS and is_factor_key(own[-1]):
-        return "/".join([*own[:-2], own[-1]])
-    own = own[:-1] if len(own) > 1 and own[-1] in KERNELS else own
+    own = parts[1:] if len(parts) > 1 and parts[0] == COLLECTION else list(parts)
+    end = next((i for i in range(len(own), 0, -1) if not is_factor_key(own[i - 1])), 0)
+    if end > 1 and own[end - 1] in KERNELS:
+        del own[end - 1]
     return "/".join(own) or KERNELS[0]

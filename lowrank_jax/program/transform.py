@@ -8,7 +8,13 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
+from lowrank_jax.factorization.factors import (
+    dense_shape,
+    factor_keys,
+    is_factors,
+    is_pair,
+    read_factors,
+)
 from lowrank_jax.factorization.placement import dense_sharding
 from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import run_factored
@@ -30,8 +36,9 @@ def lowrank(apply: Callable) -> Callable:
     axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation they are
     multiplied back, once. The result is exact there, and no faster than the dense function; `trace`
     tells beforehand. Factors of a kernel as the program changes it, which stand as ``{"changed":
-    factors}``, run where the changed kernel was read. So every function runs, of Linen, NNX, Haiku,
-    Equinox or of no framework.
+    factors}``, run where the changed kernel was read. A factor that stands
+    decomposed itself, as `Tucker` leaves it, runs as its own factors by the same transformation. So
+    every function runs, of Linen, NNX, Haiku, Equinox or of no framework.
 
     Args:
         apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
@@ -70,20 +77,30 @@ def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
 
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_factors)
+        leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pair)
         values = [leaf for _, leaf in leaves]
-        if not dense_too and not any(is_factors(leaf) for leaf in values):
+        if not dense_too and not any(is_pair(leaf) for leaf in values):
             return apply(*args, **kwargs)
         names = _names([path for path, _ in leaves])
         kernels = factored_kernels(names, values)
         shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
-        program = Program.of(apply, tree, shapes)
+        whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
+        program = Program.of(whole, tree, shapes)
         if dense_too:
             kernels |= _dense_kernels(leaves, names, kernels)
         results, _ = run_kernels(program, shapes, kernels, rule)
         return program.rebuild(results)
 
     return run
+
+
+def _has_nested(tree: Any) -> bool:
+    """Whether a factor in a tree stands decomposed itself.
+
+    Once its own factors run in its place, what is left to run is a function of the whole factor.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=is_factors)
+    return any(is_factors(leaf) and not is_pair(leaf) for leaf in leaves)
 
 
 def _names(paths: list) -> list[str]:
@@ -127,7 +144,7 @@ def factored_kernels(names: list[str], leaves: list) -> dict[int, Kernel]:
     """The factors among the leaves of a tree, by their number."""
     found: dict[int, Kernel] = {}
     for index, leaf in enumerate(leaves):
-        if is_factors(leaf):
+        if is_pair(leaf):
             pair, axes, first = read_factors(leaf, names[index])
             shape = dense_shape(pair[0].shape, pair[1].shape, axes)
             found[index] = Kernel.factored(Source.of(names[index], shape), axes, first, pair)

@@ -10,11 +10,9 @@ import numpy as np
 from lowrank_jax.factorization.factors import (
     check_array,
     check_floating,
-    factor_keys,
     is_factors,
-    read_factors,
 )
-from lowrank_jax.factorization.scheme import Scheme, factor_all, merge
+from lowrank_jax.factorization.scheme import Scheme, factor_all, product
 from lowrank_jax.program.changed import KEY
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
@@ -118,8 +116,7 @@ def replaced(
         if name not in new:
             return old
         scheme, factors = new[name]
-        keys = factor_keys(scheme.first, scheme.axes, factors[0].ndim)
-        node = dict(zip(keys, factors, strict=True))
+        node = scheme.node(factors)
         return {KEY: node} if name in changed else node
 
     return map_named(leaf, tree)
@@ -146,10 +143,7 @@ def reconstruct(tree: Any) -> Any:
     """
 
     def leaf(name: str, old: Any) -> Any:
-        if not is_factors(old):
-            return old
-        (first, second), axes, _ = read_factors(old, name)
-        return merge(first, second, axes)
+        return product(old, name) if is_factors(old) else old
 
     return map_named(leaf, tree)
 

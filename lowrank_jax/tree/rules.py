@@ -78,7 +78,7 @@ def resolve(
     - a float above 0 and up to 1: a share of the layer's cost, its parameters if no other measure
       is named. The layer gets the largest rank of its usual scheme whose factors cost no more.
       A layer where no rank does stays dense.
-    - a `Separable`, `Channel` or `Matrix`: the scheme.
+    - a `Separable`, `Channel`, `Tucker` or `Matrix`: the scheme.
     - None: the layer stays dense.
 
     A layer that cannot be decomposed stays as it is.
@@ -256,4 +256,4 @@ def _fitting(layer: _Layer, scheme: Scheme) -> Scheme:
     if layer.groups and (scheme.axes != layer.axes or (groups and scheme.groups != groups)):
         fitting = dataclasses.replace(_unit(layer.axes, layer.groups), rank=scheme.rank)
         raise ValueError(f"{layer.path}: {scheme} does not fit the program; give {fitting}.")
-    return dataclasses.replace(scheme, rank=scheme.check(layer.shape, layer.path))
+    return scheme.checked(layer.shape, layer.path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import calibrate, compress, decompose, lowrank, max_rank, plan
+from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, max_rank, plan
 from lowrank_jax.factorization.forms import SCHEMES
 
 
@@ -78,6 +78,17 @@ def test_it_is_closer_than_plain_factors_on_other_images(wrap):
     variables, apply = trained(Net(), x), wrap(Net().apply)
     small = compress(apply, variables, x, CUT, sweeps=0 if wrap is jax.jit else 1)
     plain = decompose(variables, {path: scheme(path, rank) for path, rank in CUT.items()})
+    assert gap(apply, variables, small, other) < 0.7 * gap(apply, variables, plain, other)
+
+
+def test_three_factors_are_fitted_in_their_place_and_closer_than_plain_ones():
+    x, other, apply = images(64), images(seed=7), Net().apply
+    variables = trained(Net(), x)
+    table = {"strided": Tucker(2, inner=4), "grouped": Tucker(3, 2, inner=3)}
+    small, fits = compress(apply, variables, x, table, return_fits=True)
+    plain = decompose(variables, table)
+    chex.assert_trees_all_equal_shapes_and_dtypes(small, plain)
+    assert not any(own[()].is_plain for own in fits.values())
     assert gap(apply, variables, small, other) < 0.7 * gap(apply, variables, plain, other)
 
 

@@ -18,6 +18,7 @@ from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.factorization.strips import Strips, whitened_spectrum
+from lowrank_jax.factorization.tucker import Tucker
 
 # Statistics of random data hold for nearly all seeds: the examples are the same in every run.
 few = settings(max_examples=20)
@@ -165,6 +166,28 @@ def test_in_every_layout_and_form_full_rank_is_the_kernel(axes, first):
         assert (fit.first.shape, fit.second.shape) == scheme.shapes(shape)
         assert fit.first.dtype == fit.second.dtype == np.float64
         np.testing.assert_allclose(merge(fit.first, fit.second, axes), layer.kernel, atol=1e-3)
+
+
+TUCKER = [Tucker(3, inner=4), Tucker(3, axes="OIHW", inner=4), Tucker(2, 2, inner=2)]
+
+
+@settings(max_examples=6)
+@given(seeds, st.sampled_from(TUCKER))
+def test_three_factors_are_fitted_and_keep_their_ranks(seed, scheme):
+    shape = LAYOUTS[scheme.axes]
+    layer = Layer(seed, shape, scheme.axes, scheme.groups)
+    fit = fit_layer(layer.kernel, [layer.moments(100), layer.moments(100)], scheme)
+    pair = scheme.joined(scheme.parted((fit.first, fit.second)))
+    for found, wanted in zip(pair, (fit.first, fit.second), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
+    plain = scheme.joined(factors(layer, scheme))
+    assert not fit.is_plain and layer.error(*pair) < layer.error(*plain)
+
+
+def test_three_factors_of_full_rank_are_the_kernel():
+    layer, scheme = Layer(0, LAYOUTS["HWIO"], drift=0), Tucker(4, inner=6)
+    fit = fit_layer(layer.kernel, [layer.moments(8), layer.moments(8)], scheme)
+    np.testing.assert_allclose(merge(fit.first, fit.second), layer.kernel, atol=1e-3)
 
 
 def test_sweeps_lower_the_error_of_fresh_images():

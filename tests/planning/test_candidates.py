@@ -11,7 +11,7 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import Separable, decompose, lowrank, reconstruct, trace
+from lowrank_jax import Separable, Tucker, decompose, lowrank, reconstruct, trace
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.planning.candidates import Candidate, candidates, front
@@ -90,6 +90,49 @@ def test_every_cost_is_that_of_the_decomposed_program(first):
     assert plan.total("macs") == (program.macs, after.macs)
     moved = tuple(sum(use.bytes for use in calls) for calls in (program, after))
     assert plan.total("bytes") == moved
+
+
+def test_every_cost_of_three_factors_is_that_of_the_decomposed_program():
+    variables, program, found = network()
+    ranks = {"strided": (3, 5), "grouped": (2, 1), "shared": (4, 2)}
+    schemes = {
+        path: Tucker(rank, program.at(path)[0].groups, inner=inner)
+        for path, (rank, inner) in ranks.items()
+    }
+    plan = fixed(candidates(program, found), schemes)
+    assert plan.ranks == schemes
+    small = jax.eval_shape(lambda p: decompose(p, plan.ranks, program), variables["params"])
+    after = trace(lowrank(CNN().apply), {"params": small}, X)
+    assert plan.total("parameters") == (program.parameters, after.parameters)
+    assert plan.total("macs") == (program.macs, after.macs)
+    moved = tuple(sum(use.bytes for use in calls) for calls in (program, after))
+    assert plan.total("bytes") == moved
+
+
+def test_the_error_of_three_factors_bounds_what_they_leave_out():
+    variables, program, found = network()
+    for path, groups in {"strided": 1, "grouped": 2}.items():
+        low = candidates(program, found).at(path, Tucker(2, groups, inner=3))
+        layer = {"layer": variables["params"][path]}
+        small = reconstruct(decompose(layer, {"layer": low.scheme}))
+        kernel, left = (tree["layer"]["kernel"] for tree in (layer, small))
+        lost = jnp.sum((kernel - left) ** 2) / jnp.sum(kernel**2)
+        assert 0.5 * low.error <= lost <= low.error
+
+
+def test_no_pair_of_ranks_is_worse_than_another_by_every_cost():
+    _, program, found = network()
+    layer = [each for each in candidates(program, found).layers["shared"] if is_tucker(each)]
+    assert layer
+    for one in layer:
+        for two in layer:
+            costs = [(getattr(c, m) for m in ("parameters", "macs", "bytes")) for c in (one, two)]
+            cheaper = all(a < b for a, b in zip(*costs, strict=True))
+            assert not (cheaper and one.error <= two.error)
+
+
+def is_tucker(each):
+    return isinstance(each.scheme, Tucker)
 
 
 def scheme(use, rank, first):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax import Channel, Matrix, Separable, decompose
+from lowrank_jax import Channel, Matrix, Separable, Tucker, decompose
 from lowrank_jax.planning.budget import MEASURES, Budget
 from lowrank_jax.planning.curves import draw_curve
 from lowrank_jax.planning.plans import Choice, Plan, Rest
@@ -77,6 +77,11 @@ def test_a_plan_prints_as_a_table_with_what_was_asked_and_what_was_reached():
     assert str(BARE).splitlines()[-1] == "fixed, without a budget"
 
 
+def test_three_factors_print_both_of_their_ranks():
+    plan = Plan(choices=(dataclasses.replace(SMALL, scheme=Tucker(4, inner=6)),), selector="fixed")
+    assert str(plan).splitlines()[1].split()[:3] == ["block/Conv_0", "tucker", "4x6"]
+
+
 def test_the_measure_of_the_budget_is_a_column_of_its_own():
     assert "bytes" in str(BYTES).splitlines()[0]
     assert "latency" in str(TIMED).splitlines()[0] and "0.0015" in str(TIMED)
@@ -93,19 +98,23 @@ def test_a_plan_is_saved_and_loaded(tmp_path, plan):
 COUNTS = st.integers(0, 10**15)
 PAIRS = st.tuples(COUNTS, COUNTS)
 SECONDS = st.floats(0, 1e3)
+RANKS, GROUPS = st.integers(1, 99), st.integers(1, 9)
 SCHEMES = st.one_of(
-    st.builds(
-        scheme,
-        rank=st.integers(1, 99),
-        groups=st.integers(1, 9),
-        axes=st.sampled_from(axes),
-        first=st.sampled_from(forms),
-    )
-    for scheme, axes, forms in (
-        (Separable, ["HWIO", "OIW"], ["vertical", "horizontal"]),
-        (Channel, ["HWIO", "OIW"], ["spatial", "pointwise"]),
-        (Matrix, ["IO", "OI", "IPO"], ["left", "heads"]),
-    )
+    st.builds(Tucker, RANKS, GROUPS, st.sampled_from(["HWIO", "OIW"]), inner=RANKS),
+    *(
+        st.builds(
+            scheme,
+            rank=RANKS,
+            groups=GROUPS,
+            axes=st.sampled_from(axes),
+            first=st.sampled_from(forms),
+        )
+        for scheme, axes, forms in (
+            (Separable, ["HWIO", "OIW"], ["vertical", "horizontal"]),
+            (Channel, ["HWIO", "OIW"], ["spatial", "pointwise"]),
+            (Matrix, ["IO", "OI", "IPO"], ["left", "heads"]),
+        )
+    ),
 )
 CHOICES = st.builds(
     Choice,
@@ -168,6 +177,8 @@ def damaged(change):
         damaged(lambda d: d["choices"][0]["scheme"].update(rank=0)),
         damaged(lambda d: d["choices"][0]["scheme"].update(rank=True)),
         damaged(lambda d: d["choices"][0]["scheme"].update(groups="two")),
+        damaged(lambda d: d["choices"][0]["scheme"].update(inner=0)),
+        damaged(lambda d: d["choices"][0]["scheme"].update(inner=2)),
         damaged(lambda d: d["choices"][0]["scheme"].update(first="diagonal")),
         damaged(lambda d: d["choices"][0]["scheme"].update(axes="HHIO")),
         lambda d: [d],
