@@ -132,6 +132,14 @@ def test_its_two_convolutions_are_what_runs():
     assert "sqrt" not in text  # the standardisation is gone
 
 
+def test_three_convolutions_stand_for_a_changed_kernel():
+    apply, variables = network(standardised)
+    program = lr.trace(apply, variables, IMAGES)
+    small = lr.decompose(variables, {"first": lr.Tucker(rank=4, inner=6)}, program)
+    run = jax.jit(lr.lowrank(apply))
+    chex.assert_trees_all_close(run(small, IMAGES), apply(variables, IMAGES), rtol=1e-3, atol=1e-3)
+
+
 def test_a_plan_spends_its_budget_on_changed_kernels_and_the_fit_uses_the_data():
     apply, variables = network(weight_normed)
     found = lr.calibrate(apply, variables, IMAGES)
