@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from lowrank_jax.compression.holding import Holding
+from lowrank_jax.compression.holding import Holding, loaded
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import bind, step
@@ -78,7 +78,8 @@ class Segments:
             if id(outline) not in programs:
                 run = _segment(outline, self.place, place, self.last)
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
-            results = programs[id(outline)](self.given, small, live.dense, live.small)
+            held = loaded((live.dense, live.small))
+            results = programs[id(outline)](self.given, small, *held)
             _add(found, turn % FOLDS, note(Live(*results), turn))
             live.dense, live.small = holding.keep(results)
         self.place = place

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.compression import holding
-from lowrank_jax.compression.holding import Holding
+from lowrank_jax.compression.holding import Holding, Stored, loaded
 
 VALUES = {
     "map": jnp.arange(60.0).reshape(3, 4, 5),
@@ -24,16 +24,26 @@ def kept(limit, monkeypatch, batches=1):
 
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_what_is_held_is_what_was_given(limit, monkeypatch):
-    found = kept(limit, monkeypatch)
-    assert isinstance(found["map"], np.memmap) == (limit == 0)
+    given = kept(limit, monkeypatch)
+    assert isinstance(given["map"], Stored) == (limit == 0)
+    found = loaded(given)
     chex.assert_trees_all_equal(found, {name: np.asarray(x) for name, x in VALUES.items()})
     chex.assert_trees_all_equal_dtypes(found, VALUES)
 
 
 def test_all_batches_count(monkeypatch):
     size = sum(x.nbytes for x in VALUES.values())
-    assert not isinstance(kept(5 * size, monkeypatch, batches=5)["map"], np.memmap)
-    assert isinstance(kept(5 * size, monkeypatch, batches=6)["map"], np.memmap)
+    assert not isinstance(kept(5 * size, monkeypatch, batches=5)["map"], Stored)
+    assert isinstance(kept(5 * size, monkeypatch, batches=6)["map"], Stored)
+
+
+def test_batches_share_a_file(monkeypatch):
+    monkeypatch.setattr(holding, "IN_MEMORY", 0)
+    holder = Holding(3)
+    given = [holder.keep({"x": np.full((2, 3), own, np.float32)}) for own in range(3)]
+    for own in (2, 0, 1):
+        assert (loaded(given[own])["x"] == own).all()
+    assert len({own["x"].holding for own in given}) == 1
 
 
 def test_without_space_they_stay_in_memory_and_a_warning_says_so(monkeypatch):
@@ -43,4 +53,4 @@ def test_without_space_they_stay_in_memory_and_a_warning_says_so(monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.warns(UserWarning, match="No space left.*set TMPDIR"):
         found = kept(0, monkeypatch)
-    assert not isinstance(found["map"], np.memmap)
+    assert not isinstance(found["map"], Stored)
