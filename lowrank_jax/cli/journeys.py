@@ -7,11 +7,11 @@ from typing import Any
 
 from lowrank_jax import data
 from lowrank_jax.cli.options import new_command, parse_ranks, positive, rate, seed, whole
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
 from lowrank_jax.report.journey import markdown, write_report
-from lowrank_jax.training import experiment
 
 
 def add_commands(commands: Any) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.cli.options import new_command, positive
+from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.published import PUBLISHED, Published
@@ -16,7 +17,6 @@ from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.report.journey import costs, table
-from lowrank_jax.training.experiment import machine
 from lowrank_jax.tree.decomposing import decompose
 from lowrank_jax.tuning.timing import compile_fastest, throughput
 

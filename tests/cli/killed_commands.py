@@ -21,10 +21,10 @@ import numpy as np
 from lowrank_jax import data
 from lowrank_jax.cli import compress_command
 from lowrank_jax.cli import main as cli
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.io.folders import check_folder
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.training import experiment
 from lowrank_jax.tuning.timing import Throughput
 
 OPTIONS = {"compress": ["--checkpoint", "a.npz", "--model", "a:B", "--images", "a.npy"]}

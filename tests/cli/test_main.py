@@ -8,9 +8,9 @@ import pytest
 
 from lowrank_jax import data
 from lowrank_jax.cli import main as cli
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.io import weights as checkpoint
 from lowrank_jax.models import NIN
-from lowrank_jax.training import experiment
 
 
 @pytest.fixture
