@@ -12,6 +12,7 @@ from lowrank_jax.training.losses import cross_entropy as cross_entropy
 from lowrank_jax.training.losses import distillation as distillation
 from lowrank_jax.training.losses import layer_matching as layer_matching
 from lowrank_jax.training.losses import squared_error as squared_error
+from lowrank_jax.training.metrics import read_metrics as read_metrics
 from lowrank_jax.training.optimizers import carry_optimizer as carry_optimizer
 from lowrank_jax.training.optimizers import one_cycle_sgd as one_cycle_sgd
 from lowrank_jax.training.state import TrainState as TrainState

@@ -114,7 +114,7 @@ class _Loop:
                 if self._every(self.run.save_every) or stops:
                     self._save()
                 if signals is not None and stops:
-                    signals.stop(f"step {self.number} is saved in {self.run.folder}")
+                    signals.stop(f"step {self.number} is saved in {self.run.folder}; call again")
         return self.state
 
     def _bar(self) -> tqdm:

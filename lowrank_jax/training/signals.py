@@ -1,10 +1,12 @@
 """Signals that end a run: they wait for the end of a step, so that it is saved."""
 
+import logging
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+LOG = logging.getLogger("lowrank_jax")
 TERMINATED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended: 143
 
 
@@ -55,5 +57,6 @@ class Signals:
             KeyboardInterrupt: after Ctrl-C.
         """
         if self.given == signal.SIGTERM:
+            LOG.warning("Stopped by SIGTERM: %s.", message)
             raise SystemExit(TERMINATED)
         raise KeyboardInterrupt(message)

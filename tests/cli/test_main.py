@@ -25,7 +25,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(data, "sample", part)
     monkeypatch.setattr(data, "cifar10", part)
     monkeypatch.setattr(
-        experiment.run, "__kwdefaults__", {"batch_size": 4, "rounds": 2, "log": print}
+        experiment.run,
+        "__kwdefaults__",
+        {"batch_size": 4, "rounds": 2, "log": print, "folder": None},
     )
 
 
