@@ -184,6 +184,15 @@ def _first_not_finite(total: jax.Array, params: Any, grads: Any) -> jax.Array:
     return jax.lax.cond(jnp.isfinite(total), lambda: jnp.int32(FINITE), look)
 
 
+def _renewed(rest: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The leaves that stay as they are, with renewed collections in the containers they had."""
+    own = {
+        name: jax.tree.unflatten(jax.tree.structure(rest[name]), jax.tree.leaves(found[name]))
+        for name in found
+    }
+    return type(rest)({**rest, **own})  # type: ignore[call-arg]
+
+
 def _advanced(
     state: TrainState,
     tx: optax.GradientTransformation,
@@ -193,7 +202,7 @@ def _advanced(
 ) -> TrainState:
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    rest = {**state.rest, **renewed} if renewed else state.rest
+    rest = _renewed(state.rest, renewed) if renewed else state.rest
     mean = state.average
     if average is not None:
         share = 1 - jnp.minimum(average, (1 + state.step) / (10 + state.step))
