@@ -52,8 +52,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder) / "checkpoints", max(keep, 2)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f".*{NEW}"):
-            shutil.rmtree(left)
+        self._remove_scratch()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
@@ -87,7 +86,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, self._full(int(state.step))) from error
             raise
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._remove_scratch()
         for step in self.steps()[self.keep :]:
             shutil.rmtree(self.path(step))
 
@@ -120,6 +119,11 @@ class Checkpoints:
         if plan is not None:
             plan.save(folder / PLAN)
         seal(folder)
+
+    def _remove_scratch(self) -> None:
+        """Removes what is half written, also under the name that Orbax gives it meanwhile."""
+        for left in self.folder.glob(f".*{NEW}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _full(self, step: int) -> str:
         kept = [str(self.path(own)) for own in self.steps()[:1]]

@@ -1,7 +1,7 @@
 """Kills a training run at random moments and lets it end; prints what it lost, as lines of JSON.
 
 Usage: python killed_run.py HOME KILLS. This process imports everything, and each run is a fork of
-it. The kills fall from the first import to the last step, also within checkpoints.
+it. The kills fall a random time after a random step, also within checkpoints, which take longer.
 """
 
 import json
@@ -20,7 +20,7 @@ from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.training import finetune
 from lowrank_jax.training.checkpoints import Checkpoints
 
-STEPS, EVERY, PAUSE = 60, 5, 0.01
+EVERY, REACH, LATER = 4, 8, 0.3  # steps between checkpoints and up to a kill, seconds after it
 
 
 class Batches(Sequence):
@@ -35,15 +35,14 @@ class Batches(Sequence):
     def __getitem__(self, number: int) -> tuple:
         with self.notes.open("a") as file:
             file.write(".")
-        time.sleep(PAUSE)
         rng = np.random.default_rng(number)
         return rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, steps: int, every: int) -> None:
     """One run, from the start or from its newest checkpoint, and its result in a file."""
     tree = {"w": np.full((6, 3), 0.1, np.float32), "b": np.zeros(3, np.float32)}
-    options = dict(steps=STEPS, save_every=EVERY, tx=optax.adam(0.01), folder=folder)
+    options = dict(steps=steps, save_every=every, tx=optax.adam(0.01), folder=folder)
     tuned = finetune(
         lambda tree, x: x @ tree["w"] + tree["b"],
         tree,
@@ -60,12 +59,12 @@ def noise(key, like):
     return 0.1 * jax.random.normal(key, like.shape)
 
 
-def forked(folder: Path) -> int:
+def forked(folder: Path, steps: int, every: int = EVERY) -> int:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
-            run(folder)
+            run(folder, steps, every)
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -80,24 +79,31 @@ def lost(folder: Path, before: int) -> int:
     return max(before + began - 1 - newest(folder), 0)
 
 
+def wait(folder: Path, steps: int) -> None:
+    """Until a run has begun so many steps."""
+    notes = folder.with_suffix(".notes")
+    while steps and not (notes.exists() and notes.stat().st_size >= steps):
+        time.sleep(0.001)
+
+
 def newest(folder: Path) -> int:
     return max(Checkpoints(folder).steps(), default=0)
 
 
 def main(home: str, kills: str) -> None:
     whole, folder = Path(home) / "whole", Path(home) / "killed"
-    start = time.monotonic()
-    assert os.waitpid(forked(whole), 0)[1] == 0
-    seconds, rng = time.monotonic() - start, random.Random(0)
+    steps, rng = (REACH + EVERY) * int(kills), random.Random(0)
+    assert os.waitpid(forked(whole, steps, every=steps), 0)[1] == 0
     for _ in range(int(kills)):
         before = newest(folder)
-        child = forked(folder)
-        time.sleep(rng.uniform(0, seconds * (1 - before / STEPS)))
+        child = forked(folder, steps)
+        wait(folder, rng.randrange(REACH))
+        time.sleep(rng.uniform(0, LATER))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status)
         print(json.dumps({"killed": killed, "lost": lost(folder, before)}), flush=True)
-    assert os.waitpid(forked(folder), 0)[1] == 0
+    assert os.waitpid(forked(folder, steps), 0)[1] == 0
     one, two = (load_weights(path.with_suffix(".npz")) for path in (whole, folder))
     equal = all(one[name].tobytes() == two[name].tobytes() for name in one)
     left = [path.name for path in (folder / "checkpoints").glob(".*")]
