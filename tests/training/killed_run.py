@@ -24,29 +24,32 @@ EVERY, REACH, LATER = 4, 8, 0.3  # steps between checkpoints and up to a kill, s
 
 
 class Batches(Sequence):
-    """Batches that take some time and note how far the run came."""
+    """Batches that note how far the run came; after so many the run waits to be killed."""
 
-    def __init__(self, notes: Path) -> None:
-        self.notes = notes
+    def __init__(self, notes: Path, most: int | None) -> None:
+        self.notes, self.left = notes, most
 
     def __len__(self) -> int:
         return 7
 
     def __getitem__(self, number: int) -> tuple:
+        if self.left is not None:
+            time.sleep(60 if self.left == 0 else 0)
+            self.left -= 1
         with self.notes.open("a") as file:
             file.write(".")
         rng = np.random.default_rng(number)
         return rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
 
 
-def run(folder: Path, steps: int, every: int) -> None:
+def run(folder: Path, steps: int, every: int, most: int | None) -> None:
     """One run, from the start or from its newest checkpoint, and its result in a file."""
     tree = {"w": np.full((6, 3), 0.1, np.float32), "b": np.zeros(3, np.float32)}
     options = dict(steps=steps, save_every=every, tx=optax.adam(0.01), folder=folder)
     tuned = finetune(
         lambda tree, x: x @ tree["w"] + tree["b"],
         tree,
-        Batches(folder.with_suffix(".notes")),
+        Batches(folder.with_suffix(".notes"), most),
         augment=lambda key, batch: (batch[0] + noise(key, batch[0]), batch[1]),
         **options,
     )
@@ -59,12 +62,12 @@ def noise(key, like):
     return 0.1 * jax.random.normal(key, like.shape)
 
 
-def forked(folder: Path, steps: int, every: int = EVERY) -> int:
+def forked(folder: Path, steps: int, every: int = EVERY, most: int | None = None) -> int:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
-            run(folder, steps, every)
+            run(folder, steps, every, most)
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -96,7 +99,7 @@ def main(home: str, kills: str) -> None:
     assert os.waitpid(forked(whole, steps, every=steps), 0)[1] == 0
     for _ in range(int(kills)):
         before = newest(folder)
-        child = forked(folder, steps)
+        child = forked(folder, steps, most=REACH + EVERY - 1)
         wait(folder, rng.randrange(REACH))
         time.sleep(rng.uniform(0, LATER))
         os.kill(child, signal.SIGKILL)

@@ -162,7 +162,7 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, tmp_path):
 def killed(home, kills):
     """What the driver says of a run that is killed so many times and then ends."""
     given = [sys.executable, str(DRIVER), str(home), str(kills)]
-    done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
