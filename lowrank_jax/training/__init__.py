@@ -14,6 +14,7 @@ from lowrank_jax.training.losses import layer_matching as layer_matching
 from lowrank_jax.training.losses import squared_error as squared_error
 from lowrank_jax.training.metrics import read_metrics as read_metrics
 from lowrank_jax.training.optimizers import carry_optimizer as carry_optimizer
+from lowrank_jax.training.optimizers import frobenius_decay as frobenius_decay
 from lowrank_jax.training.optimizers import one_cycle_sgd as one_cycle_sgd
 from lowrank_jax.training.state import TrainState as TrainState
 from lowrank_jax.training.steps import make_step as make_step

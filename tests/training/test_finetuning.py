@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
-from lowrank_jax import lowrank
+from lowrank_jax import SeparableConv, lowrank
 from lowrank_jax.training import distillation, evaluate, finetune, layer_matching
 
 
@@ -142,3 +143,10 @@ def test_evaluation_is_exact_for_any_batch_size(model, dense, batch, batch_size)
 def test_evaluating_nothing_is_refused(model):
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(model.apply, {}, np.ones((0, 8, 8, 3)), np.ones(0))
+
+
+def test_a_network_of_separable_layers_is_trained_from_random_weights(batch):
+    model = nn.Sequential([SeparableConv(4, (3, 3), rank=2), lambda x: x.mean((1, 2))])
+    start = model.init(jax.random.key(0), batch[0])
+    tuned = finetune(model.apply, start, batch, steps=2, batch_size=16)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tuned, start)
