@@ -30,6 +30,7 @@ from lowrank_jax import (
     lowrank,
 )
 from lowrank_jax.calibration.batch_norm import reestimate
+from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
@@ -38,8 +39,7 @@ from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.planner import calibrated_spectra, layer_weights
 from lowrank_jax.planning.sensitivities import divergences
 from lowrank_jax.planning.spectra import restrict, spectra
-from lowrank_jax.training.experiment import machine
-from lowrank_jax.training.loops import evaluate
+from lowrank_jax.training.evaluation import evaluate
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 SELECTORS = ("ratio", "energy", "total_energy", "log_energy", "minmax", "sensitivity", "evbmf")

@@ -15,7 +15,7 @@ import jax
 
 from lowrank_jax import decompose
 from lowrank_jax.data import pretrained
-from lowrank_jax.training import experiment
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.tuning.timing import throughput
 
 

@@ -8,11 +8,11 @@ import jax
 from flax import linen as nn
 
 from lowrank_jax import decompose, lowrank, trace
+from lowrank_jax.experiments.cifar10 import PAPER_RANKS
 from lowrank_jax.models import NIN, CifarResNet
 from lowrank_jax.models.imagenet import VGG16, ResNet50
 from lowrank_jax.models.published import PUBLISHED
 from lowrank_jax.program.kernel_use import Trace
-from lowrank_jax.training.experiment import PAPER_RANKS
 
 
 def half(uses: Trace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.modules.linen import SeparableConv
 from lowrank_jax.planning.budget import Budget
+from lowrank_jax.planning.leaves import skeleton
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.kernel_use import KernelUse, Trace
@@ -24,6 +25,7 @@ from lowrank_jax.tree.decomposing import decompose, reconstruct
 
 if TYPE_CHECKING:
     from lowrank_jax import data, models, nnx, training
+    from lowrank_jax.training.finetuning import finetune
     from lowrank_jax.tuning.experimental.allocator import keep_memory
     from lowrank_jax.tuning.search import fast
     from lowrank_jax.tuning.timer import Timer
@@ -48,6 +50,7 @@ __all__ = [
     "data",
     "decompose",
     "fast",
+    "finetune",
     "keep_memory",
     "load_weights",
     "lowrank",
@@ -58,6 +61,7 @@ __all__ = [
     "plan",
     "reconstruct",
     "save_weights",
+    "skeleton",
     "spectrum",
     "trace",
     "training",
@@ -68,6 +72,7 @@ _LATER = {
     "Timer": "lowrank_jax.tuning.timer",
     "data": "lowrank_jax",
     "fast": "lowrank_jax.tuning.search",
+    "finetune": "lowrank_jax.training.finetuning",
     "keep_memory": "lowrank_jax.tuning.experimental.allocator",
     "models": "lowrank_jax",
     "nnx": "lowrank_jax",

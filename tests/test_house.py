@@ -3,7 +3,7 @@
 A folder imports only from folders above it in `ORDER`, be it at the top of a file, within a
 function or for type checkers. Where the order is not that of the design, the reason is this:
 `tuning` stands before `planning`, which asks a timer for budgets of latency and loads it only then.
-`models` has layers of `modules`. `training` runs the experiment, with its data and its networks.
+`models` has layers of `modules`. `nnx` trains models of NNX by `training`, and loads it only then.
 """
 
 import ast
@@ -25,7 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 OTHERS = sorted(path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 LINES = {"lowrank_jax": 330, "benchmarks": 270, "tests": 530}
 COLUMNS = 100
-LATER = ("tuning", "training", "report", "cli", "data", "models", "nnx")
+LATER = ("tuning", "training", "experiments", "report", "cli", "data", "models", "nnx")
 ORDER = (
     "factorization",
     "program",
@@ -35,11 +35,12 @@ ORDER = (
     "tuning",
     "planning",
     "compression",
+    "training",
     "modules",
     "nnx",
     "models",
     "data",
-    "training",
+    "experiments",
     "report",
     "cli",
 )

@@ -11,7 +11,7 @@ import lowrank_jax
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-SHAPES = [(8, 32, 32, 64), (1, 10), (16, 10), (16, 10)]  # of the logits
+SHAPES = [(8, 32, 32, 64), (1, 10), (16, 10), (16, 10), (16, 10)]  # of the logits
 LINKS = sorted(set(re.findall(r"\]\(([^)#]+)", TEXT)))
 NAMES = sorted(set(re.findall(r"lowrank_jax(?:\.\w+)+", TEXT)))
 TABLE = TEXT.partition("## The public surface")[2].partition("##")[0]
@@ -21,7 +21,8 @@ OWN = re.findall(r"`(\w+)(?=[(`])", " ".join(ROWS))
 
 def examples():
     """The examples with their shapes; those that fit or measure take longer."""
-    slow = [pytest.mark.slow if "compress" in example else () for example in EXAMPLES]
+    long = ("compress", "finetune")
+    slow = [pytest.mark.slow if any(map(text.count, long)) else () for text in EXAMPLES]
     rows = zip(EXAMPLES, SHAPES, slow, strict=True)
     return [pytest.param(example, shape, marks=marks) for example, shape, marks in rows]
 

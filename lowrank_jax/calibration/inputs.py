@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 BATCH = 256
-_TRAINING = {"train": True, "training": True, "is_training": True, "deterministic": False}
+# What makes a network train, in the arguments of its call.
+TRAINING = {"train": True, "training": True, "is_training": True, "deterministic": False}
 
 
 class Inputs:
@@ -40,12 +41,12 @@ class Inputs:
         if isinstance(inputs, Iterator):
             self._started = inputs
         if self.one_batch:
-            images(_as_arguments(inputs))
+            images(as_arguments(inputs))
 
     @property
     def one_batch(self) -> bool:
         """Whether one batch was given, which is cut here."""
-        return not (callable(self._given) or _is_iterable_of_batches(self._given))
+        return not (callable(self._given) or is_iterable_of_batches(self._given))
 
     @property
     def again(self) -> bool:
@@ -55,19 +56,19 @@ class Inputs:
     @property
     def count(self) -> int | None:
         """How many images there are; None where only a pass over the batches tells."""
-        return images(_as_arguments(self._given)) if self.one_batch else None
+        return images(as_arguments(self._given)) if self.one_batch else None
 
     def __iter__(self) -> Iterator[tuple]:
         if self.one_batch:
-            yield from self._cut(_as_arguments(self._given))
+            yield from self._cut(as_arguments(self._given))
             return
         given = iter(self._given() if callable(self._given) else self._given)
-        batches = [_as_arguments(batch) for batch in itertools.islice(given, 2)]
+        batches = [as_arguments(batch) for batch in itertools.islice(given, 2)]
         if len(batches) == 1:  # of which one part is held against the other
             yield from self._cut(batches[0])
             return
         for batch in itertools.chain(batches, given):
-            arguments = _as_arguments(batch)
+            arguments = as_arguments(batch)
             images(arguments)
             yield arguments
 
@@ -100,13 +101,19 @@ class Inputs:
         return len(self._given)
 
 
-def _is_iterable_of_batches(given: Any) -> bool:
+def is_iterable_of_batches(given: Any) -> bool:
+    """Whether something that is no function is to be iterated over, and is not one batch."""
     if isinstance(given, (Mapping, tuple, str, bytes)) or hasattr(given, "shape"):
         return False
     return isinstance(given, Iterable) or hasattr(given, "__getitem__")
 
 
-def _as_arguments(batch: Any) -> tuple:
+def as_arguments(batch: Any) -> tuple:
+    """A batch as the arguments of a network, all leaves arrays.
+
+    Raises:
+        ValueError: a leaf is no array of real numbers.
+    """
     arguments = batch if isinstance(batch, tuple) else (batch,)
     return jax.tree.map(_as_array, arguments)
 
@@ -158,7 +165,7 @@ def shapes_of(arguments: tuple, count: int) -> tuple:
 
 def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
     """Raises for arguments that make a network train; warns of images that seem to be raw."""
-    for name, value in _TRAINING.items():
+    for name, value in TRAINING.items():
         if name in kwargs and kwargs[name] is value:
             raise ValueError(
                 f"{name}={value} is not allowed: a network is calibrated and compressed as it runs "

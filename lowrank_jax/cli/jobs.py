@@ -17,17 +17,18 @@ from lowrank_jax.cli.options import floats, parse_budget, parse_object, positive
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
+from lowrank_jax.tree.decomposing import reconstruct
 
 BATCH = 256  # images in a forward pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
-    """A dense network and unlabelled images.
+    """A network and its images.
 
     Attributes:
         apply: of the model.
-        variables: of the dense network.
+        variables: of the network, for `plan` and `compress` dense.
         images: inputs as the network takes them.
         kwargs: arguments of the model's call.
     """
@@ -69,8 +70,8 @@ class Job:
         return (gap / norm) ** 0.5 if norm else 0.0
 
 
-def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
-    """The options that `plan` and `compress` share."""
+def add_network_options(command: argparse.ArgumentParser) -> None:
+    """The options that name a network and its images."""
     add = command.add_argument
     formats = ".npz, .safetensors, .msgpack, Orbax folder"
     add("--checkpoint", required=True, help=f"variables: {formats}")
@@ -78,11 +79,17 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--model-args", type=parse_object, default={}, help="its attributes as JSON")
     about = 'arguments of its call as JSON, such as {"train": false}'
     add("--model-kwargs", type=parse_object, default={}, help=about)
-    about = "unlabelled images (batch, h, w, c): .npy, float or uint8"
+    about = "images (batch, h, w, c): .npy, float or uint8"
     add("--images", required=True, help=about)
     about = "of the channels, subtracted from images scaled to [0, 1]"
     add("--mean", type=floats, help=about)
     add("--std", type=rates, help="of the channels, by which the rest is divided")
+
+
+def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
+    """The options that `plan` and `compress` share."""
+    add_network_options(command)
+    add = command.add_argument
     about = "macs, parameters, bytes or latency=share, or a count"
     add("--budget", type=parse_budget, default="macs=0.5", help=about)
     about = "images that run at once, for a budget of latency"
@@ -92,20 +99,31 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--out", type=Path, default=Path(folder), help="folder for the results")
 
 
+def load_variables(path: str) -> dict[str, Any]:
+    """The variables of a Linen model from a checkpoint."""
+    variables = jax.tree.map(jax.numpy.asarray, load_weights(path))
+    if "params" not in variables:
+        raise ValueError(
+            f"{path} holds {sorted(variables)}, not 'params': save the variables of the model."
+        )
+    return variables
+
+
+def check_shapes(path: str, variables: Any, expected: Any, network: str) -> None:
+    """Refuses variables, dense or decomposed, that are not those of a network."""
+    dense = jax.eval_shape(reconstruct, variables)
+    if jax.tree.map(np.shape, dict(dense)) != jax.tree.map(np.shape, dict(expected)):
+        raise ValueError(
+            f"{path} does not hold the variables of {network}. Give the checkpoint of this model, "
+            "or --model-args as it had."
+        )
+
+
 def load_job(args: argparse.Namespace) -> Job:
     """The network and the images that the options name."""
     model = load_model(args.model, args.model_args)
-    variables = jax.tree.map(jax.numpy.asarray, load_weights(args.checkpoint))
-    if "params" not in variables:
-        raise ValueError(
-            f"{args.checkpoint} holds {sorted(variables)}, not 'params': save the variables of the "
-            "model."
-        )
+    variables = load_variables(args.checkpoint)
     images = load_images(args.images, args.mean, args.std)
     expected = check_model(args.model, model, images[:1], args.model_kwargs)
-    if jax.tree.map(np.shape, dict(variables)) != jax.tree.map(np.shape, dict(expected)):
-        raise ValueError(
-            f"{args.checkpoint} does not hold the variables of {args.model} for images "
-            f"{images.shape[1:]}. Give the checkpoint of this model, or --model-args as it had."
-        )
+    check_shapes(args.checkpoint, variables, expected, f"{args.model} for {images.shape[1:]}")
     return Job(apply=model.apply, variables=variables, images=images, kwargs=args.model_kwargs)

@@ -1,17 +1,18 @@
 """The commands `demo` and `cifar10`: the whole journey, from a dense network to a report."""
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from lowrank_jax import data
 from lowrank_jax.cli.options import new_command, parse_ranks, positive, rate, seed, whole
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
 from lowrank_jax.report.journey import markdown, write_report
-from lowrank_jax.training import experiment
 
 
 def add_commands(commands: Any) -> None:
@@ -72,13 +73,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_cifar10(args: argparse.Namespace) -> None:
-    """The whole experiment."""
-    recipe, early = _dense_recipe(args), args.out.with_name(f"{args.out.name}-dense.npz")
-    if recipe and early.exists():
-        raise FileExistsError(
-            f"{early} exists: the trained network of a run that did not end. Go on with it by "
-            "--weights, or move it away."
-        )
+    """The whole experiment; the same command goes on where it was stopped."""
+    recipe, work = _dense_recipe(args), args.out.with_name(f"{args.out.name}-training")
     train, test = (data.cifar10(split, args.data_dir) for split in ("train", "test"))
     model = _model(args)
     variables = (
@@ -86,14 +82,11 @@ def run_cifar10(args: argparse.Namespace) -> None:
     )
     experiment.check_ranks(variables, args.ranks)
     if recipe:
-        variables, _ = experiment.fit(model, variables, train, test, recipe)
-        save_weights(early, variables)  # hours of work, kept should a later step fail
-        print(f"The trained network is in {early} until the report is complete")
+        variables, _ = experiment.fit(model, variables, train, test, recipe, folder=work / "dense")
     options = dict(distill=args.distill, **_training(args))
     tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
-    _run(args, variables, train, test, tuning)
-    if recipe:
-        early.unlink()
+    _run(args, variables, train, test, tuning, work / "fine-tuning")
+    shutil.rmtree(work, ignore_errors=True)
     print(f"A report with pictures and both networks is in {args.out}")
 
 
@@ -121,8 +114,9 @@ def _run(
     train: data.Dataset,
     test: data.Dataset,
     recipe: experiment.Recipe,
+    work: Path | None = None,
 ) -> None:
-    journey = experiment.run(_model(args), variables, args.ranks, train, test, recipe)
+    journey = experiment.run(_model(args), variables, args.ranks, train, test, recipe, folder=work)
     with whole_folder(args.out) as folder:
         write_report(folder, journey, f"lowrank-jax {args.command}")
         save_weights(folder / "dense.npz", variables)

@@ -39,6 +39,19 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1.
+
+    Example:
+        >>> share("0.5")
+        0.5
+    """
+    value = _as(float, text, "a number from 0 to 1")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number from 0 to 1")
+    return value
+
+
 def floats(text: str) -> list[float]:
     """Finite numbers with commas between them.
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.cli.options import new_command, positive
+from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.report.paper import NetworkFacts, layer_facts, markdown
-from lowrank_jax.training.experiment import machine
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 from lowrank_jax.tree.paths import named_leaves
 from lowrank_jax.tuning.timing import compile_fastest, throughput

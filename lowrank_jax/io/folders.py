@@ -1,7 +1,6 @@
 """Folders of results: each knows its own files, and no other file is ever removed."""
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_jax.io.atomic import flock
+from lowrank_jax.io.seals import file_hash
 
 MANIFEST = "manifest.json"  # names of the files that a run wrote, with their hashes
 NEW, OLD = ".new", ".old"  # ends of the names of scratch folders
@@ -84,7 +84,7 @@ def _is_ours(out: Path) -> bool:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     text = json.dumps({"made_by": "lowrank_jax", "files": files}, indent=1)
     (folder / MANIFEST).write_text(text + "\n")
 
@@ -127,7 +127,7 @@ def _take_apart(old: Path, out: Path) -> None:
     for path in sorted(old.iterdir(), reverse=True):  # a.kept1 before a, which gets a free name
         if path.name == MANIFEST:
             continue
-        if path.is_file() and own.get(path.name) == _hash(path):
+        if path.is_file() and own.get(path.name) == file_hash(path):
             path.unlink()
         else:
             path.rename(_free_name(out / path.name))
@@ -155,8 +155,3 @@ def _leftovers(out: Path, end: str) -> list[Path]:
 def _escaped(name: str) -> str:
     """A name in which no letter has a meaning for ``glob``."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

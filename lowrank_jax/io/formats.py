@@ -70,6 +70,21 @@ def read_orbax(path: Path) -> dict[str, Any]:
     )
 
 
+def write_orbax(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes trees of numpy arrays by their names, as a step of a `CheckpointManager` holds them.
+
+    `read_orbax` reads the one named "default". The folder must not exist.
+    """
+    import orbax.checkpoint as ocp
+
+    trees = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    try:
+        checkpointer.save(folder.resolve(), args=ocp.args.Composite(**trees))
+    finally:
+        checkpointer.close()
+
+
 def _is_tree(folder: Path) -> bool:
     return (folder / "_METADATA").exists()
 

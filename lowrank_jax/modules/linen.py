@@ -69,12 +69,19 @@ class SeparableConv(nn.Module):
         scheme = Separable(self.rank, self.feature_group_count, AXES[len(size)], self.first)
         shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
         scheme.checked(shape, self.name or "SeparableConv")
-        parameters: dict[str, Any] = {"kernel": self.param("kernel", self._factors, scheme, shape)}
+        parameters: dict[str, Any] = {"kernel": self._kernel(scheme, shape)}
         if self.use_bias:
             parameters["bias"] = self.param(
                 "bias", self.bias_init, (self.features,), self.param_dtype
             )
         return lowrank(self._dense().apply)({"params": parameters}, inputs)
+
+    def _kernel(self, scheme: Separable, shape: tuple[int, ...]) -> Any:
+        """The factors; the dense kernel within `lowrank`, which reads the program with that."""
+        known: Any = self.get_variable("params", "kernel")
+        if getattr(known, "shape", None) == shape:
+            return known
+        return self.param("kernel", self._factors, scheme, shape)
 
     def _factors(self, key: jax.Array, scheme: Separable, shape: tuple[int, ...]) -> dict:
         keys = factor_keys(self.first, scheme.axes, len(shape))

@@ -3,6 +3,7 @@
 from lowrank_jax.modules.nnx import Factors, SeparableConv
 from lowrank_jax.nnx.data import calibrate, compress, fast, plan, reestimate
 from lowrank_jax.nnx.forms import functional
+from lowrank_jax.nnx.training import finetune
 from lowrank_jax.nnx.trees import decompose, reconstruct, trace
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "compress",
     "decompose",
     "fast",
+    "finetune",
     "functional",
     "plan",
     "reconstruct",

@@ -1,5 +1,6 @@
 """`plan`: from a network, a little unlabelled data and a budget to the rank of every layer."""
 
+import dataclasses
 import functools
 import math
 import weakref
@@ -16,6 +17,7 @@ from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.strips import Strips, whitened_spectrum
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.candidates import Candidates, candidates
+from lowrank_jax.planning.leaves import leaves_of
 from lowrank_jax.planning.measured import timed
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selectors import total_energy
@@ -99,7 +101,8 @@ def plan(
     table = candidates(source.trace, allowed, step, layer_weights(source))
     if budget.measure == "latency":
         table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
-    return select(table, budget)
+    chosen = select(table, budget)
+    return dataclasses.replace(chosen, leaves=leaves_of(source.network.variables))
 
 
 def usual_multiple() -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.planning.budget import Budget, check_measure, number
+from lowrank_jax.planning.leaves import Leaf
 from lowrank_jax.program.kernel_use import table
 
 VERSION = 2
@@ -69,6 +70,7 @@ class Plan:
         selector: name of the function that chose.
         budget: what was asked; None if the selector takes no budget.
         rest: cost of the other layers of the traced program, which stay.
+        leaves: of the dense tree, where it is of nested dicts; see `skeleton`.
 
     Example:
         >>> from lowrank_jax import Separable
@@ -90,6 +92,7 @@ class Plan:
     selector: str
     budget: Budget | None = None
     rest: Rest = Rest()
+    leaves: tuple[Leaf, ...] = ()
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices)
@@ -181,7 +184,9 @@ class Plan:
             ) from None
 
 
-def _plan(choices: list, selector: str, budget: dict | None, rest: dict) -> Plan:
+def _plan(
+    choices: list, selector: str, budget: dict | None, rest: dict, leaves: Sequence[dict] = ()
+) -> Plan:
     if not isinstance(selector, str):
         raise TypeError(f"the selector {selector!r} is no name")
     return Plan(
@@ -189,7 +194,12 @@ def _plan(choices: list, selector: str, budget: dict | None, rest: dict) -> Plan
         selector=selector,
         budget=Budget(**budget) if budget else None,
         rest=Rest(**{measure: _cost(cost) for measure, cost in rest.items()}),
+        leaves=tuple(_leaf(**leaf) for leaf in leaves),
     )
+
+
+def _leaf(path: list, shape: list, dtype: str) -> Leaf:
+    return Leaf(path=tuple(path), shape=tuple(shape), dtype=dtype)
 
 
 def _choice(

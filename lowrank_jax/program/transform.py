@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -77,21 +77,15 @@ def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
 
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pair)
-        values = [leaf for _, leaf in leaves]
-        if not dense_too and not any(is_pair(leaf) for leaf in values):
+        if not dense_too and not _has_pairs((args, kwargs)):
             return apply(*args, **kwargs)
-        names = _names([path for path, _ in leaves])
-        kernels = factored_kernels(names, values)
-        shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
-        whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
-        program = Program.of(whole, tree, shapes)
-        if dense_too:
-            kernels |= _dense_kernels(leaves, names, kernels)
-        results, _ = run_kernels(program, shapes, kernels, rule)
-        return program.rebuild(results)
+        return _run(apply, rule, args, kwargs, _may_be_kernel if dense_too else _never)[0]
 
     return run
+
+
+def _has_pairs(tree: Any) -> bool:
+    return any(map(is_pair, jax.tree.leaves(tree, is_leaf=is_pair)))
 
 
 def _has_nested(tree: Any) -> bool:
@@ -103,6 +97,54 @@ def _has_nested(tree: Any) -> bool:
     return any(is_factors(leaf) and not is_pair(leaf) for leaf in leaves)
 
 
+def with_notes(apply: Callable, rule: Rule, paths: Collection[str]) -> Callable:
+    """A function that gives the results of another one, and what a rule notes in its program.
+
+    Args:
+        apply: any function of arrays.
+        rule: of the equations that read a kernel.
+        paths: of the dense arrays in the first argument that are kernels, as factors are anyway.
+    """
+
+    check_function(apply)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, Notes]:
+        return _run(changed(apply), rule, args, kwargs, lambda name, _: name in paths)
+
+    return run
+
+
+def _never(name: str, leaf: Any) -> bool:
+    return False
+
+
+def _may_be_kernel(name: str, leaf: Any) -> bool:
+    return leaf.ndim > 2
+
+
+def _run(
+    apply: Callable,
+    rule: Rule,
+    args: tuple,
+    kwargs: dict[str, Any],
+    is_kernel: Callable[[str, Any], bool],
+) -> tuple[Any, Notes]:
+    """The results of a function by a rule, and the notes; some dense arrays are kernels, too."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pair)
+    values = [leaf for _, leaf in leaves]
+    names = _names([path for path, _ in leaves])
+    kernels = factored_kernels(names, values)
+    shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
+    whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
+    program = Program.of(whole, tree, shapes)
+    for index, (path, leaf) in enumerate(leaves):
+        dense_one = index not in kernels and is_array(leaf) and _is_first(path)
+        if dense_one and is_kernel(names[index], leaf):
+            kernels[index] = Kernel.dense(Source.of(names[index], leaf.shape), leaf)
+    results, notes = run_kernels(program, shapes, kernels, rule)
+    return program.rebuild(results), notes
+
+
 def _names(paths: list) -> list[str]:
     """The names of the leaves of all arguments; trees that name leaves alike are told apart."""
     names = names_of([path[2:] for path in paths])
@@ -111,16 +153,6 @@ def _names(paths: list) -> list[str]:
         jax.tree_util.keystr(path[1:]) if count[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
-
-
-def _dense_kernels(
-    leaves: list, names: list[str], known: Mapping[int, Kernel]
-) -> dict[int, Kernel]:
-    return {
-        index: Kernel.dense(Source.of(names[index], leaf.shape), leaf)
-        for index, (path, leaf) in enumerate(leaves)
-        if index not in known and is_array(leaf) and leaf.ndim > 2 and _is_first(path)
-    }
 
 
 def _is_first(path: Any) -> bool:

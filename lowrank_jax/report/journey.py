@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank_jax.experiments.cifar10 import Journey
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.report.pictures import PICTURES
-from lowrank_jax.training.experiment import Journey
 
 
 def write_report(folder: Path, journey: Journey, title: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lowrank_jax.training.experiment import Journey
+from lowrank_jax.experiments.cifar10 import Journey
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

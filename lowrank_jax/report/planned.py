@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.training.experiment import machine
 
 
 def write_plan(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:

@@ -1,9 +1,20 @@
-"""Training and evaluation of any model and any tree of parameters."""
+"""Training of any model and any tree of parameters, dense or decomposed."""
 
-from lowrank_jax.training.loops import TrainState as TrainState
-from lowrank_jax.training.loops import batches as batches
-from lowrank_jax.training.loops import crop_and_flip as crop_and_flip
-from lowrank_jax.training.loops import evaluate as evaluate
-from lowrank_jax.training.loops import make_train_step as make_train_step
-from lowrank_jax.training.loops import one_cycle_sgd as one_cycle_sgd
-from lowrank_jax.training.loops import train as train
+from lowrank_jax.training.augmentation import chain as chain
+from lowrank_jax.training.augmentation import crop_and_flip as crop_and_flip
+from lowrank_jax.training.augmentation import crops_and_flips as crops_and_flips
+from lowrank_jax.training.augmentation import cutmix as cutmix
+from lowrank_jax.training.augmentation import mixup as mixup
+from lowrank_jax.training.evaluation import evaluate as evaluate
+from lowrank_jax.training.finetuning import finetune as finetune
+from lowrank_jax.training.losses import Loss as Loss
+from lowrank_jax.training.losses import cross_entropy as cross_entropy
+from lowrank_jax.training.losses import distillation as distillation
+from lowrank_jax.training.losses import layer_matching as layer_matching
+from lowrank_jax.training.losses import squared_error as squared_error
+from lowrank_jax.training.metrics import read_metrics as read_metrics
+from lowrank_jax.training.optimizers import carry_optimizer as carry_optimizer
+from lowrank_jax.training.optimizers import frobenius_decay as frobenius_decay
+from lowrank_jax.training.optimizers import one_cycle_sgd as one_cycle_sgd
+from lowrank_jax.training.state import TrainState as TrainState
+from lowrank_jax.training.steps import make_step as make_step

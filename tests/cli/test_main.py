@@ -8,9 +8,9 @@ import pytest
 
 from lowrank_jax import data
 from lowrank_jax.cli import main as cli
+from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.io import weights as checkpoint
 from lowrank_jax.models import NIN
-from lowrank_jax.training import experiment
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(data, "sample", part)
     monkeypatch.setattr(data, "cifar10", part)
     monkeypatch.setattr(
-        experiment.run, "__kwdefaults__", {"batch_size": 4, "rounds": 2, "log": print}
+        experiment.run,
+        "__kwdefaults__",
+        {"batch_size": 4, "rounds": 2, "log": print, "folder": None},
     )
 
 

@@ -15,7 +15,7 @@ from lowrank_jax import data
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.models import CifarResNet
-from lowrank_jax.training.loops import evaluate
+from lowrank_jax.training.evaluation import evaluate
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WEIGHTS = (

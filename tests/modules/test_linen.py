@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, SeparableConv, decompose, max_rank, reconstruct
+from lowrank_jax import Separable, SeparableConv, decompose, lowrank, max_rank, reconstruct
 
 
 def normal(shape, dtype="float32"):
@@ -222,3 +222,10 @@ def test_a_rank_out_of_range_is_refused(rank):
 def test_the_refusal_of_a_rank_names_the_layer_and_its_groups():
     message = refuse(8, (3, 3), 7, name="stem", feature_group_count=2)
     assert message.startswith("stem: ") and "from 1 to 6" in message and "2 group(s)" in message
+
+
+def test_a_network_with_the_layer_runs_by_lowrank_as_it_does_alone():
+    model, x = nn.Sequential([SeparableConv(8, (3, 3), rank=2), nn.relu]), jnp.ones((2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), x)
+    found = jax.jit(lowrank(model.apply))(variables, x)
+    np.testing.assert_allclose(found, jax.jit(model.apply)(variables, x), rtol=1e-6)

@@ -1,10 +1,10 @@
 """The journey: decompose a trained network, fine-tune it, and measure both."""
 
 import dataclasses
-import functools
 import os
 import platform
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -18,14 +18,10 @@ from lowrank_jax.io.weights import load_weights
 from lowrank_jax.models import NIN
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.tracing import trace
-from lowrank_jax.training.loops import (
-    TrainState,
-    crop_and_flip,
-    evaluate,
-    make_train_step,
-    one_cycle_sgd,
-    train,
-)
+from lowrank_jax.training.augmentation import crop_and_flip
+from lowrank_jax.training.evaluation import evaluate
+from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.tree.decomposing import decompose
 from lowrank_jax.tuning.timing import Throughput, compile_fastest, throughput
 
@@ -120,36 +116,59 @@ def fit(
     test: Dataset,
     recipe: Recipe,
     log: Log = print,
-    teacher: Callable[[jax.Array], jax.Array] | None = None,
+    teacher: tuple[NIN, Variables] | None = None,
+    folder: Path | None = None,
 ) -> tuple[Variables, list[float]]:
     """Trains a network and evaluates it after every epoch.
+
+    Args:
+        model: dense or with ranks.
+        variables: to start with.
+        data, test: images to train with, and for the accuracy.
+        recipe: how to train.
+        log: called with a line after every epoch.
+        teacher: a network whose probabilities are the targets in place of the labels.
+        folder: for checkpoints; the same call goes on from there.
 
     Returns:
         The trained variables and the test accuracy after each epoch.
     """
 
-    def augment(key, images):
-        return crop_and_flip(key, normalize(images), recipe.crop, recipe.padding)
+    def augment(key: jax.Array, batch: tuple) -> tuple:
+        images, labels = batch
+        return crop_and_flip(key, normalize(images), recipe.crop, recipe.padding), labels
 
-    def after_epoch(epoch, state, loss):
-        history.append(accuracy(model, state.variables, test))
-        log(f"epoch {epoch}/{recipe.epochs}: loss {loss:.4f}, test accuracy {history[-1]:.2%}")
+    def after_epoch(epoch: int, variables: Variables, metrics: Mapping) -> dict[str, float]:
+        history[epoch] = accuracy(model, variables, test)
+        log(
+            f"epoch {epoch}/{recipe.epochs}: loss {metrics['loss']:.4f}, "
+            f"test accuracy {history[epoch]:.2%}"
+        )
+        return {"test_accuracy": history[epoch]}
 
-    history: list[float] = []
-    tx = one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size))
-    state = TrainState.create(variables, tx, recipe.seed)
-    step = make_train_step(model.apply, tx, augment, teacher)
-    state = train(
-        state,
-        step,
-        data.images,
-        data.labels,
+    history = {} if folder is None else _history(folder)
+    dense, target = teacher or (None, None)
+    trained = finetune(
+        model.apply,
+        variables,
+        (data.images, data.labels),
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
+        learning_rate=recipe.peak,
+        teacher=target,
+        teacher_apply=dense.apply if dense else None,
+        augment=augment,
         seed=recipe.seed,
+        folder=folder,
         after_epoch=after_epoch,
     )
-    return state.variables, history
+    return trained, [history[epoch] for epoch in sorted(history)]
+
+
+def _history(folder: Path) -> dict[int, float]:
+    """Epoch to its test accuracy, as far as the run in a folder came."""
+    lines = [line for line in read_metrics(folder) if "test_accuracy" in line]
+    return {line["epoch"]: line["test_accuracy"] for line in lines}
 
 
 def run(
@@ -163,6 +182,7 @@ def run(
     batch_size: int = 128,
     rounds: int = 15,
     log: Log = print,
+    folder: Path | None = None,
 ) -> Journey:
     """Decomposes a trained network, fine-tunes it and measures it beside the dense one.
 
@@ -175,6 +195,7 @@ def run(
         recipe: of the fine-tuning.
         batch_size, rounds: images in a forward pass and passes of each network in the timing.
         log: called with a line after every step.
+        folder: for checkpoints of the fine-tuning; the same call goes on from there.
     """
     small = dense.clone(ranks=dict(ranks))
     variables = flax.core.unfreeze(variables)
@@ -188,8 +209,8 @@ def run(
     }
     shares = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
     log(f"{len(test):,} test images: {shares}")
-    teacher: Callable | None = functools.partial(dense.apply, variables) if recipe.distill else None
-    tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher)
+    teacher = (dense, variables) if recipe.distill else None
+    tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher, folder)
     scores["fine-tuned"] = curve[-1]
     log("timing the forward passes")
     times = measure(

@@ -1,0 +1,166 @@
+"""Fine-tunes the compressed ResNet-20 on CIFAR-10, and says what it keeps; goes on where it ended.
+
+python benchmarks/finetune.py --shared ../shared/data --speedup 2 --epochs 30
+
+The network is calibrated, planned and compressed on unlabelled training images, then trained with
+random crops and flips towards the dense network and the labels. The test images are looked at, not
+chosen by: the accuracy of the last epoch counts. Writes JSON to benchmarks/results.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from compress import interval, load, normalize
+
+from lowrank_jax import Plan, calibrate, compress, data, load_weights, plan, save_weights
+from lowrank_jax.experiments.cifar10 import machine
+from lowrank_jax.models import CifarResNet
+from lowrank_jax.training import (
+    crop_and_flip,
+    cross_entropy,
+    distillation,
+    evaluate,
+    finetune,
+    layer_matching,
+)
+from lowrank_jax.training.losses import Loss
+from lowrank_jax.training.metrics import read_metrics
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shared", type=Path, required=True, help="holds the weights and tensorflow_datasets")
+    add("--speedup", type=float, default=2.0, help="times fewer macs")
+    add("--epochs", type=int, default=30)
+    add("--seed", type=int, default=0)
+    add("--folder", type=Path, help="of the run; default finetune-SPEEDUP-SEED")
+    add("--out", type=Path, help="JSON; default benchmarks/results/finetune-SPEEDUP-SEED.json")
+    add("--batch-size", type=int, default=128)
+    add("--learning-rate", type=float, default=0.02, help="highest of the one-cycle schedule")
+    add("--labels", type=float, default=0.5, help="weight of the cross-entropy")
+    add("--distill", type=float, default=0.5, help="weight of the dense network's probabilities")
+    add("--temperature", type=float, default=4.0, help="of the distillation")
+    add("--layers", type=float, default=0.0, help="weight of the layers' outputs")
+    add("--average", type=float, help="decay of a moving average of the parameters, as 0.999")
+    add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")
+    add("--train", type=int, default=50_000, help="training images")
+    add("--test", type=int, default=10_000, help="test images")
+    args = parser.parse_args()
+    name = f"finetune-{args.speedup:g}-{args.seed}"
+    args.folder = args.folder or Path(name)
+    args.out = args.out or Path(__file__).parent / "results" / f"{name}.json"
+    return args
+
+
+def loss(args: argparse.Namespace) -> Loss:
+    """The weighted sum that the options name."""
+    parts = {
+        cross_entropy: args.labels,
+        lambda: distillation(args.temperature): args.distill,
+        layer_matching: args.layers,
+    }
+    return sum((weight * make() for make, weight in parts.items() if weight), Loss(()))
+
+
+def compressed(args: argparse.Namespace, model: CifarResNet, dense: Any, images: Any) -> tuple:
+    """The plan and the network before training; a run that goes on has them in its folder."""
+    plan_path, start_path = args.folder / "plan.json", args.folder / "start.npz"
+    if start_path.exists():
+        return Plan.load(plan_path), jax.tree.map(jnp.asarray, load_weights(start_path))
+    args.folder.mkdir(parents=True, exist_ok=True)
+    found = calibrate(model.apply, dense, images)
+    chosen = plan(found, macs=1 / args.speedup)
+    small = compress(found, chosen)
+    chosen.save(plan_path)
+    save_weights(start_path, small)
+    return chosen, small
+
+
+def augment(key: jax.Array, batch: tuple) -> tuple:
+    images, labels = batch
+    return crop_and_flip(key, normalize(images), size=32, padding=4), labels
+
+
+def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, **more: Any) -> Any:
+    """The network after training."""
+    wanted = loss(args)
+    return finetune(
+        model.apply,
+        small,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        loss=wanted,
+        teacher=dense if wanted.needs & {"teacher", "layers"} else None,
+        average=args.average,
+        augment=augment,
+        seed=args.seed,
+        folder=args.folder,
+        **more,
+    )
+
+
+def main() -> None:
+    args = options()
+    model, dense = load(args.shared)
+    sets = args.shared / "tensorflow_datasets"
+    train, test = (data.cifar10(split, str(sets)) for split in ("train", "test"))
+    images = normalize(train.images[: args.calibration])
+    chosen, small = compressed(args, model, dense, images)
+
+    def accuracy(network: Any) -> float:
+        given = test.images[: args.test], test.labels[: args.test]
+        return evaluate(model.apply, network, *given, preprocess=normalize)
+
+    def after_epoch(epoch: int, network: Any, metrics: Any) -> dict[str, float]:
+        score = accuracy(network)
+        print(f"epoch {epoch}: loss {metrics['loss']:.4f}, accuracy {score:.2%}", flush=True)
+        return {"accuracy": score}
+
+    before = {"dense": accuracy(dense), "compressed": accuracy(small)}
+    print({name: f"{score:.2%}" for name, score in before.items()}, flush=True)
+    batches = train.images[: args.train], train.labels[: args.train]
+    start = time.perf_counter()
+    network = tuned(
+        args, model, dense, small, batches=batches, plan=chosen, after_epoch=after_epoch
+    )
+    seconds = time.perf_counter() - start
+    save_weights(args.folder / "variables.npz", network)
+    write(args, chosen, before, accuracy(network), seconds)
+
+
+def write(
+    args: argparse.Namespace, chosen: Plan, before: dict[str, float], score: float, seconds: float
+) -> None:
+    """The figures of a run, whose seconds are those of this process alone."""
+    lines = read_metrics(args.folder)
+    speeds = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
+    found = {
+        "benchmark": "finetune",
+        "machine": machine(),
+        "options": {name: str(value) for name, value in vars(args).items()},
+        "macs": chosen.total("macs"),
+        "parameters": chosen.total("parameters"),
+        "accuracy": before | {"fine-tuned": score},
+        "interval": interval(score, args.test),
+        "curve": [line["accuracy"] for line in lines if "accuracy" in line],
+        "images_per_second": float(np.median(speeds)) * args.batch_size if speeds else None,
+        "seconds": seconds,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

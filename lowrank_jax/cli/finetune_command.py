@@ -1,0 +1,118 @@
+"""The command `finetune`: trains a checkpoint, and goes on where it was stopped."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.cli.arrays import load_labels
+from lowrank_jax.cli.jobs import (
+    Job,
+    add_network_options,
+    check_shapes,
+    load_job,
+    load_variables,
+)
+from lowrank_jax.cli.options import new_command, positive, rate, seed, share
+from lowrank_jax.compression.compressing import compress
+from lowrank_jax.io.weights import load_weights, save_weights
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.training.features import decomposed_paths
+from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.losses import Loss, cross_entropy, distillation
+from lowrank_jax.tree.decomposing import reconstruct
+
+CALIBRATION = 2048  # images to which the factors are fitted before training
+START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
+
+
+def add_command(commands: Any) -> None:
+    """Adds `finetune` to the subcommands of ``lowrank-jax``."""
+    about = "train a checkpoint, dense or decomposed; the same command goes on where it was stopped"
+    command = new_command(commands, "finetune", about, run)
+    add_network_options(command)
+    add = command.add_argument
+    about = "classes of the images, .npy; needed without a teacher"
+    add("--labels", help=about)
+    about = "plan.json, by which a dense checkpoint is compressed first; it is then the teacher"
+    add("--plan", type=Path, help=about)
+    add("--teacher", help="dense checkpoint whose probabilities are targets, too")
+    about = "weight of the teacher's probabilities from 0 to 1, the rest is that of the labels"
+    add("--distill", type=share, default=0.5, help=about)
+    add("--temperature", type=rate, default=4.0, help="of the probabilities")
+    length = command.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=positive, help="batches of the whole run")
+    length.add_argument("--epochs", type=positive, help="passes over the images")
+    add("--batch-size", type=positive, default=128, help="images in a step")
+    add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
+    add("--seed", type=seed, default=0, help="of the order of the images and of dropout")
+    add("--save-every", type=positive, default=500, help="steps between two checkpoints")
+    about = "of the run: its checkpoints, metrics and result"
+    add("--folder", type=Path, default=Path("lowrank-jax-finetune"), help=about)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the network, and writes its variables into the folder of the run."""
+    job = load_job(args)
+    labels = load_labels(args.labels, len(job.images), job.class_count) if args.labels else None
+    teacher = _teacher(job, args)
+    wanted = _loss(labels, teacher, args)
+    plan = Plan.load(args.plan) if args.plan else None
+    args.folder.mkdir(parents=True, exist_ok=True)
+    tuned = finetune(
+        job.apply,
+        _start(job, plan, args.folder / START),
+        job.images if labels is None else (job.images, labels),
+        steps=args.steps,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        loss=wanted,
+        teacher=teacher if "teacher" in wanted.needs else None,
+        seed=args.seed,
+        folder=args.folder,
+        save_every=args.save_every,
+        plan=plan,
+        **job.kwargs,
+    )
+    save_weights(args.folder / RESULT, tuned)
+    if plan is not None:
+        plan.save(args.folder / PLAN)
+    if labels is not None:
+        print(f"{np.mean(job.classes(tuned) == labels):.2%} of the images are classified as given")
+    print(f"The network is {args.folder / RESULT}; run it with lowrank_jax.lowrank(model.apply).")
+
+
+def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The dense network, where there is one beside the trained one."""
+    if args.teacher:
+        found = load_variables(args.teacher)
+        check_shapes(args.teacher, found, jax.eval_shape(reconstruct, job.variables), args.model)
+        return found
+    return job.variables if args.plan and not decomposed_paths(job.variables) else None
+
+
+def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
+    if labels is None and teacher is None:
+        raise ValueError("There is nothing to learn from; give --labels, --teacher, or both.")
+    if teacher is None:
+        return cross_entropy()
+    towards = distillation(args.temperature)
+    if labels is None or args.distill == 1:
+        return towards
+    return args.distill * towards + (1 - args.distill) * cross_entropy()
+
+
+def _start(job: Job, plan: Plan | None, path: Path) -> Any:
+    """The network before training; a run that goes on has it in its folder."""
+    if plan is None or decomposed_paths(job.variables):
+        return job.variables
+    if path.exists():
+        return jax.tree.map(jax.numpy.asarray, load_weights(path))
+    images = job.images[:CALIBRATION]
+    small = compress(job.apply, job.variables, images, plan, **job.kwargs)
+    save_weights(path, small)
+    return small

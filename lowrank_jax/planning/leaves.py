@@ -1,0 +1,106 @@
+"""The leaves of a dense tree as plain data, from which a plan gives the tree of its network."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from lowrank_jax.tree.decomposing import decompose
+
+if TYPE_CHECKING:
+    from lowrank_jax.planning.plans import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array of a tree of nested dicts.
+
+    Attributes:
+        path: its keys.
+        shape: of the dense array.
+        dtype: name of its type.
+
+    Example:
+        >>> Leaf(path=("params", "conv", "bias"), shape=(8,), dtype="float32").abstract
+        ShapeDtypeStruct(shape=(8,), dtype=float32)
+    """
+
+    path: tuple[str | int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        keys = isinstance(self.path, tuple) and all(isinstance(key, str | int) for key in self.path)
+        sizes = all(type(size) is int and size >= 0 for size in self.shape)
+        if not keys or not self.path or not sizes:
+            raise ValueError(f"the leaf {self.path!r} has the shape {self.shape!r}")
+        math.prod(self.abstract.shape)  # refuses what is no type
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
+
+
+def leaves_of(tree: Any) -> tuple[Leaf, ...]:
+    """The leaves of nested dicts of arrays; none of any other tree, which plain data cannot hold.
+
+    Example:
+        >>> [leaf.path for leaf in leaves_of({"params": {"w": jnp.ones(3)}})]
+        [('params', 'w')]
+        >>> leaves_of([jnp.ones(3)])
+        ()
+    """
+    if not isinstance(tree, Mapping):
+        return ()
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in pairs]
+    keyed = all(isinstance(key, str | int) for path in paths for key in path)
+    if not keyed or any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for _, x in pairs):
+        return ()
+    return tuple(
+        Leaf(path=path, shape=tuple(x.shape), dtype=str(x.dtype))  # type: ignore[arg-type]
+        for path, (_, x) in zip(paths, pairs, strict=True)
+    )
+
+
+def skeleton(plan: "Plan", variables: Any = None) -> Any:
+    """The tree of a plan's network without values, for a checkpoint to be read into.
+
+    Neither the dense checkpoint nor its model is needed where the plan was made of nested dicts, as
+    those of Linen and of `load_weights`.
+
+    Args:
+        plan: as `plan`, or `Plan.load`, gives it.
+        variables: the dense tree, abstract or not, for a plan that does not hold its leaves.
+
+    Returns:
+        The tree with a `jax.ShapeDtypeStruct` for each array, factors among them.
+
+    Raises:
+        ValueError: the plan does not hold the leaves, and no variables are given; or they do not
+            fit the plan.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> import lowrank_jax as lr
+        >>> model, x = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((2, 8, 8, 8))
+        >>> chosen = lr.plan(model.apply, model.init(jax.random.key(0), x), x, macs=0.5)
+        >>> tree = skeleton(chosen)
+        >>> tree["params"]["layers_0"]["kernel"]["vertical"]
+        ShapeDtypeStruct(shape=(3, 1, 8, 6), dtype=float32)
+    """
+    if variables is None and not plan.leaves:
+        raise ValueError(
+            "This plan does not hold the leaves of its tree; give the variables of the dense "
+            "network, such as jax.eval_shape(model.init, jax.random.key(0), x)."
+        )
+    dense = variables
+    if dense is None:
+        dense = unflatten_dict({leaf.path: leaf.abstract for leaf in plan.leaves})
+    if not plan.ranks:
+        return jax.eval_shape(lambda tree: tree, dense)
+    return jax.eval_shape(lambda tree: decompose(tree, plan), dense)

@@ -1,0 +1,161 @@
+"""Random changes of batches, on the device: pure functions of (key, batch)."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Augment = Callable[[chex.PRNGKey, tuple], tuple]
+
+
+def chain(*parts: Augment) -> Augment:
+    """One change after the other, each with a key of its own.
+
+    Example:
+        >>> double = lambda key, batch: (2 * batch[0], *batch[1:])
+        >>> chain(double, double)(jax.random.key(0), (jnp.ones(2), "labels"))[0].tolist()
+        [4.0, 4.0]
+    """
+
+    def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
+        for part, own in zip(parts, jax.random.split(key, len(parts)), strict=True):
+            batch = part(own, batch)
+        return batch
+
+    return augment
+
+
+def crops_and_flips(size: int, padding: int) -> Augment:
+    """`crop_and_flip` of the images, which are the first in a batch."""
+
+    def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
+        images, *rest = batch
+        return crop_and_flip(key, images, size, padding), *rest
+
+    return augment
+
+
+def mixup(classes: int, alpha: float = 0.2) -> Augment:
+    """Mixes every example and its label with another one (Zhang et al., 2017, arXiv 1710.09412).
+
+    Args:
+        classes: of the labels, which are ints (batch,) or probabilities (batch, classes).
+        alpha: of the distribution Beta(alpha, alpha) of the share of the first one.
+
+    Example:
+        >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
+        >>> images, labels = mixup(4)(jax.random.key(0), batch)
+        >>> images.shape, labels.shape, labels.sum(-1).tolist()
+        ((4, 8, 8, 3), (4, 4), [1.0, 1.0, 1.0, 1.0])
+    """
+    _check_alpha(alpha)
+
+    def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
+        *inputs, labels = batch
+        targets, order, share = _drawn(key, labels, classes, alpha)
+
+        def mixed(x: jax.Array) -> jax.Array:
+            own = share.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+            return own * x + (1 - own) * x[order]
+
+        return *(jax.tree.map(mixed, x) for x in inputs), mixed(targets)
+
+    return augment
+
+
+def cutmix(classes: int, alpha: float = 1.0) -> Augment:
+    """Puts a part of another image into each one (Yun et al., 2019, arXiv 1905.04899).
+
+    The labels are mixed by the shares of the areas.
+
+    Args:
+        classes, alpha: as in `mixup`.
+
+    Example:
+        >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
+        >>> images, labels = cutmix(4)(jax.random.key(0), batch)
+        >>> images.shape, labels.sum(-1).tolist()
+        ((4, 8, 8, 3), [1.0, 1.0, 1.0, 1.0])
+    """
+    _check_alpha(alpha)
+
+    def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
+        images, labels = batch
+        draw_key, box_key = jax.random.split(key)
+        targets, order, share = _drawn(draw_key, labels, classes, alpha)
+        inside = _boxes(box_key, share, images.shape)
+        own = 1 - inside.mean((1, 2))[:, None]
+        images = jnp.where(inside[..., None], images[order], images)
+        return images, own * targets + (1 - own) * targets[order]
+
+    return augment
+
+
+def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int) -> jax.Array:
+    """Pads with zeros, takes a random square and mirrors half of the images, on the device.
+
+    Args:
+        key: random key.
+        images: (batch, height, width, channels).
+        size: side of the square in pixels, at most height + 2 * padding.
+        padding: zeros added on each side, in pixels.
+
+    Returns:
+        Array of shape (batch, size, size, channels).
+
+    Raises:
+        ValueError: the square is larger than the padded images.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> crop_and_flip(jax.random.key(0), jnp.ones((4, 32, 32, 3)), size=24, padding=0).shape
+        (4, 24, 24, 3)
+    """
+    batch, height, width, channels = images.shape
+    room = jnp.array((height, width)) + 2 * padding - size
+    if min(height, width) + 2 * padding < size:
+        raise ValueError(
+            f"size={size} is larger than the padded images, {height}x{width} with "
+            f"padding={padding}; give a smaller size or more padding."
+        )
+    corner_key, flip_key = jax.random.split(key)
+    corners = jax.random.randint(corner_key, (batch, 2), 0, room + 1)
+    flips = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def square(image: jax.Array, corner: jax.Array) -> jax.Array:
+        start = (corner[0], corner[1], 0)
+        return jax.lax.dynamic_slice(image, start, (size, size, channels))
+
+    squares = jax.vmap(square)(padded, corners)
+    return jnp.where(flips, squares[:, :, ::-1], squares)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha!r} is not allowed; give a number above 0.")
+
+
+def _drawn(
+    key: chex.PRNGKey, labels: jax.Array, classes: int, alpha: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels as probabilities, the partner of each example, and the share of the first one."""
+    order_key, share_key = jax.random.split(key)
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    targets = jax.nn.one_hot(labels, classes) if integer else labels
+    order = jax.random.permutation(order_key, len(labels))
+    return targets, order, jax.random.beta(share_key, alpha, alpha, (len(labels),))
+
+
+def _boxes(key: chex.PRNGKey, share: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """For each image a box with that share outside of it, cut off at the border: bools."""
+    count, height, width = shape[:3]
+    side = jnp.sqrt(1 - share)[:, None]
+    centre = jax.random.uniform(key, (count, 2))
+    low, high = centre - side / 2, centre + side / 2
+    rows = (jnp.arange(height) + 0.5) / height
+    columns = (jnp.arange(width) + 0.5) / width
+    inside_rows = (rows > low[:, :1]) & (rows < high[:, :1])
+    inside_columns = (columns > low[:, 1:]) & (columns < high[:, 1:])
+    return inside_rows[:, :, None] & inside_columns[:, None, :]

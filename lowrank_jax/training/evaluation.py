@@ -1,0 +1,73 @@
+"""Exact accuracy of a classifier."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.transform import lowrank
+
+Preprocess = Callable[[jax.Array], jax.Array]
+
+
+def same(images: jax.Array) -> jax.Array:
+    """The images as they are."""
+    return images
+
+
+def evaluate(
+    apply: Callable,
+    variables: chex.ArrayTree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    preprocess: Preprocess = same,
+    batch_size: int = 250,
+) -> float:
+    """Share of the images whose largest logit is the label, exact for any count of images.
+
+    The last partial batch is filled with the label -1, which no prediction equals.
+
+    Args:
+        apply: ``model.apply``, or any function of a tree and images.
+        variables: the tree, with kernels dense or as factors.
+        images: (count, ...).
+        labels: ints (count,).
+        preprocess: of the images, on the device.
+        batch_size: images at once.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        ValueError: there are no images.
+
+    Example:
+        >>> images, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 0])
+        >>> round(evaluate(lambda tree, x: x, {}, images, labels), 3)
+        0.667
+    """
+    if not len(labels):
+        raise ValueError("evaluate needs at least one image; give some.")
+    count = _count_correct(apply, preprocess)
+    correct = 0
+    for start in range(0, len(labels), batch_size):
+        x, y = images[start : start + batch_size], labels[start : start + batch_size]
+        missing = batch_size - len(y)
+        x = np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+        correct += int(count(variables, x, np.pad(y, (0, missing), constant_values=-1)))
+    return correct / len(labels)
+
+
+@functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too
+def _count_correct(apply: Callable, preprocess: Preprocess) -> Callable:
+    def count(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = lowrank(apply)(variables, preprocess(images))
+        return jnp.sum(jnp.argmax(logits, -1) == labels)
+
+    return jax.jit(count, compiler_options=default_options())

@@ -1,0 +1,180 @@
+"""`finetune`: trains a decomposed network, or any other, in one call."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.jaxprs import check_function
+from lowrank_jax.training.losses import Loss, Name, Term
+from lowrank_jax.training.optimizers import one_cycle_sgd
+from lowrank_jax.training.order import Batches, batches_of
+from lowrank_jax.training.partition import Rules
+from lowrank_jax.training.runs import AfterEpoch, Run
+from lowrank_jax.training.state import TrainState
+from lowrank_jax.training.steps import Augment, make_step
+
+TEACHES = {"teacher", "layers"}
+
+
+def finetune(
+    apply: Callable,
+    variables: Any,
+    batches: Any,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 128,
+    loss: Loss | Term | Name | None = None,
+    teacher: Any = None,
+    teacher_apply: Callable | None = None,
+    learning_rate: float = 0.02,
+    tx: optax.GradientTransformation | None = None,
+    accumulate: int = 1,
+    average: float | None = None,
+    trained: Rules | None = None,
+    augment: Augment | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    save_every: int = 500,
+    plan: Plan | None = None,
+    after_epoch: AfterEpoch | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+    mutable: Sequence[str] | None = None,
+    rngs: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Trains a network, dense or decomposed, and goes on where a run in its folder ended.
+
+    The factors are trained as any other parameter. How a Linen model is called in training is found
+    out: ``train=True``, or what its call has instead, its collections, its dropout.
+
+    Args:
+        apply: ``model.apply``, or any function of a tree and inputs; `lowrank` is not needed.
+        variables: the tree, with kernels dense or as factors. It is not changed.
+        batches: arrays (inputs, labels), or batches of those; see
+            `lowrank_jax.training.order.batches_of`.
+        steps, epochs: how long, one of both; epochs need arrays or a list.
+        batch_size: examples of a batch that is cut from arrays.
+        loss: a `lowrank_jax.training.losses.Loss`, its name, or a function of what it needs. By
+            default "cross_entropy", and "distillation" with a teacher.
+        teacher: variables of the dense network, for a loss that needs them.
+        teacher_apply: its function, where it is another one.
+        learning_rate: highest rate of the default optimiser, `one_cycle_sgd`.
+        tx: an optimiser of optax, in place of the default one.
+        accumulate: batches whose gradients are averaged for one update.
+        average: decay of a moving average of the parameters, such as 0.999, which is returned in
+            their place.
+        trained: patterns to whether what they match is trained, as in ``{"stem": False}``; see
+            `lowrank_jax.training.partition.trained_leaves`.
+        augment: function of (key, batch) to the batch that the networks get, such as those of
+            `lowrank_jax.training.augmentation`.
+        dtype: type of the computation, such as ``jnp.bfloat16``; parameters keep their own.
+        seed: of the order of the data and of all random numbers.
+        folder: where checkpoints and metrics are kept; the same call goes on from there.
+        save_every: steps between two checkpoints.
+        plan: of the ranks, kept in the checkpoints.
+        after_epoch: called with (epoch from 1, variables, mean metrics) after each epoch.
+        train_kwargs: arguments of the model that are others in training.
+        mutable, rngs: collections and random streams, where they are not found out.
+        **kwargs: arguments of the model itself.
+
+    Returns:
+        The trained variables, in the structure of those given.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the step, a parameter and the last checkpoint
+            are named.
+        OSError: a checkpoint cannot be written, as on a full disk; what was saved stays.
+        SystemExit: SIGTERM came; the run was saved, and the status is 143.
+        ValueError: an argument is not allowed, or the folder is of another run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> import lowrank_jax as lr
+        >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jnp.ones((8, 9))
+        >>> dense = model.init(jax.random.key(0), x)
+        >>> small = lr.decompose(dense, {"layers_0": 2})
+        >>> tuned = finetune(model.apply, small, (x, jnp.zeros(8, int)), steps=3, batch_size=4)
+        >>> tuned["params"]["layers_0"]["kernel"]["left_factor"].shape
+        (9, 2)
+    """
+    check_function(apply, variables)
+    data = batches_of(batches, batch_size, seed)
+    count = count_steps(data, steps, epochs)
+    wanted = _loss(loss, teacher)
+    optimiser = _optimiser(tx, learning_rate, count, accumulate)
+    step = make_step(
+        apply,
+        optimiser,
+        wanted,
+        augment=augment,
+        average=average,
+        dtype=dtype,
+        teacher=teacher_apply,
+        train_kwargs=train_kwargs,
+        mutable=mutable,
+        rngs=rngs,
+        **kwargs,
+    )
+    run = Run(
+        step=jax.jit(step, donate_argnums=0, compiler_options=default_options()),
+        batches=data,
+        steps=count,
+        seed=seed,
+        teacher=teacher,
+        folder=None if folder is None else Path(folder),
+        save_every=_positive("save_every", save_every),
+        plan=plan,
+        after_epoch=after_epoch,
+    )
+    start = TrainState.create(
+        variables, optimiser, seed=seed, trained=trained, average=average is not None
+    )
+    return run.finish(start).averaged
+
+
+def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:
+    """The steps of a run that is given in steps or in epochs."""
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"steps={steps} and epochs={epochs} are not allowed; give one of both.")
+    if steps is not None:
+        return _positive("steps", steps)
+    if batches.epoch is None:
+        raise ValueError(
+            f"epochs={epochs} is not allowed for batches that cannot be counted; give steps."
+        )
+    return _positive("epochs", epochs) * batches.epoch
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
+    return value
+
+
+def _loss(loss: Loss | Term | Name | None, teacher: Any) -> Loss:
+    """The loss; a teacher and a loss belong together."""
+    usual: Name = "cross_entropy" if teacher is None else "distillation"
+    wanted = Loss.of(usual if loss is None else loss)
+    if teacher is not None and not wanted.needs & TEACHES:
+        raise ValueError(
+            f"The loss needs {sorted(wanted.needs)} and no teacher; leave the teacher out, or add "
+            "distillation()."
+        )
+    return wanted
+
+
+def _optimiser(
+    tx: optax.GradientTransformation | None, learning_rate: float, steps: int, accumulate: int
+) -> optax.GradientTransformation:
+    every = _positive("accumulate", accumulate)
+    own = one_cycle_sgd(learning_rate, -(-steps // every)) if tx is None else tx
+    return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

@@ -1,0 +1,211 @@
+"""Losses: pure functions of what networks give, which add with weights.
+
+A term of a loss is a function that names what it needs, of these:
+
+- ``outputs`` of the trained network, an array (batch, ..., classes) or what else it gives.
+- ``labels`` of the batch: the last thing in it.
+- ``teacher``, the outputs of the teacher.
+- ``layers``, for each layer that both networks have and one has decomposed the pair of outputs
+  (of the trained network, of the teacher).
+
+It gives one number, the mean over the batch.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NEEDS = ("outputs", "labels", "teacher", "layers")
+Term = Callable[..., jax.Array]
+Name = Literal["cross_entropy", "distillation", "layers", "squared_error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A weighted sum of terms; ``0.5 * one + 2.0 * other`` is a loss, too.
+
+    Attributes:
+        terms: (name, weight, function).
+
+    Example:
+        >>> loss = cross_entropy() + 0.5 * Loss.of(lambda outputs: jnp.mean(outputs**2))
+        >>> sorted(loss.needs), float(loss(outputs=jnp.zeros((2, 4)), labels=jnp.zeros(2, int)))
+        (['labels', 'outputs'], 1.3862943649291992)
+    """
+
+    terms: tuple[tuple[str, float, Term], ...]
+
+    @classmethod
+    def of(cls, given: "Loss | Term | Name", name: str = "") -> "Loss":
+        """A loss by its name, of a function of things that `NEEDS` names, or as it is.
+
+        Raises:
+            ValueError: there is no such loss, or the function needs something else.
+        """
+        if isinstance(given, Loss):
+            return given
+        if isinstance(given, str):
+            return _by_name(given)
+        if not callable(given):
+            raise ValueError(f"loss={given!r:.80} is not allowed; give {_ALLOWED}.")
+        unknown = set(_arguments(given)) - set(NEEDS)
+        if unknown or not _arguments(given):
+            raise ValueError(
+                f"The loss {given!r:.80} takes {_arguments(given)}; a loss takes some of {NEEDS}, "
+                "by these names."
+            )
+        return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
+
+    @property
+    def needs(self) -> set[str]:
+        """Which of `NEEDS` the terms take."""
+        return {name for _, _, term in self.terms for name in _arguments(term)}
+
+    def values(self, **given: Any) -> dict[str, jax.Array]:
+        """Each term by its name, in float32, without its weight."""
+        found: dict[str, jax.Array] = {}
+        for name, _, term in self.terms:
+            own = {need: given[need] for need in _arguments(term)}
+            found[name] = jnp.asarray(term(**own), jnp.float32)
+        return found
+
+    def __call__(self, **given: Any) -> jax.Array:
+        """The sum, from what the terms need by name."""
+        return self.total(self.values(**given))
+
+    def total(self, values: Mapping[str, jax.Array]) -> jax.Array:
+        """The weighted sum of what `values` gives."""
+        return sum(
+            (weight * values[name] for name, weight, _ in self.terms), jnp.zeros((), jnp.float32)
+        )
+
+    def __add__(self, other: "Loss") -> "Loss":
+        names = {name for name, _, _ in self.terms}
+        twice = [name for name, _, _ in other.terms if name in names]
+        if twice:
+            raise ValueError(f"The loss {twice[0]!r} comes twice; add its weights instead.")
+        return Loss(self.terms + other.terms)
+
+    def __mul__(self, weight: float) -> "Loss":
+        return Loss(tuple((name, weight * own, term) for name, own, term in self.terms))
+
+    __rmul__ = __mul__
+
+
+def cross_entropy(smoothing: float = 0.0) -> Loss:
+    """The cross-entropy of logits (batch, ..., classes) and labels.
+
+    Args:
+        smoothing: the share of each label that all classes get alike (Szegedy et al., 2015, arXiv
+            1512.00567).
+
+    Labels are ints (batch, ...), or probabilities of the shape of the logits.
+
+    Example:
+        >>> float(cross_entropy()(outputs=jnp.zeros((2, 4)), labels=jnp.array([0, 3])))
+        1.3862943649291992
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing!r} is not allowed; give a share from 0 to below 1.")
+
+    def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = outputs.astype(jnp.float32)
+        targets = _probabilities(labels, logits.shape)
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
+
+    return Loss.of(cross_entropy)
+
+
+def distillation(temperature: float = 1.0) -> Loss:
+    """The divergence of the trained network's probabilities from the teacher's.
+
+    The mean over the batch of T^2 KL(softmax(t / T) || softmax(y / T)) for logits t of the teacher
+    and y of the network (Hinton et al., 2015, arXiv 1503.02531). No label is needed.
+
+    Args:
+        temperature: T, by which the logits are divided.
+
+    Example:
+        >>> y = jnp.array([[0.0, 1.0]])
+        >>> float(distillation(4.0)(outputs=y, teacher=y))
+        0.0
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} is not allowed; give a number above 0.")
+
+    def distillation(outputs: jax.Array, teacher: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(outputs.astype(jnp.float32) / temperature)
+        target = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+        divergence = optax.losses.kl_divergence_with_log_targets(own, target)
+        return temperature**2 * divergence.mean()
+
+    return Loss.of(distillation)
+
+
+def layer_matching() -> Loss:
+    """The squared error of each decomposed layer's outputs, over the square of the teacher's.
+
+    The mean over the layers of |y - t|^2 / |t|^2 (Romero et al., 2014, arXiv 1412.6550, with the
+    layer's own outputs as hints). No label is needed.
+
+    Example:
+        >>> t = jnp.ones((2, 3))
+        >>> float(layer_matching()(layers={"conv": (2 * t, t)}))
+        1.0
+    """
+
+    def layers(layers: Mapping[Any, tuple[jax.Array, jax.Array]]) -> jax.Array:
+        errors = [_relative_error(*pair) for pair in layers.values()]
+        return jnp.stack(errors).mean()
+
+    return Loss.of(layers)
+
+
+def squared_error() -> Loss:
+    """The mean of the squared difference of outputs and labels of one shape.
+
+    Example:
+        >>> float(squared_error()(outputs=jnp.ones((2, 3)), labels=jnp.zeros((2, 3))))
+        1.0
+    """
+
+    def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.mean((outputs.astype(jnp.float32) - labels) ** 2)
+
+    return Loss.of(squared_error)
+
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "cross_entropy": cross_entropy,
+    "distillation": distillation,
+    "layers": layer_matching,
+    "squared_error": squared_error,
+}
+_ALLOWED = f"one of {get_args(Name)}, a Loss, or a function of some of {NEEDS}"
+
+
+def _by_name(name: str) -> Loss:
+    if name not in LOSSES:
+        raise ValueError(f"loss={name!r} is not allowed; give {_ALLOWED}.")
+    return LOSSES[name]()
+
+
+def _arguments(term: Term) -> tuple[str, ...]:
+    return tuple(inspect.signature(term).parameters)
+
+
+def _probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Labels as a distribution over the classes."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jax.nn.one_hot(labels, shape[-1])
+    return labels
+
+
+def _relative_error(y: jax.Array, t: jax.Array) -> jax.Array:
+    y, t = y.astype(jnp.float32), t.astype(jnp.float32)
+    return jnp.sum((y - t) ** 2) / (jnp.sum(t**2) + jnp.finfo(jnp.float32).tiny)

@@ -1,0 +1,143 @@
+"""Optimisers, and their states across a decomposition."""
+
+import logging
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_jax.factorization.factors import is_factors
+from lowrank_jax.program.names import names_of
+from lowrank_jax.tree.decomposing import reconstruct
+
+LOG = logging.getLogger("lowrank_jax")
+
+
+def one_cycle_sgd(
+    peak: float, steps: int, weight_decay: float = 5e-4
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum 0.9 under a one-cycle cosine schedule.
+
+    The learning rate peaks after a fifth of the steps. Weights of two or more axes decay.
+
+    Args:
+        peak: highest learning rate, above 0.
+        steps: of the whole run.
+        weight_decay: share of a weight that is added to its gradient.
+
+    Raises:
+        ValueError: the peak is not allowed.
+
+    Example:
+        >>> params = {"kernel": np.ones((2, 2), np.float32)}
+        >>> tx = one_cycle_sgd(0.1, steps=100)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> round(float(updates["kernel"][0, 0]), 4)
+        -0.019
+    """
+    if not 0 < peak < math.inf:
+        raise ValueError(f"learning_rate={peak!r} is not allowed; give a number above 0.")
+    schedule = optax.cosine_onecycle_schedule(
+        max(steps, 2), peak, pct_start=0.2, div_factor=10, final_div_factor=1e3
+    )
+    decay = optax.add_decayed_weights(
+        weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    )
+    return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+
+
+def frobenius_decay(weight: float) -> optax.GradientTransformation:
+    """Weight decay on the product of two factors, in place of the factors themselves.
+
+    Adds the gradient of weight / 2 times the squared Frobenius norm of each kernel that factors
+    stand for (Khodak et al., 2021, arXiv 2105.01029). Other parameters do not decay.
+
+    Args:
+        weight: of the decay, 0 or more.
+
+    Raises:
+        ValueError: the weight is not allowed.
+
+    Example:
+        >>> pair = {"left_factor": np.ones((4, 1)), "right_factor": np.ones((1, 3))}
+        >>> tx, params = frobenius_decay(0.1), {"dense": pair, "bias": np.ones(3)}
+        >>> updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+        >>> round(float(updates["dense"]["left_factor"][0, 0]), 3), float(updates["bias"][0])
+        (0.3, 0.0)
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight={weight!r} is not allowed; give a number of 0 or more.")
+
+    def penalty(params: chex.ArrayTree) -> jax.Array:
+        kernels = jax.tree.leaves(params, is_leaf=is_factors)
+        products = [reconstruct(kernel) for kernel in kernels if is_factors(kernel)]
+        return weight / 2 * sum((jnp.sum(w**2) for w in products), jnp.zeros(()))
+
+    def decayed(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> chex.ArrayTree:
+        return jax.tree.map(jnp.add, updates, jax.grad(penalty)(params))
+
+    return optax.stateless(decayed)
+
+
+def carry_optimizer(
+    tx: optax.GradientTransformation, state: optax.OptState, params: chex.ArrayTree
+) -> optax.OptState:
+    """The state of an optimiser for a tree some of whose kernels became factors.
+
+    What the state holds for a leaf, such as its moments, is kept where the new tree has the leaf at
+    the same path with the same shape, and so are counts of steps. All else is as `tx.init` makes
+    it. One line of the log names the layers that start anew.
+
+    Args:
+        tx: the optimiser.
+        state: for the tree as it was.
+        params: the tree as it is: the trained leaves, as `TrainState` holds them.
+
+    Returns:
+        The state for the new tree.
+
+    Example:
+        >>> old = {"a": np.ones((3, 3, 4, 4), np.float32), "b": np.ones(4, np.float32)}
+        >>> pair = {"vertical": np.ones((3, 1, 4, 2)), "horizontal": np.ones((1, 3, 2, 4))}
+        >>> tx = optax.trace(0.9)
+        >>> state = tx.update(old, tx.init(old), old)[1]
+        >>> carried = carry_optimizer(tx, state, {"a": pair, "b": old["b"]})
+        >>> carried.trace["b"].tolist(), float(carried.trace["a"]["vertical"].max())
+        ([1.0, 1.0, 1.0, 1.0], 0.0)
+    """
+    known = _by_path(state)
+    fresh = jax.tree_util.tree_leaves_with_path(tx.init(params))
+    leaves, reset = [], []
+    for path, leaf in fresh:
+        own = known.get(jax.tree_util.keystr(path))
+        fits = own is not None and np.shape(own) == np.shape(leaf) and own.dtype == leaf.dtype
+        leaves.append(own if fits else leaf)
+        if not fits:
+            reset.append(path)
+    if reset:
+        LOG.info("The optimiser starts anew for %s.", ", ".join(_layers(reset, params)))
+    return jax.tree.unflatten(jax.tree.structure(tx.init(params)), leaves)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _layers(paths: list, params: Any) -> list[str]:
+    """The layers to which some paths of a state belong; the paths where they belong to none."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    own = [path for path, _ in leaves]
+    layers = dict(zip(own, names_of(own), strict=True))
+    found = [name for path in paths for part, name in layers.items() if _holds(path, part)]
+    return list(dict.fromkeys(found)) or [jax.tree_util.keystr(path) for path in paths]
+
+
+def _holds(path: tuple, part: tuple) -> bool:
+    """Whether one path stands within another."""
+    ends = range(len(part), len(path) + 1)
+    return any(path[end - len(part) : end] == part for end in ends)

@@ -1,0 +1,200 @@
+"""A run: steps over data, with metrics, checkpoints and an orderly end at a signal."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.program.names import leaf_names
+from lowrank_jax.training.checkpoints import Checkpoints, held
+from lowrank_jax.training.metrics import Metrics
+from lowrank_jax.training.order import Batches
+from lowrank_jax.training.signals import Signals
+from lowrank_jax.training.state import TrainState
+from lowrank_jax.training.steps import FINITE, Step
+
+LOG = logging.getLogger("lowrank_jax")
+LINE = 50  # steps between two lines of metrics
+AfterEpoch = Callable[[int, Any, Mapping[str, float]], Mapping[str, float] | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """Training steps over data.
+
+    Attributes:
+        step: the compiled step, of (state, batch, variables of the teacher).
+        batches: the data.
+        steps: of the whole run.
+        seed: of the run.
+        teacher: variables of the teacher.
+        folder: for checkpoints and metrics; nothing is kept without one.
+        save_every: steps between two checkpoints.
+        plan: of the ranks, kept in the checkpoints.
+        after_epoch: called with (epoch from 1, variables, mean metrics), where epochs can be
+            counted; what it returns is added to the metrics.
+    """
+
+    step: Step
+    batches: Batches
+    steps: int
+    seed: int = 0
+    teacher: Any = None
+    folder: Path | None = None
+    save_every: int = 500
+    plan: Plan | None = None
+    after_epoch: AfterEpoch | None = None
+
+    def finish(self, state: TrainState) -> TrainState:
+        """The state after all steps, from the newest checkpoint in the folder, or the one given.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+            OSError: a checkpoint cannot be written.
+            SystemExit, KeyboardInterrupt: SIGTERM or Ctrl-C came, and the state was saved.
+            ValueError: the folder is of another run, or the data ended.
+        """
+        if self.folder is None:
+            return _Loop(self, state, None).finish()
+        with held(self.folder):
+            kept = Checkpoints(self.folder)
+            return _Loop(self, self._resumed(kept, state), kept).finish()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run that goes on must have again."""
+        return {"seed": self.seed, **self.batches.facts}
+
+    def _resumed(self, kept: Checkpoints, state: TrainState) -> TrainState:
+        found = kept.newest(state)
+        if found is None:
+            return state
+        state, facts = found
+        for name, value in self.facts.items():
+            if facts.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} holds a run with {name}={facts.get(name)!r}, not {value!r}; "
+                    "give what it had, or another folder."
+                )
+        if int(state.step) > self.steps:
+            raise ValueError(
+                f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
+                "give as many, or another folder."
+            )
+        LOG.info("The run in %s goes on after step %d.", self.folder, int(state.step))
+        return state
+
+
+class _Loop:
+    """A run in progress: its state, and the metrics of the steps since the last line."""
+
+    def __init__(self, run: Run, state: TrainState, kept: Checkpoints | None) -> None:
+        self.run, self.state, self.kept = run, state, kept
+        self.number = int(state.step)
+        self.metrics = Metrics(run.folder, self.number) if run.folder else None
+        self.recent: list[dict[str, jax.Array]] = []
+        self.epoch: list[dict[str, float]] = []
+        self.since = time.perf_counter()
+
+    def finish(self) -> TrainState:
+        with Signals() if self.kept else contextlib.nullcontext() as signals, self._bar() as bar:
+            for batch in self._batches():
+                self._advance(batch)
+                bar.update()
+                stops = signals is not None and signals.given is not None
+                if self._every(self.run.save_every) or stops:
+                    self._save()
+                if signals is not None and stops:
+                    signals.stop(f"step {self.number} is saved in {self.run.folder}; call again")
+        return self.state
+
+    def _bar(self) -> tqdm:
+        counts = dict(total=self.run.steps, initial=self.number)
+        return tqdm(desc="training", unit="step", leave=False, disable=None, **counts)
+
+    def _batches(self) -> Iterator[tuple]:
+        first, last = self.number, self.run.steps
+        yield from itertools.islice(self.run.batches.after(first), last - first)
+        if self.number < last:
+            raise ValueError(
+                f"The batches ended after step {self.number} of {last}; give more, or a function "
+                "that gives an iterator, which is called again."
+            )
+
+    def _advance(self, batch: tuple) -> None:
+        self.state, metrics = self.run.step(self.state, batch, self.run.teacher)
+        self.number += 1
+        self.recent.append(metrics)
+        if len(self.recent) > 1:  # the device works on the last one meanwhile
+            self._check(self.number - 1, self.recent[-2])
+        if self._every(LINE):
+            self._line()
+        if self.run.batches.epoch and self.number % self.run.batches.epoch == 0:
+            self._end_epoch(self.number // self.run.batches.epoch)
+
+    def _every(self, steps: int) -> bool:
+        return self.number % steps == 0 or self.number == self.run.steps
+
+    def _check(self, number: int, metrics: Mapping[str, jax.Array]) -> None:
+        which = int(metrics["not_finite"])
+        if which == FINITE:
+            return
+        names = [*leaf_names(self.state.params, is_leaf=lambda _: False), "the loss alone"]
+        raise FloatingPointError(
+            f"Step {number}: the loss is {float(metrics['loss']):.3g}; the first that is not "
+            f"finite, in its value or its gradient, is {names[which]}. {self._last()}. Lower the "
+            "learning rate, or look at the data of this step."
+        )
+
+    def _last(self) -> str:
+        """Where the last good state is."""
+        steps = self.kept.steps() if self.kept else []
+        if self.kept is None or not steps:
+            return "There is no checkpoint"
+        return f"The last good checkpoint is {self.kept.path(steps[0])}"
+
+    def _line(self) -> None:
+        """Writes the means of the steps since the last line."""
+        if not self.recent:
+            return
+        self._check(self.number, self.recent[-1])
+        rows = [_floats(metrics) for metrics in jax.device_get(self.recent)]
+        now = time.perf_counter()
+        speed = {"steps_per_second": len(rows) / (now - self.since)}
+        self._write(_means(rows) | speed)
+        self.epoch = [*self.epoch, *rows] if self.run.after_epoch else []
+        self.recent, self.since = [], now
+
+    def _end_epoch(self, epoch: int) -> None:
+        self._line()
+        if self.run.after_epoch is not None:
+            found = self.run.after_epoch(epoch, self.state.averaged, _means(self.epoch))
+            self._write({"epoch": epoch, **(found or {})})
+        self.epoch, self.since = [], time.perf_counter()
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.number, values)
+
+    def _save(self) -> None:
+        self._line()
+        if self.kept is not None:
+            self.kept.save(self.state, self.run.facts, self.run.plan)
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name != "not_finite"}
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric; there are none of no steps."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}

@@ -1,0 +1,84 @@
+"""The state of a training run: all that a step reads and changes."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.training.partition import Rules, joined, split, trained_leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a training step reads and changes, as a pytree of arrays.
+
+    Attributes:
+        step: steps that were taken, int32; it is also the position in the data.
+        params: the trained leaves of the variables, None in the places of the others.
+        rest: the other leaves: what is frozen, and collections such as "batch_stats".
+        optimizer: state of the optimiser.
+        average: exponential moving average of the parameters; None without one.
+        key: random key of the run, from which each step's own follows.
+    """
+
+    step: jax.Array
+    params: chex.ArrayTree
+    rest: chex.ArrayTree
+    optimizer: optax.OptState
+    average: chex.ArrayTree | None
+    key: chex.PRNGKey
+
+    @classmethod
+    def create(
+        cls,
+        variables: Any,
+        tx: optax.GradientTransformation,
+        *,
+        seed: int = 0,
+        trained: Rules | None = None,
+        average: bool = False,
+    ) -> "TrainState":
+        """A state at step 0. The variables are copied, because a step may donate its state.
+
+        Args:
+            variables: Linen variables, or any tree of arrays.
+            tx: optimiser.
+            seed: of all random numbers of the run.
+            trained: what is trained and what is frozen, as `trained_leaves` takes it.
+            average: whether to keep an average of the parameters.
+
+        Raises:
+            ValueError: as `trained_leaves` says.
+
+        Example:
+            >>> tree = {"dense": jnp.ones((3, 2)), "count": jnp.zeros((), int)}
+            >>> state = TrainState.create(tree, optax.sgd(0.1))
+            >>> state.params, state.variables.keys()
+            ({'count': None, 'dense': Array([[1., 1.],
+                   [1., 1.],
+                   [1., 1.]], dtype=float32)}, dict_keys(['count', 'dense']))
+        """
+        variables = jax.tree.map(jnp.array, variables)
+        params, rest = split(variables, trained_leaves(variables, trained))
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            rest=rest,
+            optimizer=tx.init(params),
+            average=jax.tree.map(jnp.copy, params) if average else None,
+            key=jax.random.key(seed),
+        )
+
+    @property
+    def variables(self) -> Any:
+        """The tree that the network takes, as it is trained."""
+        return joined(self.params, self.rest)
+
+    @property
+    def averaged(self) -> Any:
+        """The tree with the averaged parameters, where there is an average."""
+        return self.variables if self.average is None else joined(self.average, self.rest)

@@ -1,0 +1,213 @@
+"""One step of training, as a pure function that the caller compiles."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.training.features import Layers, decomposed_paths
+from lowrank_jax.training.forward import Forward
+from lowrank_jax.training.losses import Loss, Name, Term
+from lowrank_jax.training.partition import joined
+from lowrank_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+Augment = Callable[[chex.PRNGKey, tuple], tuple]
+Step = Callable[..., tuple[TrainState, Metrics]]
+FINITE = -1  # in the metric "not_finite": no leaf
+
+
+def make_step(
+    apply: Callable,
+    tx: optax.GradientTransformation,
+    loss: Loss | Term | Name = "cross_entropy",
+    *,
+    augment: Augment | None = None,
+    average: float | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    teacher: Callable | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+    mutable: Sequence[str] | None = None,
+    rngs: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Step:
+    """Makes the pure function of one training step.
+
+    Args:
+        apply: ``model.apply``, or any function of a tree; kernels may be factors.
+        tx: optimiser, that of the state.
+        loss: a `Loss`, its name, or a function of what it needs.
+        augment: function of (key, batch) to the batch that the networks get.
+        average: decay of the moving average of the parameters, such as 0.999; the state must have
+            one. Early steps count more, as in (1 + step) / (10 + step).
+        dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
+            the loss keep their own.
+        teacher: the teacher's function, where it is another than ``apply``.
+        train_kwargs, mutable, rngs: how the network is called in training, where that is not found
+            out; see `Forward.of`.
+        **kwargs: arguments of the model itself.
+
+    Returns:
+        Function of (state, batch) or, for a loss that needs a teacher, of (state, batch, variables
+        of the teacher), to (state, metrics). A batch is a tuple of the network's inputs and the
+        labels; one that is no tuple has no labels. Metrics are scalars: "loss", each term of the
+        loss by its name, "gradient", the norm, and "not_finite", the number of the first parameter
+        whose value or gradient is not finite, or -1.
+
+    Raises:
+        ValueError: there is no such loss.
+
+    Example:
+        >>> tree, tx = {"w": jnp.ones((3, 2))}, optax.sgd(0.1)
+        >>> step = make_step(lambda tree, x: x @ tree["w"], tx, "squared_error")
+        >>> state = TrainState.create(tree, tx)
+        >>> state, metrics = jax.jit(step)(state, (jnp.ones((4, 3)), jnp.zeros((4, 2))))
+        >>> float(metrics["loss"]), round(float(state.params["w"][0, 0]), 2)
+        (9.0, 0.7)
+    """
+    own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype)
+    network = Forward.of(apply, kwargs, **own)  # type: ignore[arg-type]
+    master = Forward.of(teacher or apply, kwargs, dtype=dtype)
+    wanted = Loss.of(loss)
+    check_average(average)
+
+    def step(state: TrainState, batch: Any, teacher: Any = None) -> tuple[TrainState, Metrics]:
+        augment_key, call_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        given = batch if isinstance(batch, tuple) else (batch,)
+        given = given if augment is None else augment(augment_key, given)
+        inputs, labels = parts(given)
+        _check_labels(wanted, labels)
+        layers = _matched_layers(wanted, state)
+        known = _Known(labels, *_taught(master, wanted, teacher, inputs, layers))
+
+        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            variables = joined(params, state.rest)
+            outputs, renewed, noted = network.train(variables, inputs, call_key, layers)
+            values = wanted.values(**known.beside(outputs, noted))
+            return wanted.total(values), (values, renewed)
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (total, (values, renewed)), grads = gradient(state.params)
+        norm = optax.tree_utils.tree_norm(grads)
+        metrics = {"loss": total, **values, "gradient": norm}
+        metrics["not_finite"] = _first_not_finite(total + norm, state.params, grads)
+        return _advanced(state, tx, grads, renewed, average), metrics
+
+    return step
+
+
+def parts(batch: tuple) -> tuple[tuple, Any]:
+    """The inputs of a batch, and its labels: the last of several things, or None."""
+    return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
+
+
+def _check_labels(loss: Loss, labels: Any) -> None:
+    if "labels" in loss.needs and labels is None:
+        raise ValueError(
+            f"The loss needs {sorted(loss.needs)}, and the batch has no labels; give batches "
+            "(inputs, labels), or a loss without them, such as distillation()."
+        )
+
+
+def check_average(average: float | None) -> None:
+    """Refuses what is no decay of a moving average."""
+    if average is not None and not 0 < average < 1:
+        raise ValueError(
+            f"average={average!r} is not allowed; give a decay between 0 and 1, such as 0.999."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What a loss may need beside the trained network."""
+
+    labels: Any
+    teacher: Any
+    layers: Layers
+
+    def beside(self, outputs: Any, layers: Layers) -> dict[str, Any]:
+        """All that a loss may need, by the names of `NEEDS`."""
+        both = layers.keys() & self.layers.keys()
+        pairs = {place: (layers[place], self.layers[place]) for place in sorted(both)}
+        if layers and not pairs:
+            raise ValueError(
+                "The teacher runs none of the decomposed layers "
+                f"{sorted({place.path for place in layers})}; give the variables of the dense "
+                "network, or leave the loss 'layers' out."
+            )
+        return {"outputs": outputs, "labels": self.labels, "teacher": self.teacher, "layers": pairs}
+
+
+def _matched_layers(loss: Loss, state: TrainState) -> list[str]:
+    """The paths of the layers whose outputs the loss needs."""
+    if "layers" not in loss.needs:
+        return []
+    if found := decomposed_paths(state.variables):
+        return found
+    raise ValueError(
+        "The loss needs the outputs of decomposed layers, and no layer of the network is "
+        "decomposed; leave the loss 'layers' out."
+    )
+
+
+def _taught(
+    network: Forward, loss: Loss, variables: Any, inputs: tuple, layers: Sequence[str]
+) -> tuple[Any, Layers]:
+    """What the teacher gives for a batch, as far as the loss needs it."""
+    if not loss.needs & {"teacher", "layers"}:
+        return None, {}
+    if variables is None:
+        raise ValueError(
+            f"The loss needs {sorted(loss.needs)}, and there is no teacher; give the variables of "
+            "the dense network."
+        )
+    found = network.evaluate(variables, inputs, layers)
+    return jax.lax.stop_gradient(found)
+
+
+def _first_not_finite(total: jax.Array, params: Any, grads: Any) -> jax.Array:
+    """The number of the first parameter whose value or gradient is not finite, or -1.
+
+    The parameters are looked at only if the total is not finite. Where all of them are finite, it
+    is their count.
+    """
+
+    def look() -> jax.Array:
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
+        finite = [jnp.isfinite(x).all() & jnp.isfinite(g).all() for x, g in pairs]
+        return jnp.argmin(jnp.stack([*finite, jnp.array(False)])).astype(jnp.int32)
+
+    return jax.lax.cond(jnp.isfinite(total), lambda: jnp.int32(FINITE), look)
+
+
+def _renewed(rest: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The leaves that stay as they are, with renewed collections in the containers they had."""
+    own = {
+        name: jax.tree.unflatten(jax.tree.structure(rest[name]), jax.tree.leaves(found[name]))
+        for name in found
+    }
+    return type(rest)({**rest, **own})  # type: ignore[call-arg]
+
+
+def _advanced(
+    state: TrainState,
+    tx: optax.GradientTransformation,
+    grads: Any,
+    renewed: Mapping[str, Any],
+    average: float | None,
+) -> TrainState:
+    updates, optimizer = tx.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    rest = _renewed(state.rest, renewed) if renewed else state.rest
+    mean = state.average
+    if average is not None:
+        share = 1 - jnp.minimum(average, (1 + state.step) / (10 + state.step))
+        mean = optax.incremental_update(params, mean, share)
+    step = state.step + 1
+    return dataclasses.replace(
+        state, step=step, params=params, rest=rest, optimizer=optimizer, average=mean
+    )

@@ -1,0 +1,100 @@
+"""The command finetune: it learns, goes on by itself, and refuses what it cannot use."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lowrank_jax import Plan, load_weights, plan, save_weights
+from lowrank_jax.cli.main import main
+from lowrank_jax.training import read_metrics
+
+MODEL = """
+from flax import linen as nn
+
+
+class Trained(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(not train)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(4)(nn.relu(x).mean((1, 2)))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model, a dense checkpoint, a plan, images and labels."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "trained_network.py").write_text(MODEL)
+    sys.path.insert(0, str(folder))
+    from trained_network import Trained
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(32, 8, 8, 3)).astype(np.float32)
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", rng.integers(0, 4, 32))
+    model = Trained()
+    variables = jax.jit(model.init, static_argnames="train")(
+        jax.random.key(0), images[:1], train=False
+    )
+    save_weights(folder / "dense.npz", variables)
+    plan(model.apply, variables, images, macs=0.6, train=False).save(folder / "plan.json")
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def command(files, out, *options, checkpoint="dense.npz"):
+    given = {
+        "--checkpoint": files / checkpoint,
+        "--images": files / "images.npy",
+        "--model": "trained_network:Trained",
+        "--model-kwargs": '{"train": false}',
+        "--batch-size": 16,
+        "--folder": out,
+    }
+    return ["finetune", *(str(x) for pair in given.items() for x in pair), *options]
+
+
+def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(files, tmp_path):
+    options = ["--plan", str(files / "plan.json"), "--labels", str(files / "labels.npy")]
+    assert main(command(files, tmp_path / "a", *options, "--steps", "4")) == 0
+    small = load_weights(tmp_path / "a" / "variables.npz")
+    assert set(small["params"]["Conv_0"]["kernel"]) != {"kernel"}
+    lines = read_metrics(tmp_path / "a")
+    assert lines[-1]["step"] == 4 and {"distillation", "cross_entropy"} <= set(lines[-1])
+    assert Plan.load(tmp_path / "a" / "plan.json") == Plan.load(files / "plan.json")
+    assert main(command(files, tmp_path / "a", *options, "--epochs", "3")) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "a")] == [2, 4, 6]
+
+
+def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files, tmp_path):
+    start = command(files, tmp_path / "a", "--plan", str(files / "plan.json"), "--steps", "1")
+    assert main(start) == 0
+    (files / "small.npz").write_bytes((tmp_path / "a" / "variables.npz").read_bytes())
+    teacher = ["--teacher", str(files / "dense.npz"), "--steps", "2"]
+    assert main(command(files, tmp_path / "b", *teacher, checkpoint="small.npz")) == 0
+    assert set(read_metrics(tmp_path / "b")[-1]) >= {"distillation"}
+    assert json.loads((tmp_path / "b/checkpoints/000000002/facts.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ([], "nothing to learn from; give --labels, --teacher"),
+        (["--teacher", "none.npz"], "There is no file or folder none.npz"),
+        (["--plan", "none.json"], "none.json"),
+        (["--labels", "none.npy"], "There is no file none.npy"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_one_line(files, tmp_path, capsys, options, text):
+    assert main(command(files, tmp_path / "a", *options, "--steps", "1")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lowrank-jax finetune: ") and text in error and error.count("\n") == 1
+
+
+def test_a_length_is_needed(files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(command(files, tmp_path / "a"))
+    assert "--steps --epochs is required" in capsys.readouterr().err

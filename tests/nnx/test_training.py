@@ -1,0 +1,76 @@
+"""`lowrank_jax.nnx.finetune`: a model in, a trained model out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lowrank_jax.nnx import decompose, finetune
+from lowrank_jax.training import distillation, layer_matching
+
+
+class Model(nnx.Module):
+    """A convolution, batch normalisation, dropout and a dense layer."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 64)
+    images = rng.normal(size=(64, 8, 8, 3)) + labels[:, None, None, None]
+    return images.astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def small():
+    return decompose(Model(nnx.Rngs(0)), {"conv": 2})
+
+
+def accuracy(model, data):
+    model = nnx.clone(model)
+    model.eval()
+    return float(np.mean(np.argmax(model(data[0]), -1) == data[1]))
+
+
+def test_a_decomposed_model_learns_and_the_one_given_stays(small, data, tmp_path):
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(small, nnx.Param)))
+    shown = []
+
+    def after(epoch, model, metrics):
+        shown.append((epoch, type(model)))
+
+    options = dict(learning_rate=0.1, batch_size=16, folder=tmp_path / "run", after_epoch=after)
+    tuned = finetune(small, data, epochs=8, **options)
+    assert accuracy(tuned, data) > 0.6  # chance is 0.25
+    assert type(tuned.conv) is type(small.conv) and shown[-1] == (8, Model)
+    assert jnp.any(tuned.conv.kernel.vertical[...] != small.conv.kernel.vertical[...])
+    assert jnp.any(tuned.norm.mean[...] != 0) and tuned.dropout.rngs.count[...] > 0
+    after_all = nnx.to_pure_dict(nnx.state(small, nnx.Param))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, after_all)))
+    again = finetune(small, data, epochs=8, **options)
+    assert accuracy(again, data) == accuracy(tuned, data)
+
+
+def test_a_dense_model_teaches_without_labels(small, data):
+    loss = distillation() + layer_matching()
+    teacher = Model(nnx.Rngs(0))
+    options = dict(loss=loss, teacher=teacher, batch_size=16)
+    tuned = finetune(small, data[0], steps=12, **options)
+    teacher.eval()
+
+    def gap(model):
+        model = nnx.clone(model)
+        model.eval()
+        return float(jnp.linalg.norm(model(data[0]) - teacher(data[0])))
+
+    assert gap(tuned) < gap(small)

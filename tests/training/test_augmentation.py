@@ -1,0 +1,62 @@
+"""Random changes of batches: crops are windows, mixed labels stay probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_jax.training import chain, crop_and_flip, crops_and_flips, cutmix, mixup
+
+IMAGES = jnp.broadcast_to(jnp.arange(8.0).reshape(8, 1, 1, 1), (8, 6, 6, 2))  # image i holds i
+LABELS = jnp.arange(8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("size", "padding"), [(8, 0), (8, 2), (5, 0)])
+def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror(size, padding, compiled):
+    images = jnp.arange(6 * 8 * 8 * 2.0).reshape(6, 8, 8, 2) + 1
+    fn = jax.jit(crop_and_flip, static_argnums=(2, 3)) if compiled else crop_and_flip
+    padded = np.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+    room = padded.shape[1] - size + 1
+    for image, out in zip(padded, fn(jax.random.key(0), images, size, padding), strict=True):
+        windows = [image[y : y + size, x : x + size] for y in range(room) for x in range(room)]
+        assert any(np.array_equal(out, w) or np.array_equal(out, w[:, ::-1]) for w in windows)
+
+
+def test_crops_reach_every_corner_and_flip_about_half():
+    images = jnp.broadcast_to(jnp.arange(16.0).reshape(1, 4, 4, 1), (400, 4, 4, 1))
+    out = np.asarray(crop_and_flip(jax.random.key(0), images, 3, 0))
+    flipped = out[:, 0, 0, 0] > out[:, 0, 2, 0]
+    assert 0.4 < flipped.mean() < 0.6  # binomial with n=400: 4 standard deviations
+    assert set(out[~flipped][:, 0, 0, 0]) == {0.0, 1.0, 4.0, 5.0}
+
+
+def test_a_crop_larger_than_the_padded_image_is_refused():
+    with pytest.raises(ValueError, match="size=9 is larger"):
+        crop_and_flip(jax.random.key(0), jnp.ones((1, 8, 8, 1)), 9, 0)
+
+
+def test_mixed_images_are_means_by_the_shares_that_the_labels_have():
+    images, labels = mixup(8)(jax.random.key(1), (IMAGES, LABELS))
+    np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(images[:, 0, 0, 0], labels @ jnp.arange(8.0), rtol=1e-5)
+
+
+def test_cut_images_hold_as_much_of_each_as_the_labels_say():
+    images, labels = cutmix(8)(jax.random.key(1), (IMAGES, LABELS))
+    np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-6)
+    shares = jnp.stack([(images == i).mean((1, 2, 3)) for i in range(8)], -1)
+    np.testing.assert_allclose(shares, labels, atol=1e-6)
+    assert (jnp.sum(labels > 0, -1) == 2).any()
+
+
+def test_changes_follow_each_other_and_leave_the_labels():
+    augment = chain(crops_and_flips(4, 0), crops_and_flips(3, 0))
+    images, labels = augment(jax.random.key(0), (IMAGES, LABELS))
+    assert images.shape == (8, 3, 3, 2) and labels is LABELS
+
+
+@pytest.mark.parametrize("make", [mixup, cutmix])
+def test_a_distribution_that_does_not_exist_is_refused(make):
+    with pytest.raises(ValueError, match=r"alpha=0\.0 is not allowed"):
+        make(8, 0.0)

@@ -1,0 +1,152 @@
+"""`finetune`: one call that learns, whatever the network and the form of the data."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from lowrank_jax import SeparableConv, lowrank
+from lowrank_jax.training import distillation, evaluate, finetune, layer_matching
+
+
+@pytest.fixture(scope="module")
+def tune(plain):
+    """`finetune` of the plain network; other arguments by name."""
+
+    def run(batches, **options):
+        return finetune(*plain, batches, **{"learning_rate": 0.1, "batch_size": 16} | options)
+
+    return run
+
+
+def test_a_decomposed_network_learns_what_its_classes_are(model, small, batch):
+    before = evaluate(model.apply, small, *batch)
+    tuned = finetune(model.apply, small, batch, epochs=8, batch_size=16, learning_rate=0.1)
+    assert evaluate(model.apply, tuned, *batch) > max(before, 0.6)  # chance is 0.25
+    chex.assert_trees_all_equal_shapes_and_dtypes(tuned, small)
+
+
+def test_with_a_teacher_the_labels_are_not_needed(model, dense, small, batch):
+    images, _ = batch
+    loss = distillation(2.0) + layer_matching()
+    given = dict(teacher=dense, loss=loss, batch_size=16)
+    tuned = finetune(model.apply, small, images, epochs=8, **given)
+
+    def gap(variables):
+        return jnp.linalg.norm(lowrank(model.apply)(variables, images) - model.apply(dense, images))
+
+    assert gap(tuned) < 0.9 * gap(small)
+
+
+def test_a_run_is_a_function_of_its_seed(batch, tune):
+    one, same, other = (tune(batch, steps=3, seed=seed) for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(one, same)
+    gap = jax.tree.map(jnp.subtract, one, other)
+    assert optax.tree_utils.tree_norm(gap) > 1e-4
+
+
+def test_batches_in_any_form_give_the_same_network(batch, tune):
+    images, labels = batch
+    parts = [(images[i : i + 16], labels[i : i + 16]) for i in range(0, 64, 16)]
+    forms = (parts, lambda: iter(parts), iter(parts * 2))
+    tuned = [tune(form, steps=6) for form in forms]
+    chex.assert_trees_all_equal(*tuned)
+
+
+def test_the_average_of_the_parameters_is_returned(batch, tune):
+    last, mean = tune(batch, steps=8), tune(batch, steps=8, average=0.9)
+    gap = jax.tree.map(jnp.subtract, last, mean)
+    assert optax.tree_utils.tree_norm(gap) > 1e-4
+
+
+def test_what_is_frozen_is_returned_as_it_was(batch, plain, tune):
+    tuned = tune(batch, steps=2, trained={"hidden": True, ".*": False}, tx=optax.adam(0.01))
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), tuned, plain[1])
+    assert moved["hidden"] == {"left_factor": True, "right_factor": True}
+    assert not moved["head"] and not moved["bias"]
+
+
+def test_epochs_are_counted_and_shown_with_their_metrics(batch, tune):
+    shown = []
+
+    def after(epoch, variables, metrics):
+        shown.append((epoch, sorted(variables), sorted(metrics)))
+
+    tune(batch, epochs=2, after_epoch=after)
+    names = ["bias", "head", "hidden"], ["cross_entropy", "gradient", "loss"]
+    assert shown == [(1, *names), (2, *names)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tune, batch):
+    images = np.array(batch[0])
+    images[40] = np.nan
+    batches = [(images[i : i + 16], batch[1][i : i + 16]) for i in range(0, 64, 16)]
+    text = r"Step 3: the loss is nan; the first .* is bias\. There is no checkpoint"
+    with pytest.raises(FloatingPointError, match=text):
+        tune(batches, steps=8)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({}, "steps=None and epochs=None are not allowed; give one of both"),
+        ({"steps": 1, "epochs": 1}, "give one of both"),
+        ({"steps": 0}, "steps=0 is not allowed; give an int of at least 1"),
+        ({"epochs": 1.5}, r"epochs=1\.5 is not allowed"),
+        ({"steps": 1, "batch_size": 65}, "batch_size=65 is more than the 64"),
+        ({"steps": 1, "batch_size": 0}, "batch_size=0 is not allowed"),
+        ({"steps": 1, "accumulate": 0}, "accumulate=0 is not allowed"),
+        ({"steps": 1, "save_every": 0}, "save_every=0 is not allowed"),
+        ({"steps": 1, "learning_rate": 0.0}, r"learning_rate=0\.0 is not allowed"),
+        ({"steps": 1, "teacher": {}, "loss": "cross_entropy"}, "leave the teacher out"),
+        ({"steps": 1, "loss": "distillation"}, "there is no teacher"),
+    ],
+)
+def test_arguments_that_are_not_allowed_are_refused(batch, tune, options, text):
+    with pytest.raises(ValueError, match=text):
+        tune(batch, **options)
+
+
+@pytest.mark.parametrize(
+    "batches, text",
+    [
+        ((np.ones((4, 8, 8, 3)), np.zeros(5)), "the same number of examples"),
+        ([], "There are no batches"),
+        (iter([]), "The batches ended after step 0 of 3"),
+    ],
+)
+def test_data_that_do_not_do_are_refused(tune, batches, text):
+    with pytest.raises(ValueError, match=text):
+        tune(batches, steps=3, batch_size=4)
+
+
+def test_epochs_of_a_stream_cannot_be_counted(tune):
+    with pytest.raises(ValueError, match="batches that cannot be counted; give steps"):
+        tune(iter([]), epochs=1)
+
+
+def test_a_batch_without_labels_says_so(batch, tune):
+    with pytest.raises(ValueError, match="the batch has no labels"):
+        tune(batch[0], steps=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 100])
+def test_evaluation_is_exact_for_any_batch_size(model, dense, batch, batch_size):
+    images, labels = batch
+    expected = np.mean(np.argmax(jax.jit(model.apply)(dense, images), -1) == labels)
+    assert evaluate(model.apply, dense, *batch, batch_size=batch_size) == expected
+
+
+def test_evaluating_nothing_is_refused(model):
+    with pytest.raises(ValueError, match="at least one image"):
+        evaluate(model.apply, {}, np.ones((0, 8, 8, 3)), np.ones(0))
+
+
+def test_a_network_of_separable_layers_is_trained_from_random_weights(batch):
+    model = nn.Sequential([SeparableConv(4, (3, 3), rank=2), lambda x: x.mean((1, 2))])
+    start = model.init(jax.random.key(0), batch[0])
+    tuned = finetune(model.apply, start, batch, steps=2, batch_size=16)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tuned, start)

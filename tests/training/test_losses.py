@@ -1,0 +1,91 @@
+"""Losses: pure functions that add with weights and say what they need."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_jax.training import Loss, cross_entropy, distillation, layer_matching, squared_error
+
+LOGITS = jax.random.normal(jax.random.key(0), (6, 4))
+TEACHER = jax.random.normal(jax.random.key(1), (6, 4))
+LABELS = jnp.array([0, 1, 2, 3, 0, 1])
+
+
+@settings(max_examples=10)
+@given(st.floats(-4, 4), st.floats(-4, 4))
+def test_losses_add_with_their_weights(one, two):
+    loss = one * cross_entropy() + distillation(2.0) * two
+    found = loss(outputs=LOGITS, labels=LABELS, teacher=TEACHER)
+    entropy = cross_entropy()(outputs=LOGITS, labels=LABELS)
+    divergence = distillation(2.0)(outputs=LOGITS, teacher=TEACHER)
+    np.testing.assert_allclose(found, one * entropy + two * divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cross_entropy_is_that_of_optax_for_classes_and_for_probabilities():
+    wanted = optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS).mean()
+    for labels in (LABELS, jax.nn.one_hot(LABELS, 4)):
+        found = cross_entropy()(outputs=LOGITS, labels=labels)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_smoothed_labels_are_mixed_with_all_classes():
+    smooth = cross_entropy(0.4)(outputs=LOGITS, labels=LABELS)
+    uniform = cross_entropy()(outputs=LOGITS, labels=jnp.full((6, 4), 0.25))
+    sharp = cross_entropy()(outputs=LOGITS, labels=LABELS)
+    np.testing.assert_allclose(smooth, 0.6 * sharp + 0.4 * uniform, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 8.0])
+def test_distillation_is_least_at_the_teacher_and_blind_to_a_shift_of_the_logits(temperature):
+    loss = distillation(temperature)
+    assert abs(loss(outputs=TEACHER + 3, teacher=TEACHER)) < 1e-5
+    assert loss(outputs=LOGITS, teacher=TEACHER) > 0.01
+
+
+def test_at_a_high_temperature_distillation_matches_the_logits():
+    centred = [x - x.mean(-1, keepdims=True) for x in (LOGITS, TEACHER)]
+    wanted = jnp.sum((centred[0] - centred[1]) ** 2, -1).mean() / (2 * 4)
+    found = distillation(100.0)(outputs=LOGITS, teacher=TEACHER)
+    np.testing.assert_allclose(found, wanted, rtol=0.05)  # the next term is about 1 / T of it
+
+
+def test_the_layers_count_alike_whatever_their_scale():
+    one, two = (LOGITS, TEACHER), (1000 * LOGITS, 1000 * TEACHER)
+    alone, both = layer_matching()(layers={"a": one}), layer_matching()(layers={"a": one, "b": two})
+    np.testing.assert_allclose(alone, both, rtol=1e-6)
+
+
+def test_a_loss_computes_in_float32_whatever_the_outputs_are():
+    found = cross_entropy()(outputs=LOGITS.astype(jnp.bfloat16), labels=LABELS)
+    assert found.dtype == jnp.float32
+
+
+def test_a_loss_says_what_it_needs():
+    assert cross_entropy().needs == {"outputs", "labels"}
+    assert (distillation() + layer_matching()).needs == {"outputs", "teacher", "layers"}
+    assert Loss.of(lambda teacher, labels: 0.0).needs == {"teacher", "labels"}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "distillation", "layers", "squared_error"])
+def test_a_loss_has_the_name_by_which_it_is_asked_for(name):
+    assert [term for term, _, _ in Loss.of(name).terms] == [name]
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: Loss.of("entropy"), "loss='entropy' is not allowed; give one of"),
+        (lambda: Loss.of(3), "loss=3 is not allowed"),
+        (lambda: Loss.of(lambda y, labels: 0.0), r"\('y', 'labels'\); a loss takes some of"),
+        (lambda: cross_entropy(1.0), r"smoothing=1\.0 is not allowed"),
+        (lambda: distillation(0), "temperature=0 is not allowed"),
+        (lambda: squared_error() + squared_error(), "comes twice"),
+    ],
+)
+def test_what_is_no_loss_is_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

@@ -1,0 +1,101 @@
+"""Optimisers: the usual schedule, and moments that outlive a decomposition."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lowrank_jax import decompose, reconstruct
+from lowrank_jax.training import TrainState, carry_optimizer, frobenius_decay, one_cycle_sgd
+
+
+def ones(tree):
+    return jax.tree.map(jnp.ones_like, tree)
+
+
+def test_only_kernels_decay():
+    tx = one_cycle_sgd(1.0, 10, weight_decay=0.5)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert jnp.all(updates["kernel"] < 0) and jnp.all(updates["bias"] == 0)
+
+
+def test_the_rate_peaks_after_a_fifth_of_the_steps():
+    tx, params = one_cycle_sgd(1.0, 20, weight_decay=0.0), {"bias": jnp.ones(())}
+    state, sizes = tx.init(params), []
+    for _ in range(20):
+        updates, state = tx.update(ones(params), state, params)
+        sizes.append(-float(updates["bias"]))
+    momentum = (1 - 0.9 ** (np.arange(20) + 2)) / 0.1  # of Nesterov, for a constant gradient
+    rates = np.array(sizes) / momentum
+    assert rates.argmax() == 4 and rates.max() == pytest.approx(1.0, rel=0.05)
+
+
+OPTIMISERS = {
+    "adamw": optax.adamw(0.1),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "one cycle": one_cycle_sgd(0.1, 10),
+    "accumulated": optax.MultiSteps(optax.adam(1.0), 2),
+}
+
+
+@pytest.mark.parametrize("tx", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_moments_of_layers_that_stay_are_carried_and_those_of_factors_start_anew(
+    model, dense, batch, tx, caplog
+):
+    caplog.set_level("INFO", logger="lowrank_jax")
+    old, new = (TrainState.create(tree, tx) for tree in (dense, decompose(dense, {"Conv_0": 2})))
+    _, state = tx.update(ones(old.params), old.optimizer, old.params)
+    carried = carry_optimizer(tx, state, new.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(carried, new.optimizer)
+    before, after = (
+        {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (state, carried)
+    )
+    kept = set(before) & set(after)
+    assert set(after) - kept == {name for name in after if "vertical" in name or "horizon" in name}
+    chex.assert_trees_all_equal({n: before[n] for n in kept}, {n: after[n] for n in kept})
+    assert all(not after[name].any() for name in set(after) - kept)
+    assert caplog.messages == ["The optimiser starts anew for Conv_0."]
+
+
+def test_the_product_of_factors_decays_as_a_dense_kernel_does(small):
+    def squares(kernel):
+        return 0.5 * 0.3 * jnp.sum(reconstruct(kernel) ** 2)
+
+    params = small["params"]
+    tx = frobenius_decay(0.3)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    wanted = jax.grad(squares)(params["Conv_0"]["kernel"])
+    chex.assert_trees_all_close(updates["Conv_0"]["kernel"], wanted, rtol=1e-5)
+    assert not updates["Dense_0"]["kernel"].any()
+
+
+def test_a_decay_below_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"weight=-0\.1 is not allowed"):
+        frobenius_decay(-0.1)
+
+
+def test_a_carried_state_trains_on(dense):
+    tx = optax.adam(0.1)
+    old, new = (TrainState.create(tree, tx) for tree in (dense, decompose(dense, {"Conv_0": 2})))
+    _, state = tx.update(ones(old.params), old.optimizer, old.params)
+    carried = carry_optimizer(tx, state, new.params)
+    updates, after = jax.jit(tx.update)(ones(new.params), carried, new.params)
+    assert after[0].count == 2 and optax.tree_utils.tree_norm(updates) > 0
+
+
+def test_an_optimiser_of_the_same_tree_is_carried_whole(dense, caplog):
+    tx = optax.adam(0.1)
+    state = TrainState.create(dense, tx)
+    _, moved = tx.update(ones(state.params), state.optimizer, state.params)
+    chex.assert_trees_all_equal(carry_optimizer(tx, moved, state.params), moved)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("peak", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(peak):
+    with pytest.raises(ValueError, match=r"learning_rate=.* is not allowed"):
+        one_cycle_sgd(peak, 10)

@@ -1,0 +1,175 @@
+"""A run that ended early goes on to the very parameters that it would have had."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import optax
+import pytest
+
+from lowrank_jax import load_weights
+from lowrank_jax.training import checkpoints, finetune, order
+from lowrank_jax.training.checkpoints import Checkpoints, held
+from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.training.signals import TERMINATED
+
+DRIVER = Path(__file__).with_name("killed_run.py")
+OPTIONS = dict(steps=8, batch_size=16, save_every=3, average=0.9)
+
+
+@pytest.fixture
+def tune(plain, batch, tmp_path):
+    """`finetune` of the plain network in a folder; other arguments by name."""
+
+    def run(batches=batch, **options):
+        return finetune(*plain, batches, **OPTIONS | {"folder": tmp_path / "run"} | options)
+
+    return run
+
+
+@pytest.fixture
+def whole(tune):
+    """What a run gives that nothing stops."""
+    return tune(folder=None)
+
+
+def steps(tmp_path):
+    return Checkpoints(tmp_path / "run").steps()
+
+
+def test_a_run_in_a_folder_is_the_run_without_one_and_is_not_repeated(tune, whole, tmp_path):
+    chex.assert_trees_all_equal(tune(), whole)
+    assert steps(tmp_path) == [8, 6]
+    chex.assert_trees_all_equal(tune(batches=iter([])), whole)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_one_ended(tune, tmp_path):
+    sgd = dict(tx=optax.sgd(0.1, momentum=0.9), accumulate=2)
+    wanted = tune(folder=None, **sgd)
+    tune(**sgd | {"steps": 5})
+    chex.assert_trees_all_equal(tune(**sgd), wanted)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [3, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tune, whole, tmp_path, damage):
+    tune()
+    newest = tmp_path / "run" / "checkpoints" / "000000008"
+    file = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "changed" else content[:-1])
+    with pytest.warns(UserWarning, match=f"{newest} is damaged .* and left out"):
+        found = tune()
+    chex.assert_trees_all_equal(found, whole)
+    assert steps(tmp_path) == [8, 6]
+
+
+def test_sigterm_saves_the_step_and_ends_with_its_status(tune, whole, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end, at_step(5, signal.SIGTERM, monkeypatch):
+        tune()
+    assert end.value.code == TERMINATED == 143
+    assert steps(tmp_path) == [5, 3] and signal.getsignal(signal.SIGTERM) is before
+    chex.assert_trees_all_equal(tune(), whole)
+
+
+def test_ctrl_c_saves_the_step(tune, tmp_path, monkeypatch):
+    with (
+        pytest.raises(KeyboardInterrupt, match="step 2 is saved"),
+        at_step(2, signal.SIGINT, monkeypatch),
+    ):
+        tune()
+    assert steps(tmp_path) == [2]
+
+
+@contextlib.contextmanager
+def at_step(step, number, monkeypatch):
+    """Within it, this process gets a signal when the batch of a step is made."""
+    rows = order._Shuffled._rows
+
+    def signalled(self, place):
+        if place == step - 1:
+            os.kill(os.getpid(), number)
+        return rows(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(order._Shuffled, "_rows", signalled)
+        yield
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tune, whole, tmp_path, monkeypatch):
+    write = checkpoints.write_orbax
+
+    def full(folder, items):
+        write(folder, items)
+        if int(items["training"]["step"]) == 6:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_orbax", full)
+    with pytest.raises(OSError, match=r"step 6 was not saved.*000000003; make room"):
+        tune()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000003"]
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(tune(), whole)
+
+
+def test_a_stream_is_read_forward_and_says_so(tune, batch, caplog):
+    parts = [tuple(x[i : i + 16] for x in batch) for i in range(0, 64, 16)] * 2
+    wanted = tune(iter(parts), folder=None, tx=optax.sgd(0.1))
+    tune(iter(parts), steps=3, tx=optax.sgd(0.1))
+    chex.assert_trees_all_equal(tune(iter(parts), tx=optax.sgd(0.1)), wanted)
+    assert "the first 3 are read and dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"seed": 1}, "holds a run with seed=0, not 1"),
+        ({"batch_size": 8}, "holds a run with batch_size=16, not 8"),
+        ({"steps": 4}, "holds a run of 5 steps, more than 4"),
+        ({"average": None}, "is of another network or optimiser: average/bias differs"),
+        ({"tx": optax.adam(0.1)}, "is of another network or optimiser: optimizer/"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(tune, options, text):
+    tune(steps=5)
+    with pytest.raises(ValueError, match=text):
+        tune(**options)
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(tune, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        tune()
+
+
+def test_a_checkpoint_is_readable_as_weights(tune, plain, tmp_path):
+    tune(average=None)
+    found = load_weights(tmp_path / "run" / "checkpoints" / "000000008")
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, plain[1])
+    facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
+    assert facts == {"seed": 0, "examples": 64, "batch_size": 16}
+
+
+def killed(home, kills):
+    """What the driver says of a run that is killed so many times and then ends."""
+    given = [sys.executable, str(DRIVER), str(home), str(kills)]
+    done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_no_bit_of_the_result(kills, tmp_path):
+    *found, end = killed(tmp_path, kills)
+    assert len(found) == kills and all(kill["killed"] for kill in found)
+    assert all(kill["lost"] <= 4 for kill in found)  # steps between two checkpoints
+    assert end == {"equal": True, "left": []}
