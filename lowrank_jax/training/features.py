@@ -45,7 +45,7 @@ def with_layers(apply: Callable, paths: Collection[str]) -> Callable:
 
     The outputs of a layer are those of its convolution or product, before the bias. A layer that
     runs several times has the sum of them for each shape. A layer whose kernel the program changes
-    first has none.
+    first, or whose factor stands decomposed itself as `Tucker` leaves it, has none.
 
     Args:
         apply: any function of arrays, whose first argument holds the kernels.
