@@ -69,6 +69,7 @@ def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(f
     assert [line["step"] for line in read_metrics(tmp_path / "a")] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files, tmp_path):
     start = command(files, tmp_path / "a", "--plan", str(files / "plan.json"), "--steps", "1")
     assert main(start) == 0

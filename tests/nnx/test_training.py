@@ -61,6 +61,7 @@ def test_a_decomposed_model_learns_and_the_one_given_stays(small, data, tmp_path
     assert accuracy(again, data) == accuracy(tuned, data)
 
 
+@pytest.mark.slow
 def test_a_dense_model_teaches_without_labels(small, data):
     loss = distillation() + layer_matching()
     teacher = Model(nnx.Rngs(0))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import Plan, decompose, load_weights, plan, save_weights, skeleton
@@ -55,6 +55,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=3)
 KEYS = st.one_of(st.text(min_size=1, max_size=3), st.integers(0, 9))
 
 
+@settings(max_examples=15)
 @given(st.dictionaries(KEYS, st.tuples(SHAPES, TYPES), max_size=4))
 def test_nested_dicts_of_any_arrays_come_back(kinds):
     arrays = {name: jax.ShapeDtypeStruct(*kind) for name, kind in kinds.items()}

@@ -29,6 +29,7 @@ def test_a_decomposed_network_learns_what_its_classes_are(model, small, batch):
     chex.assert_trees_all_equal_shapes_and_dtypes(tuned, small)
 
 
+@pytest.mark.slow
 def test_with_a_teacher_the_labels_are_not_needed(model, dense, small, batch):
     images, _ = batch
     loss = distillation(2.0) + layer_matching()
