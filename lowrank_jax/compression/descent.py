@@ -1,0 +1,77 @@
+"""Gradient steps on a few arrays, kept where they help on batches that they do not see."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+
+from lowrank_jax.program.compiler import default_options
+
+RATE = 0.01  # of the root mean square of an array, for each step at the start
+HELD = 8  # one batch of so many is held out
+Loss = Callable[[chex.ArrayTree, Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Descent:
+    """What some steps gave.
+
+    Attributes:
+        arrays: after the steps, or as they were where the steps did not help.
+        before, after: the loss on the batches that were held out.
+    """
+
+    arrays: chex.ArrayTree
+    before: float
+    after: float
+
+
+def descend(loss: Loss, start: chex.ArrayTree, batches: Sequence, steps: int) -> Descent:
+    """Lowers the mean of a loss over batches by Adam (Kingma and Ba, 2015), one batch a step.
+
+    A step is relative to the root mean square of an array, and falls to zero as half a cosine.
+
+    Args:
+        loss: function of the arrays and a batch.
+        start: the arrays, in float32.
+        batches: at least two.
+        steps: how many.
+    """
+    held = batches[HELD - 1 :: HELD] or batches[-1:]
+    data = [batch for batch in batches if not any(batch is other for other in held)]
+    measure = jax.jit(loss, compiler_options=default_options())
+    new = _walked(loss, start, data, steps)
+    before, after = (
+        float(np.mean([measure(arrays, batch) for batch in held])) for arrays in (start, new)
+    )
+    if after < before:
+        return Descent(arrays=new, before=before, after=after)
+    return Descent(arrays=start, before=before, after=before)
+
+
+def _walked(loss: Loss, arrays: chex.ArrayTree, data: Sequence, steps: int) -> chex.ArrayTree:
+    rate = optax.cosine_decay_schedule(RATE, steps)
+    relative = optax.scale_by_param_block_rms()
+    optimizer = optax.chain(optax.scale_by_adam(), relative, optax.scale_by_learning_rate(rate))
+
+    @functools.partial(jax.jit, compiler_options=default_options())
+    def step(arrays: chex.ArrayTree, state: optax.OptState, batch: Any) -> tuple:
+        updates, state = optimizer.update(jax.grad(loss)(arrays, batch), state, arrays)
+        return optax.apply_updates(arrays, updates), state
+
+    state = optimizer.init(arrays)
+    for turn in _turns(len(data), steps):
+        arrays, state = step(arrays, state, data[turn])
+    return arrays
+
+
+def _turns(count: int, steps: int) -> np.ndarray:
+    """So many batches at random, each once before one comes again."""
+    rng = np.random.default_rng(0)
+    rounds = [rng.permutation(count) for _ in range(-(-steps // count))]
+    return np.concatenate(rounds)[:steps]
