@@ -7,8 +7,8 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lowrank_jax.program.compiler import default_options
 
@@ -55,14 +55,12 @@ def descend(loss: Loss, start: chex.ArrayTree, batches: Sequence, steps: int) ->
 
 
 def _walked(loss: Loss, arrays: chex.ArrayTree, data: Sequence, steps: int) -> chex.ArrayTree:
-    rate = optax.cosine_decay_schedule(RATE, steps)
-    relative = optax.scale_by_param_block_rms()
-    optimizer = optax.chain(optax.scale_by_adam(), relative, optax.scale_by_learning_rate(rate))
+    optimizer = _optimizer(steps)
 
     @functools.partial(jax.jit, compiler_options=default_options())
-    def step(arrays: chex.ArrayTree, state: optax.OptState, batch: Any) -> tuple:
+    def step(arrays: chex.ArrayTree, state: chex.ArrayTree, batch: Any) -> tuple:
         updates, state = optimizer.update(jax.grad(loss)(arrays, batch), state, arrays)
-        return optax.apply_updates(arrays, updates), state
+        return jax.tree.map(jnp.add, arrays, updates), state
 
     state = optimizer.init(arrays)
     for turn in _turns(len(data), steps):
@@ -75,3 +73,11 @@ def _turns(count: int, steps: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     rounds = [rng.permutation(count) for _ in range(-(-steps // count))]
     return np.concatenate(rounds)[:steps]
+
+
+def _optimizer(steps: int) -> Any:
+    import optax  # takes a while, and only steps need it
+
+    rate = optax.cosine_decay_schedule(RATE, steps)
+    relative = optax.scale_by_param_block_rms()
+    return optax.chain(optax.scale_by_adam(), relative, optax.scale_by_learning_rate(rate))

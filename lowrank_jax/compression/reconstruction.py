@@ -94,7 +94,7 @@ class Reconstruction:
         self.factors.fill_plain(_unread(outline, places, self.factors))
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
-        ends = block_ends(outline, places, matched.differing) if self.steps else []
+        ends = block_ends(outline, places) if self.steps else []
         progress = tqdm(total=len(places), desc="fitting", leave=False, disable=None)
         for place in range(max(places, default=-1) + 1):
             if place in ends:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.calibration.inputs import Inputs
+from lowrank_jax.calibration.inputs import Inputs, images
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.descent import Descent, Loss, descend
 from lowrank_jax.compression.kernels import Parts, Slice, wide
@@ -36,7 +36,9 @@ class Trained:
 
 def cut(network: Network, batches: Sequence[tuple]) -> list[tuple]:
     """Batches of few images each, or those given where the network does not run on few."""
-    pieces = [piece for batch in batches for piece in Inputs(batch, BATCH)]
+    pieces: list[tuple] = []
+    for batch in batches:
+        pieces.extend(Inputs(batch, BATCH) if images(batch) > BATCH else [batch])
     try:
         network.program(pieces[0])
     except ValueError:
