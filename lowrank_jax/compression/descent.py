@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import chex
 import jax
@@ -14,11 +14,12 @@ from lowrank_jax.program.compiler import default_options
 
 RATE = 0.01  # of the root mean square of an array, for each step at the start
 HELD = 8  # one batch of so many is held out
-Loss = Callable[[chex.ArrayTree, Any], jax.Array]
+Tree = TypeVar("Tree")
+Loss = Callable[[Tree, Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Descent:
+class Descent(Generic[Tree]):
     """What some steps gave.
 
     Attributes:
@@ -26,12 +27,17 @@ class Descent:
         before, after: the loss on the batches that were held out.
     """
 
-    arrays: chex.ArrayTree
+    arrays: Tree
     before: float
     after: float
 
+    @property
+    def helped(self) -> bool:
+        """Whether the steps lowered the loss where they did not see it."""
+        return self.after < self.before
 
-def descend(loss: Loss, start: chex.ArrayTree, batches: Sequence, steps: int) -> Descent:
+
+def descend(loss: Loss[Tree], start: Tree, batches: Sequence, steps: int) -> Descent[Tree]:
     """Lowers the mean of a loss over batches by Adam (Kingma and Ba, 2015), one batch a step.
 
     A step is relative to the root mean square of an array, and falls to zero as half a cosine.
@@ -49,16 +55,15 @@ def descend(loss: Loss, start: chex.ArrayTree, batches: Sequence, steps: int) ->
     before, after = (
         float(np.mean([measure(arrays, batch) for batch in held])) for arrays in (start, new)
     )
-    if after < before:
-        return Descent(arrays=new, before=before, after=after)
-    return Descent(arrays=start, before=before, after=before)
+    found = Descent(arrays=new, before=before, after=after)
+    return found if found.helped else Descent(arrays=start, before=before, after=before)
 
 
-def _walked(loss: Loss, arrays: chex.ArrayTree, data: Sequence, steps: int) -> chex.ArrayTree:
+def _walked(loss: Loss[Tree], arrays: Tree, data: Sequence, steps: int) -> Tree:
     optimizer = _optimizer(steps)
 
     @functools.partial(jax.jit, compiler_options=default_options())
-    def step(arrays: chex.ArrayTree, state: chex.ArrayTree, batch: Any) -> tuple:
+    def step(arrays: Tree, state: chex.ArrayTree, batch: Any) -> tuple:
         updates, state = optimizer.update(jax.grad(loss)(arrays, batch), state, arrays)
         return jax.tree.map(jnp.add, arrays, updates), state
 

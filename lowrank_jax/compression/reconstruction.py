@@ -78,7 +78,7 @@ class Reconstruction:
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
-        self.stepped: set = set()
+        self.done: set = set()  # kernels and shifts whose steps are over
         self.places = fit_places(self.outline, job.schemes)
         self.shortcuts = find_shortcuts(self.outline, self.places, job.network.leaves(batches[0]))
 
@@ -160,40 +160,46 @@ class Reconstruction:
         def loss(new: Trained, batch: tuple) -> jax.Array:
             given, small, *live = batch
             shifts = {number: x.astype(given[number].dtype) for number, x in new.shifts.items()}
-            return block_error(
-                *run(given, {**small, **self._kernels(new.factors), **shifts}, *live)
-            )
+            own = {**small, **self._kernels(new.factors), **shifts}
+            return block_error(*run(given, own, *live))
 
         found = stepped(loss, self._untrained(), batches, self.steps)
         if found is not None:
-            self._keep(found)
-        self.stepped = {(path, index) for path in self.fits for index in self.fits[path]}
-        self.stepped |= set(self.shifts)
+            self._note_steps(found)
+        if found is not None and found.helped:
+            self._take(found.arrays)
+        self.done = {(path, index) for path, own in self.fits.items() for index in own}
+        self.done.update(self.shifts)
 
     def _untrained(self) -> Trained:
         """What was fitted and set since the steps before."""
         factors: dict[str, dict[Slice, Parts]] = {}
         for path, own in self.fits.items():
-            new = [index for index in own if (path, index) not in self.stepped]
+            new = [index for index in own if (path, index) not in self.done]
             if new:
                 factors[path] = {index: self.factors.parts(path, index) for index in new}
-        shifts = {n: wide(x) for n, x in self.shifts.items() if n not in self.stepped}
+        shifts = {n: wide(x) for n, x in self.shifts.items() if n not in self.done}
         return Trained(factors=factors, shifts=shifts)
 
-    def _keep(self, found: Descent) -> None:
-        """Takes over what steps gave, and notes what they were worth."""
-        helped = found.after < found.before
-        for number, value in found.arrays.shifts.items() if helped else ():
-            self.shifts[number] = value.astype(self.shifts[number].dtype)
+    def _note_steps(self, found: Descent[Trained]) -> None:
+        """Adds to the fits what steps were worth."""
         for path, own in found.arrays.factors.items():
-            for index, parts in own.items():
+            for index in own:
                 fit = self.fits[path][index]
-                fit = dataclasses.replace(fit, closed=found.before, stepped=found.after)
-                if helped:
-                    one, two = map(np.asarray, self.job.schemes[path].joined(parts))
-                    self.factors.fill(path, index, one, two)
-                    fit = dataclasses.replace(fit, first=one, second=two)
-                self.fits[path][index] = fit
+                new = dataclasses.replace(fit, closed=found.before, stepped=found.after)
+                self.fits[path][index] = new
+
+    def _take(self, new: Trained) -> None:
+        """Takes over what steps gave."""
+        for number, value in new.shifts.items():
+            self.shifts[number] = value.astype(self.shifts[number].dtype)
+        for path, own in new.factors.items():
+            for index, parts in own.items():
+                pair = self.job.schemes[path].joined(parts)
+                first, second = (np.asarray(x, np.float64) for x in pair)
+                self.factors.fill(path, index, first, second)
+                fit = self.fits[path][index]
+                self.fits[path][index] = dataclasses.replace(fit, first=first, second=second)
 
     def _match(self, place: int, matched: Matched) -> None:
         """Corrects the mean of a normalisation whose input has drifted."""

@@ -57,7 +57,9 @@ def block_error(dense: Mapping[int, jax.Array], small: Mapping[int, jax.Array]) 
     return error
 
 
-def stepped(loss: Loss, start: Trained, batches: Sequence[tuple], steps: int) -> Descent | None:
+def stepped(
+    loss: Loss[Trained], start: Trained, batches: Sequence[tuple], steps: int
+) -> Descent[Trained] | None:
     """The steps of a block; None where it cannot have any."""
     if len(batches) < 2 or not (start.factors or start.shifts):
         return None

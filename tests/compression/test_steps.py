@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Tucker, calibrate, compress, lowrank
+from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, trace
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import descend
@@ -30,19 +30,18 @@ def batches(count=64, seed=0):
 
 
 class Residual(nn.Module):
-    """A stem, two residual blocks with normalisations, and a head."""
+    """A stem, a residual block with normalisations, a plain layer and a head."""
 
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3), name="stem")(x))
-        for number in (1, 2):
-            y = nn.relu(nn.BatchNorm(True)(nn.Conv(8, (3, 3), name=f"one{number}")(x)))
-            y = nn.BatchNorm(True)(nn.Conv(8, (3, 3), name=f"two{number}")(y))
-            x = nn.relu(x + y)
+        y = nn.relu(nn.BatchNorm(True)(nn.Conv(8, (3, 3), name="one")(x)))
+        y = nn.BatchNorm(True)(nn.Conv(8, (3, 3), name="two")(y))
+        x = nn.relu(nn.Conv(8, (3, 3), name="plain")(nn.relu(x + y)))
         return nn.Dense(3)(x.mean((1, 2)))
 
 
-RANKS = {f"{name}{number}": 3 for name in ("one", "two") for number in (1, 2)}
+RANKS = {"one": 3, "two": 3, "plain": 3}
 
 
 def gap(apply, variables, small, x):
@@ -112,17 +111,17 @@ NETWORKS = [residual, plain_function, stack, nested, standardised, half_precisio
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.__name__)
-def test_no_block_gets_worse_and_the_tree_is_that_of_the_closed_form(network):
+def test_no_block_gets_worse_and_the_tree_is_that_of_decompose(network):
     apply, variables, table = network()
-    given = batches(256)
+    given = batches(128)
     small, fits = compress(apply, variables, given, table, steps=STEPS, return_fits=True)
-    closed = compress(apply, variables, given, table)
-    chex.assert_trees_all_equal_shapes_and_dtypes(small, closed)
+    plain = decompose(variables, table, trace(apply, variables, given[0]))
+    chex.assert_trees_all_equal_shapes_and_dtypes(small, plain)
     assert all(fit.stepped <= fit.closed for fit in every(fits))
     assert any(fit.stepped < fit.closed for fit in every(fits))
 
 
-@pytest.mark.parametrize("network", [residual, stack, nested], ids=lambda net: net.__name__)
+@pytest.mark.parametrize("network", [residual, stack], ids=lambda net: net.__name__)
 def test_the_errors_that_are_noted_are_those_of_the_tree_that_is_returned(network):
     apply, variables, table = network()
     given = batches()
@@ -151,9 +150,7 @@ def test_layers_whose_means_are_not_matched_keep_their_shifts():
     apply, variables, table = residual()
     small = compress(apply, variables, batches(), table, steps=STEPS, match_means=False)
     chex.assert_trees_all_equal(small["batch_stats"], variables["batch_stats"])
-    chex.assert_trees_all_equal(
-        small["params"]["one1"]["bias"], variables["params"]["one1"]["bias"]
-    )
+    chex.assert_trees_all_equal(small["params"]["one"]["bias"], variables["params"]["one"]["bias"])
 
 
 def test_a_block_without_a_derivative_keeps_the_closed_form():
@@ -180,7 +177,7 @@ def test_a_residual_block_is_a_block():
     outline, ends = ends_of(apply, variables, RANKS)
     assert len(ends) == 2 and ends[-1] == len(outline.eqns)
     places = [place for place, reading in outline.readings.items() if reading.source.path in RANKS]
-    assert [sum(place < end for place in places) for end in ends] == [2, 4]
+    assert [sum(place < end for place in places) for end in ends] == [2, 3]
 
 
 def test_layers_that_read_one_value_side_by_side_are_one_block():
