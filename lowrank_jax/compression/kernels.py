@@ -5,6 +5,7 @@ While layers are fitted, a factor that is to be decomposed itself is held whole.
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.provenance import Source
 
 Slice = tuple[int, ...]
+Parts = tuple[jax.Array, ...]  # the factors of one kernel, each by its scheme
 
 
 class Factors:
@@ -57,11 +59,21 @@ class Factors:
             first, second = scheme.joined(scheme.factor(kernel))
             self.fill(path, index, np.asarray(first), np.asarray(second))
 
-    def whole(self, path: str) -> Kernel:
-        """The factors of a layer as a value of a program."""
+    def whole(self, path: str, new: Mapping[Slice, Parts] | None = None) -> Kernel:
+        """The factors of a layer as a value of a program, with new ones of some of its kernels."""
         scheme = self.schemes[path]
         source = Source.of(path, self.stored[path].shape)
-        return Kernel.factored(source, scheme.axes, scheme.first, self.arrays(path))
+        one, two = self.arrays(path)
+        for index, parts in (new or {}).items():
+            first, second = scheme.joined(parts)
+            one = one.at[index].set(first.astype(one.dtype))
+            two = two.at[index].set(second.astype(two.dtype))
+        return Kernel.factored(source, scheme.axes, scheme.first, (one, two))
+
+    def parts(self, path: str, index: Slice) -> Parts:
+        """All factors of one kernel, in float32 or wider."""
+        one, two = (wide(jnp.asarray(pair[index])) for pair in self._pairs[path])
+        return self.schemes[path].parted((one, two))
 
     def part(self, source: Source) -> Kernel:
         """The factors of the kernels of a stack that a program has at some place."""
@@ -79,3 +91,8 @@ class Factors:
         """The two arrays of a layer that run while others are fitted."""
         one, two = self._pairs[path]
         return jnp.asarray(one), jnp.asarray(two)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """In float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
+from lowrank_jax.compression.kernels import wide
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
@@ -73,11 +74,6 @@ def mean_note(shift: Shift) -> Note:
 
 def _others(x: Any, axis: int) -> tuple[int, ...]:
     return tuple(other for other in range(x.ndim) if other != axis)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """In float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def trusted(lack: Callable[[Sequence], np.ndarray], found: Sequence) -> np.ndarray:

@@ -61,6 +61,14 @@ class Outline:
     def gives(self, eqn: Any) -> list[int]:
         return [self.number(var) for var in eqn.outvars]
 
+    def last_reads(self) -> dict[int, int]:
+        """The last equation that reads each variable; their number for the outputs."""
+        last = {}
+        for place, eqn in enumerate(self.eqns):
+            last.update(dict.fromkeys(self.reads(eqn), place))
+        results = [var for var in self.jaxpr.outvars if not isinstance(var, Literal)]
+        return last | dict.fromkeys(map(self.number, results), len(self.eqns))
+
     def constants(self) -> dict[int, Any]:
         values = zip(self.jaxpr.constvars, constants(self.flat), strict=True)
         return {self.number(var): value for var, value in values}

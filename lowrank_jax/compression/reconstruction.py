@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.compression.kernels import Factors, Slice
+from lowrank_jax.compression.blocks import block_ends
+from lowrank_jax.compression.descent import Descent
+from lowrank_jax.compression.kernels import Factors, Parts, Slice, wide
 from lowrank_jax.compression.notes import (
     drifted_mean,
     fit_note,
@@ -30,8 +32,9 @@ from lowrank_jax.compression.outline import (
     shift_after,
     slices,
 )
-from lowrank_jax.compression.segments import Segments, Values
+from lowrank_jax.compression.segments import Live, Segments, Values
 from lowrank_jax.compression.shortcuts import find_shortcuts
+from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
 from lowrank_jax.factorization.fitting import Fit, fit_layer
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
@@ -63,9 +66,11 @@ class Reconstruction:
         fits: of the layers so far.
     """
 
-    def __init__(self, job: Job, sweeps: int, match_means: bool) -> None:
-        self.job, self.sweeps, self.match_means = job, sweeps, match_means
+    def __init__(self, job: Job, sweeps: int, match_means: bool, steps: int) -> None:
+        self.job, self.sweeps, self.match_means, self.steps = job, sweeps, match_means, steps
         batches = list(job.inputs.held())
+        if steps:
+            batches = cut(job.network, batches)
         outlines = _outlines(job.network, batches)
         self.outline = outlines[0]
         self.fits: Fits = {}
@@ -73,6 +78,7 @@ class Reconstruction:
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
+        self.done: set = set()  # kernels and shifts whose steps are over
         self.places = fit_places(self.outline, job.schemes)
         self.shortcuts = find_shortcuts(self.outline, self.places, job.network.leaves(batches[0]))
 
@@ -88,26 +94,36 @@ class Reconstruction:
         self.factors.fill_plain(_unread(outline, places, self.factors))
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
+        ends = block_ends(outline, places) if self.steps else []
         progress = tqdm(total=len(places), desc="fitting", leave=False, disable=None)
         for place in range(max(places, default=-1) + 1):
+            if place in ends:
+                self._descend(place)
+                self.segments.advance(place, self._small(), _nothing)
+                self.segments.mark()
             if place in places:
                 self._fit(place, places[place], matched)
                 progress.update()
             elif self.match_means:
                 self._match(place, matched)
             matched.note(place)
+        if ends:
+            self._descend(ends[-1])
         progress.close()
         return self._tree()
 
     def _small(self) -> Values:
         """The inputs of the compressed network that differ."""
-        outline, schemes = self.outline, self.job.schemes
-        kernels = {
-            number: prepare(self.factors.whole(source.path), outline.survey)
+        return {**self._kernels({path: {} for path in self.job.schemes}), **self.shifts}
+
+    def _kernels(self, new: Mapping[str, Mapping[Slice, Parts]]) -> Values:
+        """Some layers as values of the program, with new factors of some kernels."""
+        outline = self.outline
+        return {
+            number: prepare(self.factors.whole(source.path, new[source.path]), outline.survey)
             for number, source in outline.sources.items()
-            if source.path in schemes
+            if source.path in new
         }
-        return {**kernels, **self.shifts}
 
     def _fit(self, place: int, path: str, matched: Matched) -> None:
         """Fits the kernels that an equation reads, unless they are, and matches the means."""
@@ -135,6 +151,56 @@ class Reconstruction:
             self.fits.setdefault(path, {})[index] = fit
             self.factors.fill(path, index, np.asarray(fit.first), np.asarray(fit.second))
 
+    def _descend(self, end: int) -> None:
+        """Takes gradient steps on what was fitted since the mark, for the values at a place."""
+        self.segments.rewind()
+        run, lives = self.segments.block(end)
+        batches = [(self.segments.given, self._small(), own.dense, own.small) for own in lives]
+
+        def loss(new: Trained, batch: tuple) -> jax.Array:
+            given, small, *live = batch
+            shifts = {number: x.astype(given[number].dtype) for number, x in new.shifts.items()}
+            own = {**small, **self._kernels(new.factors), **shifts}
+            return block_error(*run(given, own, *live))
+
+        found = stepped(loss, self._untrained(), batches, self.steps)
+        if found is not None:
+            self._note_steps(found)
+        if found is not None and found.helped:
+            self._take(found.arrays)
+        self.done = {(path, index) for path, own in self.fits.items() for index in own}
+        self.done.update(self.shifts)
+
+    def _untrained(self) -> Trained:
+        """What was fitted and set since the steps before."""
+        factors: dict[str, dict[Slice, Parts]] = {}
+        for path, own in self.fits.items():
+            new = [index for index in own if (path, index) not in self.done]
+            if new:
+                factors[path] = {index: self.factors.parts(path, index) for index in new}
+        shifts = {n: wide(x) for n, x in self.shifts.items() if n not in self.done}
+        return Trained(factors=factors, shifts=shifts)
+
+    def _note_steps(self, found: Descent[Trained]) -> None:
+        """Adds to the fits what steps were worth."""
+        for path, own in found.arrays.factors.items():
+            for index in own:
+                fit = self.fits[path][index]
+                new = dataclasses.replace(fit, closed=found.before, stepped=found.after)
+                self.fits[path][index] = new
+
+    def _take(self, new: Trained) -> None:
+        """Takes over what steps gave."""
+        for number, value in new.shifts.items():
+            self.shifts[number] = value.astype(self.shifts[number].dtype)
+        for path, own in new.factors.items():
+            for index, parts in own.items():
+                pair = self.job.schemes[path].joined(parts)
+                first, second = (np.asarray(x, np.float64) for x in pair)
+                self.factors.fill(path, index, first, second)
+                fit = self.fits[path][index]
+                self.fits[path][index] = dataclasses.replace(fit, first=first, second=second)
+
     def _match(self, place: int, matched: Matched) -> None:
         """Corrects the mean of a normalisation whose input has drifted."""
         shift = find_shift(self.outline, place)
@@ -160,6 +226,12 @@ class Reconstruction:
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
         new = {path: (schemes[path], self.factors.all_factors(path)) for path in schemes}
         return replaced(tree, new, self.job.network.changed)
+
+
+def _nothing(live: Live, turn: int) -> int:
+    """The note of a stop where nothing is fitted."""
+    del live, turn
+    return 0
 
 
 def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:

@@ -36,6 +36,7 @@ class Live:
 
 
 Note = Callable[[Live, int], Any]
+Segment = Callable[[Values, Values, Values, Values], tuple[Values, Values]]
 
 
 class Segments:
@@ -56,15 +57,37 @@ class Segments:
             Live(dict(zip(outline.images, batch, strict=True)), {})
             for outline, batch in zip(outlines, batches, strict=True)
         ]
-        self.last = _last_reads(self.first)
+        self.last = self.first.last_reads()
         self.place = 0
+        self.mark()
+
+    def mark(self) -> None:
+        """Remembers this place and what is alive here, for `rewind`."""
+        self.start, self._marked = self.place, self._copy(self.lives)
+
+    def rewind(self) -> None:
+        """Goes back to the place that was marked last."""
+        self.place, self.lives = self.start, self._copy(self._marked)
+
+    def _copy(self, lives: Sequence[Live]) -> list[Live]:
+        return [dataclasses.replace(live) for live in lives]
+
+    def block(self, stop: int) -> tuple[Segment, list[Live]]:
+        """The segment from the marked place to a stop, and what is alive at its start.
+
+        Returns:
+            The segment at the shapes of the first batch, and the batches of these shapes alone.
+        """
+        pairs = zip(self._marked, self.outlines, strict=True)
+        alike = [live for live, outline in pairs if outline is self.first]
+        return _segment(self.first, self.start, stop, self.last), alike
 
     def advance(self, place: int, small: Values, note: Note) -> list:
         """Runs all batches up to an equation, and adds up what is noted of each there.
 
         Args:
             place: index of the equation, which the compressed network does not run yet. The dense
-                network does.
+                network does. The number of equations stands for the end of the program.
             small: number of an input to its value in the compressed network, where it differs.
             note: function of what a batch has given, and of the number of the batch.
 
@@ -95,17 +118,10 @@ def _add(sums: list, fold: int, note: Any) -> None:
         sums[fold] = jax.tree.map(np.add, sums[fold], new)
 
 
-def _last_reads(outline: Outline) -> dict[int, int]:
-    """The last equation that reads each variable."""
-    last = {}
-    for place, eqn in enumerate(outline.eqns):
-        last.update(dict.fromkeys(outline.reads(eqn), place))
-    return last
-
-
-def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Callable:
+def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Segment:
     """A function of (given, small inputs, dense live values, small live values)."""
-    own = range(start, stop + 1)
+    ahead = outline.eqns[stop : stop + 1]  # none at the end of the program
+    own = range(start, stop + len(ahead))
     needed = _fixed_equations(outline, own)
 
     def run(given: Values, small: Values, dense: Values, other: Values) -> tuple:
@@ -115,9 +131,10 @@ def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -
         for place in range(start, stop):
             if place not in needed:
                 _both(outline, place, one, two)
-        _dense(outline, stop, one)
         kept = {n for n in (*one, *two) if n not in outline.fixed and last.get(n, -1) >= stop}
-        kept |= set(outline.gives(outline.eqns[stop]))
+        for eqn in ahead:
+            _dense(outline, stop, one)
+            kept.update(outline.gives(eqn))
         dense, other = ({n: x[n] for n in sorted(kept) if n in x} for x in (one, two))
         return dense, other
 

@@ -39,6 +39,9 @@ class Fit:
             before the sweeps, which lower it.
         plain: error of the plain factors.
         samples: patches for each dimension of a patch.
+        closed, stepped: error of the outputs of the layer's block, before and after gradient steps,
+            on images that these did not see; equal where they did not help and the closed form
+            stays, None without steps.
     """
 
     first: Array
@@ -47,6 +50,8 @@ class Fit:
     held_out: float
     plain: float
     samples: float
+    closed: float | None = None
+    stepped: float | None = None
 
     @property
     def is_plain(self) -> bool:
