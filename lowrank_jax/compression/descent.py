@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.compression.holding import loaded
 from lowrank_jax.program.compiler import default_options
 
 RATE = 0.01  # of the root mean square of an array, for each step at the start
@@ -45,7 +46,7 @@ def descend(loss: Loss[Tree], start: Tree, batches: Sequence, steps: int) -> Des
     Args:
         loss: function of the arrays and a batch.
         start: the arrays, in float32.
-        batches: at least two.
+        batches: at least two; what `Holding` keeps of them is read when it is needed.
         steps: how many.
     """
     held = batches[HELD - 1 :: HELD] or batches[-1:]
@@ -53,7 +54,8 @@ def descend(loss: Loss[Tree], start: Tree, batches: Sequence, steps: int) -> Des
     measure = jax.jit(loss, compiler_options=default_options())
     new = _walked(loss, start, data, steps)
     before, after = (
-        float(np.mean([measure(arrays, batch) for batch in held])) for arrays in (start, new)
+        float(np.mean([measure(arrays, loaded(batch)) for batch in held]))
+        for arrays in (start, new)
     )
     found = Descent(arrays=new, before=before, after=after)
     return found if found.helped else Descent(arrays=start, before=before, after=before)
@@ -69,7 +71,7 @@ def _walked(loss: Loss[Tree], arrays: Tree, data: Sequence, steps: int) -> Tree:
 
     state = optimizer.init(arrays)
     for turn in _turns(len(data), steps):
-        arrays, state = step(arrays, state, data[turn])
+        arrays, state = step(arrays, state, loaded(data[turn]))
     return arrays
 
 

@@ -268,13 +268,15 @@ def test_every_form_of_inputs_gives_the_same_factors(name):
     chex.assert_trees_all_close(small, wanted, atol=1e-5)
 
 
-def test_activations_in_files_give_the_same_factors(monkeypatch):
+@pytest.mark.parametrize("steps", [0, 3])
+def test_activations_in_files_give_the_same_factors(steps, monkeypatch):
     layer, x = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(4, (3, 3))]), images(16)
     variables = layer.init(jax.random.key(0), x)
     table = {"layers_0": 3, "layers_2": 2}
-    wanted = compress(layer.apply, variables, [x[:8], x[8:]], table)
+    wanted = compress(layer.apply, variables, [x[:8], x[8:]], table, steps=steps)
     monkeypatch.setattr("lowrank_jax.compression.holding.IN_MEMORY", 0)
-    chex.assert_trees_all_equal(compress(layer.apply, variables, [x[:8], x[8:]], table), wanted)
+    found = compress(layer.apply, variables, [x[:8], x[8:]], table, steps=steps)
+    chex.assert_trees_all_equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
