@@ -108,11 +108,15 @@ class Candidates:
     ) -> Plan:
         """The plan of one candidate for each path; a layer that has none stays dense."""
         choices = [
-            _choice(self.trace.at(path)[0], layer[0], chosen.get(path, layer[0]))
+            _choice(path, layer[0], chosen.get(path, layer[0]), self._is_changed(path))
             for path, layer in self.layers.items()
         ]
         rest = Rest(**{measure: int(self.rest(measure)) for measure in COUNTS})
         return Plan(choices=tuple(choices), selector=selector, budget=budget, rest=rest)
+
+    def _is_changed(self, path: str) -> bool:
+        """Whether the program changes the kernel of a layer first."""
+        return any(use.changed for use in self.trace.at(path))
 
 
 def candidates(
@@ -185,16 +189,16 @@ def front(
     return best
 
 
-def _choice(use: KernelUse, dense: Candidate, chosen: Candidate) -> Choice:
+def _choice(path: str, dense: Candidate, chosen: Candidate, changed: bool) -> Choice:
     pairs: dict[str, Any] = {m: (getattr(dense, m), getattr(chosen, m)) for m in COUNTS}
     times = (dense.latency, chosen.latency)
     latency = None if any(map(math.isnan, times)) else times
     return Choice(
-        path=use.path,
+        path=path,
         scheme=chosen.scheme,
         latency=latency,
         error=chosen.error,
-        changed=use.changed,
+        changed=changed,
         **pairs,
     )
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from lowrank_jax.tree.decomposing import decompose
+from lowrank_jax.tree.decomposing import factored, find_schemes
+from lowrank_jax.tree.paths import named_leaves
 
 if TYPE_CHECKING:
     from lowrank_jax.planning.plans import Plan
@@ -95,7 +96,7 @@ def skeleton(plan: "Plan", variables: Any = None) -> Any:
     """
     if variables is None and not plan.leaves:
         raise ValueError(
-            "This plan does not hold the leaves of its tree; give the variables of the dense "
+            "The plan has no leaves of its tree; give the variables of the dense "
             "network, such as jax.eval_shape(model.init, jax.random.key(0), x)."
         )
     dense = variables
@@ -103,4 +104,10 @@ def skeleton(plan: "Plan", variables: Any = None) -> Any:
         dense = unflatten_dict({leaf.path: leaf.abstract for leaf in plan.leaves})
     if not plan.ranks:
         return jax.eval_shape(lambda tree: tree, dense)
-    return jax.eval_shape(lambda tree: decompose(tree, plan), dense)
+
+    def decomposed(tree: Any) -> Any:
+        leaves = named_leaves(tree)  # a changed kernel has the shape of the stored one
+        changed = {path: leaves[path] for path in plan.changed}
+        return factored(tree, find_schemes(tree, plan), changed)
+
+    return jax.eval_shape(decomposed, dense)

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.interpreter import bind
-from lowrank_jax.program.jaxprs import Program, constants, opened
+from lowrank_jax.program.jaxprs import Program, check_function, constants, opened
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source, moved
 from lowrank_jax.program.reading import READERS
@@ -134,6 +134,8 @@ def changed(apply: Callable) -> Callable:
     Returns:
         A function of the same arguments. Where no kernel stands changed, it is the one given.
     """
+
+    check_function(apply)
 
     @functools.wraps(apply)
     def run(*args: Any, **kwargs: Any) -> Any:

