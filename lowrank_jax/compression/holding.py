@@ -9,7 +9,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-IN_MEMORY = 2**30  # bytes of all batches together; more go to a file
+IN_MEMORY = 2**32  # bytes of all batches together; more go to a file, which takes longer
 
 
 class Holding:
