@@ -30,6 +30,7 @@ from lowrank_jax import (
     lowrank,
 )
 from lowrank_jax.calibration.batch_norm import reestimate
+from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.io.torch_names import from_torch
@@ -64,6 +65,18 @@ def load(shared: Path) -> tuple[CifarResNet, dict]:
         load_weights(shared / "resnet20_cifar10_torch.npz"), model.apply, target, image
     )
     return model, jax.tree.map(jnp.asarray, variables)
+
+
+def images_of(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """The training and the test images."""
+    sets = str(args.shared / "tensorflow_datasets")
+    return data.cifar10("train", sets), data.cifar10("test", sets)
+
+
+def scorer(model: CifarResNet, test: Dataset, count: int) -> Callable[[dict], float]:
+    """A function of a tree: its accuracy on the first test images."""
+    given = test.images[:count], test.labels[:count]
+    return lambda network: evaluate(model.apply, network, *given, preprocess=normalize)
 
 
 def tables(found: Calibration, scheme: str) -> dict[str, Candidates]:
@@ -182,14 +195,9 @@ def rows(
 def main() -> None:
     args = options()
     model, variables = load(args.shared)
-    sets = args.shared / "tensorflow_datasets"
-    train, test = (data.cifar10(split, str(sets)) for split in ("train", "test"))
+    train, test = images_of(args)
     images = normalize(train.images[: args.calibration])
-
-    def accuracy(network: dict) -> float:
-        given = test.images[: args.test], test.labels[: args.test]
-        return evaluate(lowrank(model.apply), network, *given, preprocess=normalize)
-
+    accuracy = scorer(model, test, args.test)
     facts = {"machine": machine(), "dense": accuracy(variables), "test": args.test}
     start = time.perf_counter()
     found = calibrate(model.apply, variables, images)

@@ -16,16 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compress import interval, load, normalize
+from compress import images_of, interval, load, normalize, scorer
 
-from lowrank_jax import Plan, calibrate, compress, data, load_weights, plan, save_weights
+from lowrank_jax import Plan, calibrate, compress, load_weights, plan, save_weights
 from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.training import (
     crop_and_flip,
     cross_entropy,
     distillation,
-    evaluate,
     finetune,
     layer_matching,
 )
@@ -113,14 +112,10 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
 def main() -> None:
     args = options()
     model, dense = load(args.shared)
-    sets = args.shared / "tensorflow_datasets"
-    train, test = (data.cifar10(split, str(sets)) for split in ("train", "test"))
+    train, test = images_of(args)
     images = normalize(train.images[: args.calibration])
     chosen, small = compressed(args, model, dense, images)
-
-    def accuracy(network: Any) -> float:
-        given = test.images[: args.test], test.labels[: args.test]
-        return evaluate(model.apply, network, *given, preprocess=normalize)
+    accuracy = scorer(model, test, args.test)
 
     def after_epoch(epoch: int, network: Any, metrics: Any) -> dict[str, float]:
         score = accuracy(network)

@@ -84,9 +84,9 @@ class Network:
         program = dataclasses.replace(program, closed=kernels.cut(self.changed))
         return dataclasses.replace(traced, program=program)
 
-    def leaves(self, inputs: tuple, variables: Any = None) -> list:
-        """The arrays that a `NetworkProgram` takes, of other variables where they are given."""
-        own = list(self.named().values()) if variables is None else variables
+    def leaves(self, inputs: tuple) -> list:
+        """The arrays that a `NetworkProgram` takes."""
+        own = list(self.named().values()) if self.changed else self.variables
         leaves = jax.tree.leaves(((own, *inputs, *self.args), dict(self.kwargs)))
         return [leaf for leaf in leaves if is_array(leaf)]
 

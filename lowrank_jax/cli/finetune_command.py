@@ -97,7 +97,10 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
 
 def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
     if labels is None and teacher is None:
-        raise ValueError("There are no labels and no teacher; give --labels, --teacher, or both.")
+        raise ValueError(
+            "There are no labels and no teacher, thus nothing to learn from; "
+            "give --labels, --teacher, or both."
+        )
     if teacher is None:
         return cross_entropy()
     towards = distillation(args.temperature)

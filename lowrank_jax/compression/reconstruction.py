@@ -95,6 +95,8 @@ class Reconstruction:
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
         ends = block_ends(outline, places) if self.steps else []
+        if ends:
+            self.segments.mark()
         progress = tqdm(total=len(places), desc="fitting", leave=False, disable=None)
         for place in range(max(places, default=-1) + 1):
             if place in ends:

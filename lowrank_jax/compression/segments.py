@@ -58,19 +58,16 @@ class Segments:
             for outline, batch in zip(outlines, batches, strict=True)
         ]
         self.last = self.first.last_reads()
-        self.place = 0
-        self.mark()
+        self.place = self.start = 0
+        self._marked: list[Live] = []
 
     def mark(self) -> None:
         """Remembers this place and what is alive here, for `rewind`."""
-        self.start, self._marked = self.place, self._copy(self.lives)
+        self.start, self._marked = self.place, _copies(self.lives)
 
     def rewind(self) -> None:
         """Goes back to the place that was marked last."""
-        self.place, self.lives = self.start, self._copy(self._marked)
-
-    def _copy(self, lives: Sequence[Live]) -> list[Live]:
-        return [dataclasses.replace(live) for live in lives]
+        self.place, self.lives = self.start, _copies(self._marked)
 
     def block(self, stop: int) -> tuple[Segment, list[Live]]:
         """The segment from the marked place to a stop, and what is alive at its start.
@@ -107,6 +104,10 @@ class Segments:
             live.dense, live.small = holding.keep(results)
         self.place = place
         return found
+
+
+def _copies(lives: Sequence[Live]) -> list[Live]:
+    return [dataclasses.replace(live) for live in lives]
 
 
 def _add(sums: list, fold: int, note: Any) -> None:

@@ -16,7 +16,15 @@ import jax
 import numpy as np
 
 from lowrank_jax.factorization.forms import FORMS, form_of
-from lowrank_jax.factorization.layout import AXES, INPUTS, OUTPUTS, fit_axes, only, spatial_axes
+from lowrank_jax.factorization.layout import (
+    AXES,
+    INPUTS,
+    OUTPUTS,
+    fit_axes,
+    only,
+    sizes_of,
+    spatial_axes,
+)
 
 # A name of a factor may be followed by the kernel's layout.
 _KEY = re.compile(r"([a-z_]+?)(?:_([A-Z]+))?")
@@ -199,7 +207,7 @@ def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
     if len(one) != len(two) or len(one) < len(axes) or 0 in (*one, *two):
         return False
     stack = len(one) - len(axes)
-    sizes, others = (dict(zip(axes, shape[stack:], strict=True)) for shape in (one, two))
+    sizes, others = (sizes_of(axes, shape) for shape in (one, two))
     groups, rest = divmod(sizes["O"], others["I"])
     outputs = math.prod(others[letter] for letter in only(axes, OUTPUTS))
     fits = groups >= 1 and rest == 0 and outputs % max(groups, 1) == 0

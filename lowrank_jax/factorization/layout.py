@@ -115,7 +115,7 @@ def merged(kernel: Array, axes: str, parts: Sequence[str]) -> Array:
         (15, 4, 8)
     """
     stack: int = kernel.ndim - len(axes)
-    sizes = dict(zip(axes, kernel.shape[stack:], strict=True))
+    sizes = sizes_of(axes, kernel.shape)
     moved = kernel.transpose(_order(stack, axes, "".join(parts)))
     whole = [math.prod(sizes[letter] for letter in part) for part in parts]
     return moved.reshape(*kernel.shape[:stack], *whole)
@@ -126,6 +126,17 @@ def parted(array: Array, axes: str, parts: Sequence[str], sizes: Mapping[str, in
     stack, order = array.ndim - len(parts), "".join(parts)
     spread = array.reshape(*array.shape[:stack], *(sizes[letter] for letter in order))
     return spread.transpose(_order(stack, order, axes))
+
+
+def sizes_of(axes: str, shape: Sequence[int]) -> dict[str, int]:
+    """Letter of each axis of a kernel to its size; axes before those named are a stack.
+
+    Example:
+        >>> import lowrank_jax
+        >>> sizes_of("IO", (12, 4, 8))
+        {'I': 4, 'O': 8}
+    """
+    return dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
 
 
 def spatial_axes(axes: str) -> str:
@@ -215,7 +226,7 @@ def same_form(axes: str, shape: Sequence[int], first: str) -> str:
     """
     if not form_of(first).spatial:
         return first
-    sizes = dict(zip(axes, shape[-len(axes) :], strict=True))
+    sizes = sizes_of(axes, shape)
 
     def parts(name: str) -> list[list[str]]:
         return [[x for x in part if sizes[x] > 1] for part in split_axes(axes, name)]

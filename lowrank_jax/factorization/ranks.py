@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-from lowrank_jax.factorization.layout import own_letters
+from lowrank_jax.factorization.layout import own_letters, sizes_of
 
 
 def max_rank(
@@ -32,7 +32,7 @@ def max_rank(
             f"max_rank: a kernel of shape {tuple(shape)} has fewer axes than {axes=}; give its "
             "whole shape."
         )
-    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    sizes = sizes_of(axes, shape)
     rows, columns = (
         math.prod(sizes[letter] for letter in own_letters(axes, first, i)) for i in (0, 1)
     )

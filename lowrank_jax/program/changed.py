@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxpr_as_fun
 
 from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.flat import flatten
@@ -150,8 +150,7 @@ def changed(apply: Callable) -> Callable:
         kernels = ChangedKernels.of(program.closed, [sources[i] for i in program.inputs])
         closed = kernels.cut(paths)
         inputs = [values[i] for i in program.inputs]
-        known = _known(closed, inputs)
-        return program.rebuild(_run(opened(closed).eqns, known, opened(closed).outvars))
+        return program.rebuild(jaxpr_as_fun(closed)(*inputs))
 
     return run
 
@@ -160,12 +159,13 @@ def sources_of_first(
     leaves: Sequence[tuple[Any, Any]], values: Sequence[Any], program: Program
 ) -> dict[int, Source | None]:
     """For each input of a program the parameter that it is: a leaf of the first argument."""
-    own = {i: path for i, (path, _) in enumerate(leaves) if _is_first(path)}
+    own = {i: path for i, (path, _) in enumerate(leaves) if is_first(path)}
     names = dict(zip(own, names_of([path[2:] for path in own.values()]), strict=True))
     return {i: Source.of(names[i], values[i].shape) if i in names else None for i in program.inputs}
 
 
-def _is_first(path: Any) -> bool:
+def is_first(path: Any) -> bool:
+    """Whether a leaf of (args, kwargs) stands in the first argument."""
     return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
 
 

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lowrank_jax.factorization.forms import SCHEMES
-from lowrank_jax.factorization.layout import OUTPUTS, forms_of, heads_of, spatial_axes
+from lowrank_jax.factorization.layout import (
+    OUTPUTS,
+    forms_of,
+    heads_of,
+    only,
+    sizes_of,
+    spatial_axes,
+)
 from lowrank_jax.factorization.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -86,10 +93,14 @@ class KernelUse:
         return forms_of(self.axes, self.kernel_shape) if self.axes else ()
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Letter of each axis of one kernel to its size."""
+        return sizes_of(self.axes, self.kernel_shape)
+
+    @property
     def width(self) -> int:
         """Outputs of one kernel, of all groups."""
-        sizes = zip(self.axes, self.kernel_shape[-len(self.axes) :], strict=True)
-        return math.prod(size for letter, size in sizes if letter in OUTPUTS)
+        return math.prod(self.sizes[letter] for letter in only(self.axes, OUTPUTS))
 
     @property
     def heads(self) -> int:

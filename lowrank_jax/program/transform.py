@@ -16,7 +16,7 @@ from lowrank_jax.factorization.factors import (
     read_factors,
 )
 from lowrank_jax.factorization.placement import dense_sharding
-from lowrank_jax.program.changed import changed
+from lowrank_jax.program.changed import changed, is_first
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
 from lowrank_jax.program.jaxprs import Program, check_function, is_array
@@ -138,7 +138,7 @@ def _run(
     whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
     program = Program.of(whole, tree, shapes)
     for index, (path, leaf) in enumerate(leaves):
-        dense_one = index not in kernels and is_array(leaf) and _is_first(path)
+        dense_one = index not in kernels and is_array(leaf) and is_first(path)
         if dense_one and is_kernel(names[index], leaf):
             kernels[index] = Kernel.dense(Source.of(names[index], leaf.shape), leaf)
     results, notes = run_kernels(program, shapes, kernels, rule)
@@ -153,10 +153,6 @@ def _names(paths: list) -> list[str]:
         jax.tree_util.keystr(path[1:]) if count[name] > 1 else name
         for path, name in zip(paths, names, strict=True)
     ]
-
-
-def _is_first(path: Any) -> bool:
-    return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
 
 
 def _given_back(value: Any, source: Source | None, stored: Mapping[str, Kernel]) -> Any:

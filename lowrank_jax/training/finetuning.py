@@ -11,13 +11,14 @@ import optax
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function
+from lowrank_jax.training.augmentation import Augment
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
-from lowrank_jax.training.order import Batches, batches_of
+from lowrank_jax.training.order import Batches, batches_of, positive
 from lowrank_jax.training.partition import Rules
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
-from lowrank_jax.training.steps import Augment, make_step
+from lowrank_jax.training.steps import make_step
 
 TEACHES = {"teacher", "layers"}
 
@@ -131,7 +132,7 @@ def finetune(
         seed=seed,
         teacher=teacher,
         folder=None if folder is None else Path(folder),
-        save_every=_positive("save_every", save_every),
+        save_every=positive("save_every", save_every),
         plan=plan,
         after_epoch=after_epoch,
     )
@@ -146,18 +147,12 @@ def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps={steps} and epochs={epochs} are not allowed; give one of both.")
     if steps is not None:
-        return _positive("steps", steps)
+        return positive("steps", steps)
     if batches.epoch is None:
         raise ValueError(
             f"epochs={epochs} is not allowed for batches that cannot be counted; give steps."
         )
-    return _positive("epochs", epochs) * batches.epoch
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
-    return value
+    return positive("epochs", epochs) * batches.epoch
 
 
 def _loss(loss: Loss | Term | Name | None, teacher: Any) -> Loss:
@@ -175,6 +170,6 @@ def _loss(loss: Loss | Term | Name | None, teacher: Any) -> Loss:
 def _optimiser(
     tx: optax.GradientTransformation | None, learning_rate: float, steps: int, accumulate: int
 ) -> optax.GradientTransformation:
-    every = _positive("accumulate", accumulate)
+    every = positive("accumulate", accumulate)
     own = one_cycle_sgd(learning_rate, -(-steps // every)) if tx is None else tx
     return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

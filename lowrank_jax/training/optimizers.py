@@ -110,7 +110,7 @@ def carry_optimizer(
         ([1.0, 1.0, 1.0, 1.0], 0.0)
     """
     known = _by_path(state)
-    fresh = jax.tree_util.tree_leaves_with_path(tx.init(params))
+    fresh, structure = jax.tree_util.tree_flatten_with_path(tx.init(params))
     leaves, reset = [], []
     for path, leaf in fresh:
         own = known.get(jax.tree_util.keystr(path))
@@ -120,7 +120,7 @@ def carry_optimizer(
             reset.append(path)
     if reset:
         LOG.info("The optimiser starts anew for %s.", ", ".join(_layers(reset, params)))
-    return jax.tree.unflatten(jax.tree.structure(tx.init(params)), leaves)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

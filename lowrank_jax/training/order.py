@@ -65,6 +65,13 @@ def batches_of(given: Any, size: int = 128, seed: int = 0) -> Batches:
     return _Streamed(given)
 
 
+def positive(name: str, value: Any) -> int:
+    """The value of an argument, if it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
+    return value
+
+
 class _Shuffled:
     """Arrays of which every epoch is a permutation."""
 
@@ -77,8 +84,7 @@ class _Shuffled:
                 "number of examples along the first axis."
             )
         [self.count] = counts
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size={size!r} is not allowed; give an int of at least 1.")
+        positive("batch_size", size)
         if self.count < size:
             raise ValueError(
                 f"batch_size={size} is more than the {self.count} training examples; make it "

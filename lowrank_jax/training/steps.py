@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.training.augmentation import Augment
 from lowrank_jax.training.features import Layers, decomposed_paths
 from lowrank_jax.training.forward import Forward
 from lowrank_jax.training.losses import Loss, Name, Term
@@ -16,7 +16,6 @@ from lowrank_jax.training.partition import joined
 from lowrank_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
-Augment = Callable[[chex.PRNGKey, tuple], tuple]
 Step = Callable[..., tuple[TrainState, Metrics]]
 FINITE = -1  # in the metric "not_finite": no leaf
 

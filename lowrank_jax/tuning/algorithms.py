@@ -70,7 +70,7 @@ class Layer:
             raise ValueError(
                 f"{use.path or '(computed)'}: no convolution of a known layout; leave it out."
             )
-        sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
+        sizes = use.sizes
         size = tuple(sizes[letter] for letter in use.axes if letter not in "IO")
         options = (use.strides, use.padding, use.dilation, use.input_dilation)
         return cls(use.inputs, sizes["O"], size, *options, groups=use.groups, dtype=use.dtype)

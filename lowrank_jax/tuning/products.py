@@ -29,7 +29,7 @@ class Product:
     @classmethod
     def of(cls, use: KernelUse) -> "Product":
         """The product of a traced program; of a stack of matrices, one slice."""
-        sizes = dict(zip(use.axes, use.kernel_shape[-len(use.axes) :], strict=True))
+        sizes = use.sizes
         outputs = math.prod(sizes[letter] for letter in only(use.axes, OUTPUTS))
         return cls(use.positions, math.prod(sizes.values()) // outputs, outputs, use.dtype)
 

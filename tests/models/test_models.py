@@ -19,19 +19,6 @@ def init(batch=1, size=32, **options):
     return jax.eval_shape(NIN(**options).init, jax.random.key(0), jnp.zeros((batch, size, size, 3)))
 
 
-def random(skeleton):
-    """Numbers as initialisers give them, for which nothing is compiled; variances are positive."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, like):
-        if path[-1].key == "var":
-            return np.ones(like.shape, np.float32)
-        values = rng.standard_normal(like.shape, np.float32)
-        return values / np.sqrt(np.prod(like.shape[:-1]), dtype=np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, skeleton)
-
-
 def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -89,7 +76,9 @@ def test_logits_parameters_and_statistics_are_float32_whatever_the_computation(d
     chex.assert_type([logits, *jax.tree.leaves(updates)], jnp.float32)
 
 
-def test_the_low_rank_network_computes_what_the_dense_one_does_with_the_reconstructed_kernels():
+def test_the_low_rank_network_computes_what_the_dense_one_does_with_the_reconstructed_kernels(
+    random,
+):
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
     options = dict(ranks={"Conv_0": 5, "Conv_2": 8}, batch_norm=False)
     low, variables = NIN(**options), random(init(**options))
@@ -100,7 +89,7 @@ def test_the_low_rank_network_computes_what_the_dense_one_does_with_the_reconstr
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_statistics_are_used_in_evaluation_and_updated_in_training_only():
+def test_statistics_are_used_in_evaluation_and_updated_in_training_only(random):
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
     model = NIN(ranks={"Conv_0": 5, "Conv_2": 8})
     variables = random(init(ranks=model.ranks))

@@ -35,25 +35,13 @@ def skeleton(name, size=None):
     return jax.eval_shape(network.build().init, jax.random.key(0), image), image
 
 
-def random(like):
-    """Numbers that keep the size of the activations; variances are positive."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, like):
-        if path[-1].key == "var":
-            return np.ones(like.shape, np.float32)
-        values = rng.standard_normal(like.shape, np.float32)
-        return values * np.sqrt(2 / np.prod(like.shape[:-1]), dtype=np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_network_with_factors_computes_what_it_does_with_their_product(name):
+def test_a_network_with_factors_computes_what_it_does_with_their_product(name, random):
     model = PUBLISHED[name].build()
     dense, image = skeleton(name, SIZES[name])
     program = trace(model.apply, dense, image)
-    small = random(jax.eval_shape(lambda t: decompose(t, PUBLISHED[name].ranks, program), dense))
+    skeletons = jax.eval_shape(lambda t: decompose(t, PUBLISHED[name].ranks, program), dense)
+    small = random(skeletons, gain=2)
     images = np.random.default_rng(1).standard_normal((2, *image.shape[1:]), np.float32)
     found = jax.jit(lowrank(model.apply))(small, images)
     expected = jax.jit(model.apply)(reconstruct(small), images)

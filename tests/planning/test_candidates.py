@@ -76,12 +76,7 @@ def test_the_error_of_a_rank_is_the_share_that_the_factors_leave_out(first):
         assert lost == pytest.approx(low.error, rel=1e-4)
 
 
-@pytest.mark.parametrize("first", SPATIAL)
-def test_every_cost_is_that_of_the_decomposed_program(first):
-    variables, program, _ = network()
-    found = spectra(variables["params"], program)
-    ranks = {"strided": 3, "grouped": 2, "shared": 4, "pointwise": 2, "head": 2}
-    schemes = {path: scheme(program.at(path)[0], rank, first) for path, rank in ranks.items()}
+def assert_costs_are_those_of_the_program(schemes, variables, program, found):
     plan = fixed(candidates(program, found), schemes)
     assert plan.ranks == schemes
     small = jax.eval_shape(lambda p: decompose(p, plan.ranks, program), variables["params"])
@@ -90,6 +85,15 @@ def test_every_cost_is_that_of_the_decomposed_program(first):
     assert plan.total("macs") == (program.macs, after.macs)
     moved = tuple(sum(use.bytes for use in calls) for calls in (program, after))
     assert plan.total("bytes") == moved
+
+
+@pytest.mark.parametrize("first", SPATIAL)
+def test_every_cost_is_that_of_the_decomposed_program(first):
+    variables, program, _ = network()
+    found = spectra(variables["params"], program)
+    ranks = {"strided": 3, "grouped": 2, "shared": 4, "pointwise": 2, "head": 2}
+    schemes = {path: scheme(program.at(path)[0], rank, first) for path, rank in ranks.items()}
+    assert_costs_are_those_of_the_program(schemes, variables, program, found)
 
 
 def test_every_cost_of_three_factors_is_that_of_the_decomposed_program():
@@ -99,14 +103,7 @@ def test_every_cost_of_three_factors_is_that_of_the_decomposed_program():
         path: Tucker(rank, program.at(path)[0].groups, inner=inner)
         for path, (rank, inner) in ranks.items()
     }
-    plan = fixed(candidates(program, found), schemes)
-    assert plan.ranks == schemes
-    small = jax.eval_shape(lambda p: decompose(p, plan.ranks, program), variables["params"])
-    after = trace(lowrank(CNN().apply), {"params": small}, X)
-    assert plan.total("parameters") == (program.parameters, after.parameters)
-    assert plan.total("macs") == (program.macs, after.macs)
-    moved = tuple(sum(use.bytes for use in calls) for calls in (program, after))
-    assert plan.total("bytes") == moved
+    assert_costs_are_those_of_the_program(schemes, variables, program, found)
 
 
 def test_the_error_of_three_factors_bounds_what_they_leave_out():
