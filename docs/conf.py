@@ -1,0 +1,69 @@
+"""The site: guides that run as it is built, and a reference made of the docstrings.
+
+``sphinx-build -W -b html docs site`` builds it. A warning is an error, and so is a cell that fails.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lowrank_jax
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from drawings import engine  # noqa: E402
+
+# The same output on every machine, and programs that are compiled once and run once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+project, author = "lowrank_jax", "the authors of lowrank_jax"
+version = release = lowrank_jax.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.apidoc"]
+exclude_patterns = ["api/modules.rst"]
+html_theme, html_title = "furo", f"lowrank_jax {release}"
+html_last_updated_fmt = None
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 240
+nb_merge_streams = True
+
+# One page a folder, written anew by each build, so that the reference cannot lag behind.
+apidoc_modules = [
+    {
+        "path": "../lowrank_jax",
+        "destination": "api",
+        "module_first": True,
+        "automodule_options": {"members", "show-inheritance"},
+    }
+]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 90
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_ivar = True  # fields of dataclasses stand in the list of attributes alone
+
+
+def setup(app: Any) -> None:
+    """Draws the pictures first, and checks the reference last."""
+    app.connect("builder-inited", draw)
+    app.connect("env-check-consistency", check_names)
+
+
+def draw(app: Any) -> None:
+    """Writes the pictures of the pages."""
+    folder = HERE / "pictures"
+    folder.mkdir(exist_ok=True)
+    engine.draw().savefig(folder / "engine.svg")
+
+
+def check_names(app: Any, env: Any) -> None:
+    """Raises unless every public name is described on a page."""
+    objects = env.domains["py"].objects
+    missing = [name for name in lowrank_jax.__all__ if f"lowrank_jax.{name}" not in objects]
+    if missing:
+        raise LookupError(f"No page of the reference describes {missing}; give them docstrings.")
