@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,15 @@ autodoc_typehints_format = "short"
 maximum_signature_line_length = 90
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True  # fields of dataclasses stand in the list of attributes alone
+napoleon_attr_annotations = False  # types stand in the signature
+default_role = "code"  # docstrings have code between single backticks
+suppress_warnings = ["ref.python"]  # a type in a signature that several classes have a name for
 
 
 def setup(app: Any) -> None:
     """Draws the pictures first, and checks the reference last."""
     app.connect("builder-inited", draw)
+    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon reads it
     app.connect("env-check-consistency", check_names)
 
 
@@ -59,6 +64,13 @@ def draw(app: Any) -> None:
     folder = HERE / "pictures"
     folder.mkdir(exist_ok=True)
     engine.draw().savefig(folder / "engine.svg")
+
+
+def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Stars and bars outside code are themselves, as in *args; examples stay as they are."""
+    text, example, rest = "\n".join(lines).partition("\nExample:")
+    escaped = re.sub(r"(`+[^`]*`+)|[*|]", lambda found: found[1] or "\\" + found[0], text)
+    lines[:] = (escaped + example + rest).split("\n")
 
 
 def check_names(app: Any, env: Any) -> None:
