@@ -30,6 +30,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True  # pages write files
 nb_execution_timeout = 240
 nb_merge_streams = True
 

@@ -5,7 +5,7 @@ from matplotlib.patches import FancyBboxPatch
 
 BOX, ARROW = "#eef2f7", "#5b6b7f"
 INPUTS = ["f(tree, x)", "tree with factors"]
-WALK = ["make_jaxpr\nwith abstract kernels", "provenance:\nwhich kernel is this?", "interpret"]
+STEPS = ["make_jaxpr\nwith abstract kernels", "provenance:\nwhich kernel is this?"]
 RULES = {
     "trace": "note geometry, cost, safety",
     "lowrank": "run two smaller operations",
@@ -24,10 +24,10 @@ def draw() -> Figure:
     for row, text in enumerate(INPUTS):
         _box(axis, 0.1, 2.5 - 1.2 * row, 1.6, text)
         _arrow(axis, (1.7, 2.8 - 1.2 * row), (2.1, 2.2))
-    for column, text in enumerate(WALK[:2]):
+    for column, text in enumerate(STEPS):
         _box(axis, 2.1 + 1.95 * column, 1.8, 1.75, text, height=0.8)
     _arrow(axis, (3.85, 2.2), (4.05, 2.2))
-    _box(axis, 6.0, 0.2, 0.75, WALK[2], height=3.8)
+    _box(axis, 6.0, 0.2, 0.75, "walk", height=3.8)
     _arrow(axis, (5.8, 2.2), (6.0, 2.2))
     for row, (verb, what) in enumerate(RULES.items()):
         _box(axis, 7.05, 3.4 - 0.8 * row, 1.9, f"{verb}\n{what}", size=7.5)
