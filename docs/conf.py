@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
 import lowrank_jax
 
 HERE = Path(__file__).parent
@@ -24,7 +27,6 @@ version = release = lowrank_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.apidoc"]
 exclude_patterns = ["api/modules.rst"]
 html_theme, html_title = "furo", f"lowrank_jax {release}"
-html_last_updated_fmt = None
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -53,28 +55,28 @@ default_role = "code"  # docstrings have code between single backticks
 suppress_warnings = ["ref.python"]  # a type in a signature that several classes have a name for
 
 
-def setup(app: Any) -> None:
+def setup(app: Sphinx) -> None:
     """Draws the pictures first, and checks the reference last."""
     app.connect("builder-inited", draw)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon reads it
     app.connect("env-check-consistency", check_names)
 
 
-def draw(app: Any) -> None:
+def draw(app: Sphinx) -> None:
     """Writes the pictures of the pages."""
     folder = HERE / "pictures"
     folder.mkdir(exist_ok=True)
     engine.draw().savefig(folder / "engine.svg")
 
 
-def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Stars and bars outside code are themselves, as in *args; examples stay as they are."""
     text, example, rest = "\n".join(lines).partition("\nExample:")
     escaped = re.sub(r"(`+[^`]*`+)|[*|]", lambda found: found[1] or "\\" + found[0], text)
     lines[:] = (escaped + example + rest).split("\n")
 
 
-def check_names(app: Any, env: Any) -> None:
+def check_names(app: Sphinx, env: BuildEnvironment) -> None:
     """Raises unless every public name is described on a page."""
     objects = env.domains["py"].objects
     missing = [name for name in lowrank_jax.__all__ if f"lowrank_jax.{name}" not in objects]
