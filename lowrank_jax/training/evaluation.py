@@ -8,9 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
+from lowrank_jax.training.placing import placed
 
 Preprocess = Callable[[jax.Array], jax.Array]
 
@@ -28,6 +30,7 @@ def evaluate(
     *,
     preprocess: Preprocess = same,
     batch_size: int = 250,
+    sharding: NamedSharding | None = None,
 ) -> float:
     """Share of the images whose largest logit is the label, exact for any count of images.
 
@@ -40,6 +43,7 @@ def evaluate(
         labels: ints (count,).
         preprocess: of the images, on the device.
         batch_size: images at once.
+        sharding: of the batches over devices, as in `finetune`.
 
     Returns:
         A number from 0 to 1.
@@ -60,7 +64,8 @@ def evaluate(
         x, y = images[start : start + batch_size], labels[start : start + batch_size]
         missing = batch_size - len(y)
         x = np.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
-        correct += int(count(variables, x, np.pad(y, (0, missing), constant_values=-1)))
+        y = np.pad(y, (0, missing), constant_values=-1)
+        correct += int(count(variables, *placed((x, y), sharding)))
     return correct / len(labels)
 
 

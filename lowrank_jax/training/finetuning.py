@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
@@ -16,9 +17,10 @@ from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of, positive
 from lowrank_jax.training.partition import Rules
+from lowrank_jax.training.placing import beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
-from lowrank_jax.training.steps import make_step
+from lowrank_jax.training.steps import Step, make_step
 
 TEACHES = {"teacher", "layers"}
 
@@ -46,6 +48,7 @@ def finetune(
     save_every: int = 500,
     plan: Plan | None = None,
     after_epoch: AfterEpoch | None = None,
+    sharding: NamedSharding | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     mutable: Sequence[str] | None = None,
     rngs: Sequence[str] | None = None,
@@ -82,6 +85,9 @@ def finetune(
         save_every: steps between two checkpoints.
         plan: of the ranks, kept in the checkpoints.
         after_epoch: called with (epoch from 1, variables, mean metrics) after each epoch.
+        sharding: of the batches over devices, such as ``NamedSharding(mesh, P("data"))``; every
+            process gives all examples. Parameters on the mesh stay where they are, the others are
+            whole on each device, and the statistics of a batch are those of all of it.
         train_kwargs: arguments of the model that are others in training.
         mutable, rngs: collections and random streams, where they are not found out.
         **kwargs: arguments of the model itself.
@@ -125,21 +131,33 @@ def finetune(
         rngs=rngs,
         **kwargs,
     )
+    start = TrainState.create(
+        variables, optimiser, seed=seed, trained=trained, average=average is not None
+    )
+    start = start if sharding is None else beside(start, optimiser, sharding.mesh)
     run = Run(
-        step=jax.jit(step, donate_argnums=0, compiler_options=default_options()),
+        step=_compiled(step, start, sharding),
         batches=data,
         steps=count,
         seed=seed,
-        teacher=teacher,
+        teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
         save_every=positive("save_every", save_every),
         plan=plan,
         after_epoch=after_epoch,
-    )
-    start = TrainState.create(
-        variables, optimiser, seed=seed, trained=trained, average=average is not None
+        sharding=sharding,
     )
     return run.finish(start).averaged
+
+
+def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> Step:
+    """The step as a program; on a mesh the state stays where it lies."""
+    options = default_options()
+    if sharding is None:
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, whole), compiler_options=options)
 
 
 def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from lowrank_jax.planning.plans import Plan
@@ -18,6 +19,7 @@ from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
 from lowrank_jax.training.metrics import Metrics
 from lowrank_jax.training.order import Batches
+from lowrank_jax.training.placing import like, placed
 from lowrank_jax.training.signals import Signals
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import FINITE, Step
@@ -42,6 +44,7 @@ class Run:
         plan: of the ranks, kept in the checkpoints.
         after_epoch: called with (epoch from 1, variables, mean metrics), where epochs can be
             counted; what it returns is added to the metrics.
+        sharding: of the batches; None for one device.
     """
 
     step: Step
@@ -53,6 +56,7 @@ class Run:
     save_every: int = 500
     plan: Plan | None = None
     after_epoch: AfterEpoch | None = None
+    sharding: NamedSharding | None = None
 
     def finish(self, state: TrainState) -> TrainState:
         """The state after all steps, from the newest checkpoint in the folder, or the one given.
@@ -61,8 +65,14 @@ class Run:
             FloatingPointError: the loss is not finite.
             OSError: a checkpoint cannot be written.
             SystemExit, KeyboardInterrupt: SIGTERM or Ctrl-C came, and the state was saved.
-            ValueError: the folder is of another run, or the data ended.
+            ValueError: the folder is of another run, the data ended, or there are several
+                processes and a folder.
         """
+        if self.folder is not None and jax.process_count() > 1:
+            raise ValueError(
+                f"folder={str(self.folder)!r} is not allowed with {jax.process_count()} processes; "
+                "leave it out, and save what comes back in the first process."
+            )
         if self.folder is None:
             return _Loop(self, state, None).finish()
         with held(self.folder):
@@ -78,7 +88,7 @@ class Run:
         found = kept.newest(state)
         if found is None:
             return state
-        state, facts = found
+        start, (state, facts) = state, found
         for name, value in self.facts.items():
             if facts.get(name) != value:
                 raise ValueError(
@@ -91,7 +101,7 @@ class Run:
                 "give as many, or another folder."
             )
         LOG.info("The run in %s goes on after step %d.", self.folder, int(state.step))
-        return state
+        return state if self.sharding is None else like(state, start)
 
 
 class _Loop:
@@ -123,7 +133,8 @@ class _Loop:
 
     def _batches(self) -> Iterator[tuple]:
         first, last = self.number, self.run.steps
-        yield from itertools.islice(self.run.batches.after(first), last - first)
+        for batch in itertools.islice(self.run.batches.after(first), last - first):
+            yield placed(batch, self.run.sharding)
         if self.number < last:
             raise ValueError(
                 f"The batches ended after step {self.number} of {last}; give more, or a function "

@@ -1,0 +1,106 @@
+"""Where the arrays of a training lie: split batches, and the state beside its parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax.training.state import TrainState
+
+
+def placed(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Host arrays as global ones, split by a sharding; every process holds the whole arrays.
+
+    Args:
+        tree: of arrays.
+        sharding: of each of them, such as ``NamedSharding(mesh, PartitionSpec("data"))``; None
+            leaves the tree as it is.
+
+    Raises:
+        ValueError: the first axis of an array cannot be split so.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> whole = NamedSharding(mesh, PartitionSpec("data"))
+        >>> placed(np.ones((4, 3)), whole).sharding == whole
+        True
+    """
+    if sharding is None:
+        return tree
+    return jax.tree.map(lambda x: _global(np.asarray(x), sharding), tree)
+
+
+def _global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    try:
+        sharding.shard_shape(array.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"Arrays {array.shape} cannot be split by {sharding.spec} over the mesh "
+            f"{dict(sharding.mesh.shape)}; give a batch_size that the devices divide."
+        ) from error
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The tree on a mesh: a leaf that lies there stays, the others are whole on each device.
+
+    Args:
+        tree: of arrays.
+        mesh: of devices.
+    """
+    return jax.tree.map(_moved, tree, _places(tree, mesh))
+
+
+def beside(
+    state: TrainState, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
+    """The state on a mesh; the optimiser's moments and the average lie as their parameters do.
+
+    Args:
+        state: of one device, or with parameters that lie on the mesh.
+        tx: the optimiser of the state.
+        mesh: of devices.
+    """
+    whole, own = NamedSharding(mesh, PartitionSpec()), _places(state.params, mesh)
+
+    def as_its_parameter(_: jax.Array, sharding: NamedSharding) -> NamedSharding:
+        return sharding
+
+    moments = optax.tree_utils.tree_map_params(
+        tx, as_its_parameter, state.optimizer, own, transform_non_params=lambda _: whole
+    )
+    places = dataclasses.replace(
+        _places(state, mesh),
+        params=own,
+        optimizer=moments,
+        average=None if state.average is None else own,
+    )
+    return jax.tree.map(_moved, state, places)
+
+
+def like(tree: Any, other: Any) -> Any:
+    """The tree where another one of the same structure lies."""
+    return jax.tree.map(lambda leaf, place: _moved(leaf, place.sharding), tree, other)
+
+
+def _places(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    def place(leaf: jax.Array) -> NamedSharding:
+        own = getattr(leaf, "sharding", None)
+        if isinstance(own, NamedSharding) and own.mesh == mesh:
+            return own
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(place, tree)
+
+
+def _moved(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """The leaf on devices of which this process may not see all."""
+    if getattr(leaf, "sharding", None) == sharding:
+        return leaf
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        bits = _global(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+    return _global(np.asarray(leaf), sharding)
