@@ -61,8 +61,8 @@ class Moments:
 
     @property
     def variance(self) -> Float64[np.ndarray, "g m"]:
-        """Variance of each output."""
-        return self.yy / self.count - self.mean_y**2
+        """Variance of each output; rounding makes it no less than zero."""
+        return np.maximum(self.yy / self.count - self.mean_y**2, 0)
 
     @property
     def total_variance(self) -> Float64[np.ndarray, "g"]:

@@ -64,9 +64,9 @@ class Strips:
 
     @property
     def variance(self) -> Float64[Array, "g m"]:
-        """Of each output."""
+        """Of each output; rounding makes it no less than zero."""
         squares = self.yy if self.yy.ndim == 2 else np.diagonal(self.yy, axis1=1, axis2=2)
-        return squares / self.count - (self.y / self.count) ** 2
+        return np.maximum(squares / self.count - (self.y / self.count) ** 2, 0)
 
     @property
     def output_covariance(self) -> Float64[Array, "g m m"]:

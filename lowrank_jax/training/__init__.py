@@ -16,5 +16,6 @@ from lowrank_jax.training.metrics import read_metrics as read_metrics
 from lowrank_jax.training.optimizers import carry_optimizer as carry_optimizer
 from lowrank_jax.training.optimizers import frobenius_decay as frobenius_decay
 from lowrank_jax.training.optimizers import one_cycle_sgd as one_cycle_sgd
+from lowrank_jax.training.shrinking import shrink as shrink
 from lowrank_jax.training.state import TrainState as TrainState
 from lowrank_jax.training.steps import make_step as make_step

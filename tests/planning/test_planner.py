@@ -3,9 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
+import lowrank_jax as lr
 from lowrank_jax import calibrate, plan
 
 
@@ -40,3 +43,13 @@ def test_without_forms_a_plan_may_choose_all_of_them():
 def test_unknown_forms_are_refused_before_anything_is_computed():
     with pytest.raises(ValueError, match=r"forms: 'tall' is not allowed; give one of .*'vertical'"):
         plan(None, macs=0.5, forms=["tall"])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 3e4])
+def test_inputs_that_are_all_alike_can_be_planned_and_fitted(value):
+    """Variances are differences that cancel; rounding must not make them negative."""
+    model, images = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jnp.full((9, 9), value)
+    variables = model.init(jax.random.key(0), images)
+    found = lr.calibrate(model.apply, variables, images)
+    small = lr.compress(found, lr.plan(found, macs=0.6))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(small))

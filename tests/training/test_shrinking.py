@@ -1,0 +1,78 @@
+"""Compression in stages."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import lowrank_jax as lr
+from lowrank_jax.training import checkpoints
+from lowrank_jax.training.shrinking import shrink
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(32, 8, 8, 3)).astype(np.float32)
+MODEL = nn.Sequential(
+    [nn.Conv(16, (3, 3)), nn.relu, nn.Conv(16, (3, 3)), nn.relu, nn.Conv(4, (8, 8))]
+)
+TUNE = dict(steps=4, batch_size=8, learning_rate=0.001, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return MODEL.init(jax.random.key(0), IMAGES[:1])
+
+
+def run(dense, folder=None, macs=(0.8, 0.5)):
+    return shrink(MODEL.apply, dense, IMAGES, IMAGES, macs=macs, tune=TUNE, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def whole(dense, tmp_path_factory):
+    """A run from its start to its end, and its folder."""
+    folder = tmp_path_factory.mktemp("shrink")
+    return *run(dense, folder), folder
+
+
+def same(first, second):
+    return jax.tree.all(jax.tree.map(np.array_equal, first, second))
+
+
+def test_the_last_plan_keeps_the_last_budget_and_is_of_the_tree(dense, whole):
+    small, plan, folder = whole
+    before, after = plan.total("macs")
+    assert after <= 0.5 * before
+    shapes = jax.eval_shape(lambda tree: lr.decompose(tree, plan), dense)
+    assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, shapes)
+    assert [path.name for path in sorted(folder.iterdir())] == ["0-macs-0.8", "1-macs-0.5"]
+
+
+def test_a_later_stage_chooses_from_what_was_tuned(whole):
+    _, plan, folder = whole
+    first = lr.Plan.load(folder / "0-macs-0.8" / "plan.json")
+    for path, scheme in plan.ranks.items():
+        assert path not in first.ranks or scheme.rank <= first.ranks[path].rank
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(dense, whole, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    save, left = checkpoints.Checkpoints.save, [3]
+
+    def stopping(self, *args):
+        save(self, *args)
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", stopping)
+    with pytest.raises(Stop):  # within the second stage
+        run(dense, tmp_path)
+    small, plan = run(dense, tmp_path)
+    assert same(small, whole[0]) and plan.ranks == whole[1].ranks
+
+
+@pytest.mark.parametrize("macs", [(), (0.5, 0.5), (0.5, 0.8), (1.0,), (0.5, 0)])
+def test_shares_that_do_not_fall_are_refused(dense, macs):
+    with pytest.raises(ValueError, match="each smaller than the one before"):
+        run(dense, macs=macs)
