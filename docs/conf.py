@@ -49,8 +49,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 90
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-napoleon_use_ivar = True  # fields of dataclasses stand in the list of attributes alone
-napoleon_attr_annotations = False  # types stand in the signature
+# One list of attributes, several of which may share a line; the types stand in the signature.
+napoleon_custom_sections = [("Attributes", "params_style")]
 default_role = "code"  # docstrings have code between single backticks
 suppress_warnings = ["ref.python"]  # a type in a signature that several classes have a name for
 

@@ -97,6 +97,13 @@ def test_a_command_parses(line):
     assert build_parser().parse_args(command[1:]).run
 
 
+def test_what_contributors_run_is_what_the_checks_run():
+    checks = (ROOT / ".ci" / "run").read_text()
+    _, *blocks = fences(TEXTS[ROOT / "CONTRIBUTING.md"], "sh")  # the first one sets up
+    steps = [step.strip() for block in blocks for step in block.split("&&")]
+    assert len(steps) > 3 and all(step.removesuffix(" site") in checks for step in steps)
+
+
 @each_page
 def test_code_on_a_page_is_run(page):
     if page.name in TESTED:
