@@ -65,8 +65,9 @@ def test_a_verb_takes_the_arguments_of_the_model(verb):
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), X, train=False)
     training = verb == "reestimate"
     assert VERBS[verb](model.apply, variables, train=training) is not None
-    with pytest.raises((TypeError, ValueError), match="train"):
-        VERBS[verb](model.apply, variables)
+    if verb != "finetune":  # which finds out how a model of Linen trains
+        with pytest.raises((TypeError, ValueError), match="train"):
+            VERBS[verb](model.apply, variables)
 
 
 @pytest.mark.parametrize("verb", OF_NNX)

@@ -83,8 +83,8 @@ class Fast:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"The Fast of {self.candidate} holds a compiled program, which cannot be pickled. Write "
-            "it by run.save(path), and restore it by Fast.load(path, apply)."
+            f"The Fast of {self.candidate} holds a compiled program, which cannot be pickled. "
+            "Write it by run.save(path), and restore it by Fast.load(path, apply)."
         )
 
     @property

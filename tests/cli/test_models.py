@@ -60,6 +60,14 @@ def test_a_function_of_variables_and_images_is_a_model(user):
     np.testing.assert_allclose(outputs(found), wanted, rtol=1e-4)
 
 
+def test_labels_come_from_their_file_or_with_the_images(user):
+    with_images = job(user, "Net", "net.npz", "--images", f"{user.__name__}:pairs")
+    assert with_images.labels("pairs", None).tolist() == user.Y.tolist()
+    alone = job(user, "Net", "net.npz", "--count", "3")
+    assert alone.labels("x.npy", None) is None
+    np.testing.assert_array_equal(alone.labels("x.npy", "y.npy"), user.Y[alone.examples.rows])
+
+
 def test_arguments_make_the_model(user):
     model = saved_module(user, width=5)
     found = job(user, "Module", "module.npz", "--model-args", '{"width": 5}')
