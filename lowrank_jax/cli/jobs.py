@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
 
+LOG = logging.getLogger("lowrank_jax")
 CALIBRATION = 2048  # images that are read for a plan or a fit
 BATCH = 256  # images in a forward pass
 
@@ -161,6 +163,7 @@ def load_job(args: argparse.Namespace) -> Job:
     """The network and the images that the options name."""
     model = load_model(args.model, args.model_args)
     examples = load_examples(args.images, Choice(count=args.count, seed=args.seed, size=args.size))
+    LOG.info("%s images of %s are read.", f"{len(examples.images):,}", f"{examples.total:,}")
     images = scaled(examples.images, args.images, args.mean, args.std)
     found = load_variables(args.checkpoint, model, images[:1], args.model_kwargs)
     apply, variables = model.apply, found.variables

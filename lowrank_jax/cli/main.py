@@ -22,7 +22,8 @@ exit status:
   143  SIGTERM, likewise
 
 Progress and notes are on the standard error; --quiet after a command leaves errors alone.
-Completion: lowrank-jax completion bash, or zsh, or tcsh, prints a script for the shell.
+Completion in bash: lowrank-jax completion bash > ~/.lowrank-jax.bash, once, and the line
+source ~/.lowrank-jax.bash in ~/.bashrc. The argument zsh or tcsh prints the script of that shell.
 example:
   lowrank-jax compress --help
 """

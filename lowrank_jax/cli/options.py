@@ -16,7 +16,7 @@ EXAMPLES = {
     "compress": f"lowrank-jax compress {NETWORK} --budget macs=0.5",
     "finetune": f"lowrank-jax finetune {NETWORK} --labels labels.npy --epochs 10",
     "paper": "lowrank-jax paper --networks VGG-16",
-    "completion": "lowrank-jax completion bash > ~/.local/share/bash-completion/lowrank-jax",
+    "completion": "lowrank-jax completion bash > ~/.lowrank-jax.bash",
 }
 MEASURES = ("macs", "parameters", "bytes", "latency")
 
