@@ -77,10 +77,11 @@ def _on_device(tree: Any) -> Any:
 def _candidates(tree: Mapping, shapes: Mapping) -> Iterator[tuple[str, Mapping]]:
     """Parts of a checkpoint that may be the variables, with the Python that makes each."""
     for source, part in itertools.chain(*(_parts("{}", tree, depth) for depth in range(DEPTH + 1))):
-        yield source, {name: own for name, own in part.items() if _is_of(name, shapes)}
+        own = {name: value for name, value in part.items() if _is_of(name, shapes)}
+        yield source if len(own) == len(part) else "", own
         if PARAMS in shapes and PARAMS not in part:
             others = {name: part[name] for name in shapes if name in part}
-            params = {name: own for name, own in part.items() if name not in others}
+            params = {name: value for name, value in part.items() if name not in others}
             yield "" if others else f'{{{{"params": {source}}}}}', {PARAMS: params, **others}
 
 
