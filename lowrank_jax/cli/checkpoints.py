@@ -125,11 +125,12 @@ def _differences(variables: Any, shapes: Any, optional: Collection[str]) -> list
     """What variables have other than a model, in words."""
     try:
         dense = _named(jax.eval_shape(reconstruct, variables))
-    except (TypeError, ValueError):  # of something else than arrays
+    except (AttributeError, TypeError, ValueError):  # of something else than arrays
         return [f"{', '.join(map(str, list(variables)[:5])) or 'nothing'} is no tree of arrays"]
     wanted = _named(shapes)
     for name in optional:
-        dense.pop(name, None), wanted.pop(name, None)
+        dense.pop(name, None)
+        wanted.pop(name, None)
     missing = [f"{name} is missing" for name in wanted if name not in dense]
     others = [f"{name} is not of the model" for name in dense if name not in wanted]
     pairs = [(name, dense[name], wanted[name]) for name in wanted if name in dense]
