@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command, whole
 from lowrank_jax.cli.plan_command import planner
+from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
@@ -42,13 +43,16 @@ def run(args: argparse.Namespace) -> None:
         "held_out_error": {path: _held_out(own) for path, own in fits.items()},
     }
     with whole_folder(args.out) as folder:
-        save_weights(folder / "variables.npz", small)
+        save_weights(folder / "variables.npz", job.model.weights(small))
         write_plan(folder, chosen, facts)
     if not chosen.ranks:
         print("There is nothing to do: the whole network is within the budget.")
     print(f"{chosen}\nRelative error of the outputs on the images given: {error:.4f}")
-    print(f"It took {seconds:.0f} s. The compressed checkpoint is {args.out / 'variables.npz'};")
-    print("run it with lowrank_jax.lowrank(model.apply).")
+    if amount := job.amount():
+        print(amount)
+    result = args.out / "variables.npz"
+    print(f"It took {seconds:.0f} s. The compressed checkpoint is {result}.")
+    print(loading_lines(job.model, job.kwargs, result))
 
 
 def compressed(job: Job, args: argparse.Namespace) -> tuple[Plan, Any, dict]:

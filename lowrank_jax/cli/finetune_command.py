@@ -8,24 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.cli.arrays import load_labels
-from lowrank_jax.cli.jobs import (
-    Job,
-    add_network_options,
-    check_shapes,
-    load_job,
-    load_variables,
-)
-from lowrank_jax.cli.options import new_command, positive, rate, seed, share
+from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, load_variables
+from lowrank_jax.cli.options import new_command, positive, rate, share
+from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
+from lowrank_jax.modules.nnx import variables_of
+from lowrank_jax.nnx.training import finetune as finetune_module
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
-from lowrank_jax.tree.decomposing import reconstruct
 
-CALIBRATION = 2048  # images to which the factors are fitted before training
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
 
 
@@ -35,7 +29,7 @@ def add_command(commands: Any) -> None:
     command = new_command(commands, "finetune", about, run)
     add_network_options(command)
     add = command.add_argument
-    about = "classes of the images, .npy; needed without a teacher"
+    about = "classes of the images, .npy or .npz, where these have none; needed without a teacher"
     add("--labels", help=about)
     about = "plan.json, by which a dense checkpoint is compressed first; it is then the teacher"
     add("--plan", type=Path, help=about)
@@ -48,7 +42,6 @@ def add_command(commands: Any) -> None:
     length.add_argument("--epochs", type=positive, help="passes over the images")
     add("--batch-size", type=positive, default=128, help="images in a step")
     add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
-    add("--seed", type=seed, default=0, help="of the order of the images and of dropout")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     about = "of the run: its checkpoints, metrics and result"
     add("--folder", type=Path, default=Path("lowrank-jax-finetune"), help=about)
@@ -57,13 +50,13 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the network, and writes its variables into the folder of the run."""
     job = load_job(args)
-    labels = load_labels(args.labels, len(job.images), job.class_count) if args.labels else None
+    labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
     plan = Plan.load(args.plan) if args.plan else None
     args.folder.mkdir(parents=True, exist_ok=True)
-    tuned = finetune(
-        job.apply,
+    tuned = _trained(
+        job,
         _start(job, plan, args.folder / START),
         job.images if labels is None else (job.images, labels),
         steps=args.steps,
@@ -76,22 +69,30 @@ def run(args: argparse.Namespace) -> None:
         folder=args.folder,
         save_every=args.save_every,
         plan=plan,
-        **job.kwargs,
     )
-    save_weights(args.folder / RESULT, tuned)
+    save_weights(args.folder / RESULT, job.model.weights(tuned))
     if plan is not None:
         plan.save(args.folder / PLAN)
     if labels is not None:
         print(f"{np.mean(job.classes(tuned) == labels):.2%} of the images are classified as given")
-    print(f"The network is {args.folder / RESULT}; run it with lowrank_jax.lowrank(model.apply).")
+    print(f"The network is {args.folder / RESULT}.")
+    print(loading_lines(job.model, job.kwargs, args.folder / RESULT))
+
+
+def _trained(job: Job, start: Any, data: Any, teacher: Any, **options: Any) -> Any:
+    """The variables after the training."""
+    if not job.model.is_nnx:
+        return finetune(job.apply, start, data, teacher=teacher, **options, **job.kwargs)
+    module = job.model.filled(start)
+    taught = None if teacher is None else job.model.filled(teacher)
+    tuned = finetune_module(module, data, teacher=taught, **options, **job.kwargs)
+    return variables_of(tuned)
 
 
 def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The dense network, where there is one beside the trained one."""
     if args.teacher:
-        found = load_variables(args.teacher)
-        check_shapes(args.teacher, found, jax.eval_shape(reconstruct, job.variables), args.model)
-        return found
+        return load_variables(args.teacher, job.model, job.images[:1], job.kwargs).variables
     return job.variables if args.plan and not decomposed_paths(job.variables) else None
 
 
@@ -117,5 +118,5 @@ def _start(job: Job, plan: Plan | None, path: Path) -> Any:
         return jax.tree.map(jax.numpy.asarray, load_weights(path))
     images = job.images[:CALIBRATION]
     small = compress(job.apply, job.variables, images, plan, **job.kwargs)
-    save_weights(path, small)
+    save_weights(path, job.model.weights(small))
     return small

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax.calibration.collecting import Calibration
-from lowrank_jax.cli.arrays import load_labels
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command, shares
+from lowrank_jax.cli.snippets import planning_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.planning.curves import draw_curve
@@ -29,14 +29,17 @@ def add_command(commands: Any) -> None:
     add_job_options(command, "lowrank-jax-plan")
     about = "shares, such as 0.3,0.5,0.7, to compress to and to draw"
     command.add_argument("--curve", type=shares, help=about)
-    about = "classes of the images, .npy: the curve is of accuracy, not of agreement"
+    about = (
+        "classes of the images, .npy or .npz, where these have none: the curve is of accuracy, not "
+        "of agreement with the dense network"
+    )
     command.add_argument("--labels", help=about)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes a plan and its table, and the curve if shares are given."""
     job = load_job(args)
-    labels = _labels(job, args.labels)
+    labels = job.labels(args.images, args.labels) if args.labels or args.curve else None
     found, [measure] = job.calibrate(), args.budget
     choose = planner(found, args)
     chosen = choose(**args.budget)
@@ -51,10 +54,9 @@ def run(args: argparse.Namespace) -> None:
             picture = _draw(points, measure, labels is not None)
             picture.savefig(folder / "curve.png", dpi=120)
     print(f"{chosen}\nThe plan is in {args.out / 'plan.json'}")
-
-
-def _labels(job: Job, path: str | None) -> np.ndarray | None:
-    return load_labels(path, len(job.images), job.class_count) if path else None
+    if amount := job.amount():
+        print(amount)
+    print(planning_lines(job.model, job.kwargs, job.source, args.out / "plan.json"))
 
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:

@@ -155,7 +155,10 @@ def ridged(
     taps, rows = len(offsets), len(strips)
     strips = strips + ridge * np.eye(rows)
     offsets = offsets + ridge * rows * np.eye(taps)
-    return strips, offsets * (taps / max(np.trace(offsets), TINY))
+    trace = np.trace(offsets)
+    if trace <= TINY:  # inputs that do not vary; what is left of them is rounding
+        return strips, np.eye(taps)
+    return strips, offsets * (taps / trace)
 
 
 def whitened(

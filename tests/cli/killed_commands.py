@@ -15,12 +15,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from lowrank_jax import data
 from lowrank_jax.cli import compress_command
 from lowrank_jax.cli import main as cli
+from lowrank_jax.cli.models import Model
 from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.factorization.separable import Separable
@@ -62,6 +64,12 @@ def journey(*args, **kwargs):
 
 
 class Job:
+    model = Model(path="a:B", expression="B()", apply=len, module=None)
+    kwargs = MappingProxyType({})
+
+    def amount(self):
+        return None
+
     def output_error(self, variables):
         return float(variables["params"]["Conv_0"]["kernel"].flat[0])
 
