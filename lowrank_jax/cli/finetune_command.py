@@ -1,6 +1,7 @@
 """The command `finetune`: trains a checkpoint, and goes on where it was stopped."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 
 from lowrank_jax.cli.arrays import load_labels
+from lowrank_jax.cli.comparing import plain_spectra
+from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import (
     Job,
     add_network_options,
@@ -20,12 +23,19 @@ from lowrank_jax.cli.options import new_command, positive, rate, seed, share
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.report.next_steps import after_finetune
+from lowrank_jax.report.planned import Networks
+from lowrank_jax.report.record import Report
+from lowrank_jax.report.tuned import Training, tuned_report
+from lowrank_jax.report.writing import write_report
 from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
+from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.tree.decomposing import reconstruct
 
 CALIBRATION = 2048  # images to which the factors are fitted before training
+SCORED = 4096  # training images whose classes are compared with the labels
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
 
 
@@ -55,16 +65,17 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains the network, and writes its variables into the folder of the run."""
+    """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
     labels = load_labels(args.labels, len(job.images), job.class_count) if args.labels else None
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
     plan = Plan.load(args.plan) if args.plan else None
     args.folder.mkdir(parents=True, exist_ok=True)
+    start = _start(job, plan, args.folder / START)
     tuned = finetune(
         job.apply,
-        _start(job, plan, args.folder / START),
+        start,
         job.images if labels is None else (job.images, labels),
         steps=args.steps,
         epochs=args.epochs,
@@ -81,9 +92,50 @@ def run(args: argparse.Namespace) -> None:
     save_weights(args.folder / RESULT, tuned)
     if plan is not None:
         plan.save(args.folder / PLAN)
-    if labels is not None:
-        print(f"{np.mean(job.classes(tuned) == labels):.2%} of the images are classified as given")
+    trees = {"dense": teacher, "before": start, "after": tuned}
+    known = {name: tree for name, tree in trees.items() if tree is not None}
+    report = _report(job, labels, known, plan, args)
+    write_report(args.folder, report)
+    print(report.summary)
     print(f"The network is {args.folder / RESULT}; run it with lowrank_jax.lowrank(model.apply).")
+    print(f"The report is {args.folder / 'report.html'}")
+
+
+def _report(
+    job: Job,
+    labels: np.ndarray | None,
+    trees: Mapping[str, Any],
+    plan: Plan | None,
+    args: argparse.Namespace,
+) -> Report:
+    """The report of a run whose networks are named as in `Training`."""
+    every = -(-len(job.images) // SCORED)
+    part = dataclasses.replace(job, images=job.images[::every])
+    accuracy = {}
+    if labels is not None:
+        wanted = labels[::every]
+        accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
+    length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
+    training = Training(
+        asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
+        metrics=read_metrics(args.folder),
+        accuracy=accuracy,
+        scored=len(part.images),
+    )
+    following = after_finetune(setting(args), args.folder / RESULT)
+    return tuned_report(training, _networks(job, trees["after"], plan), following)
+
+
+def _accuracy(job: Job, tree: Any, labels: np.ndarray) -> float:
+    return float(np.mean(job.classes(tree) == labels))
+
+
+def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
+    """The dense and the trained network; None where the dense one or the plan is not known."""
+    if plan is None or decomposed_paths(job.variables):
+        return None
+    values = plain_spectra(job, plan)
+    return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
 
 
 def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:

@@ -3,23 +3,24 @@
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lowrank_jax.calibration.collecting import Calibration
-from lowrank_jax.cli.arrays import load_labels
-from lowrank_jax.cli.jobs import Job, add_job_options, load_job
+from lowrank_jax.cli.comparing import Comparison, add_comparison_options, times
+from lowrank_jax.cli.following import setting
+from lowrank_jax.cli.jobs import add_job_options, load_job
 from lowrank_jax.cli.options import new_command, shares
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
-from lowrank_jax.planning.curves import draw_curve
-from lowrank_jax.planning.planner import plan
+from lowrank_jax.io.weights import save_weights
+from lowrank_jax.planning.planner import calibrated_spectra, plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.report.planned import write_plan
-
-Points = Sequence[tuple[Plan, float]]
+from lowrank_jax.report.next_steps import after_plan
+from lowrank_jax.report.planned import Networks, Point, plan_report
+from lowrank_jax.report.writing import write_report
+from lowrank_jax.tree.decomposing import decompose
 
 
 def add_command(commands: Any) -> None:
@@ -27,34 +28,39 @@ def add_command(commands: Any) -> None:
     about = "choose the ranks of a checkpoint within a budget, with unlabelled images"
     command = new_command(commands, "plan", about, run)
     add_job_options(command, "lowrank-jax-plan")
-    about = "shares, such as 0.3,0.5,0.7, to compress to and to draw"
+    about = (
+        "shares, such as 0.3,0.5,0.7, to compress to, to draw and to save; of 256 images and more "
+        "every fourth is not fitted to, and scored"
+    )
     command.add_argument("--curve", type=shares, help=about)
-    about = "classes of the images, .npy: the curve is of accuracy, not of agreement"
-    command.add_argument("--labels", help=about)
+    add_comparison_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes a plan and its table, and the curve if shares are given."""
+    """Writes a plan, the networks of the curve if shares are given, and a report."""
+    if args.labels and not args.curve:
+        raise ValueError("--labels is for the networks of --curve; give shares such as 0.3,0.5.")
     job = load_job(args)
-    labels = _labels(job, args.labels)
-    found, [measure] = job.calibrate(), args.budget
+    compared = Comparison.of(job, args.labels, hold_out=True) if args.curve else None
+    found = (compared.fitted if compared else job).calibrate()
     choose = planner(found, args)
     chosen = choose(**args.budget)
-    points = curve(job, found, choose, measure, args.curve, labels) if args.curve else []
-    facts = {
-        "command": "lowrank-jax plan",
-        "curve": [(planned.total(measure)[1], kept) for planned, kept in points],
-    }
+    points = curve(compared, found, choose, args) if compared else []
+    small = decompose(job.variables, chosen, found.trace) if chosen.ranks else job.variables
+    networks = Networks(
+        plan=chosen,
+        dense=job.variables,
+        small=small,
+        spectra=calibrated_spectra(found),
+        weighted=True,
+        times=times(job, small, chosen, args.batch) if args.time else None,
+    )
     with whole_folder(args.out) as folder:
-        write_plan(folder, chosen, facts)
-        if points:
-            picture = _draw(points, measure, labels is not None)
-            picture.savefig(folder / "curve.png", dpi=120)
-    print(f"{chosen}\nThe plan is in {args.out / 'plan.json'}")
-
-
-def _labels(job: Job, path: str | None) -> np.ndarray | None:
-    return load_labels(path, len(job.images), job.class_count) if path else None
+        chosen.save(folder / "plan.json")
+        for point in points:
+            _save(folder, point)
+        write_report(folder, plan_report(networks, points, after_plan(setting(args), args.out)))
+    print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}")
 
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:
@@ -69,30 +75,24 @@ def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]
 
 
 def curve(
-    job: Job,
+    compared: Comparison,
     found: Calibration,
     choose: Callable[..., Plan],
-    measure: str,
-    shares: Sequence[float],
-    labels: np.ndarray | None,
-) -> Points:
-    """For each share the plan, and the part of the images that its network classifies as wanted.
-
-    Wanted are the labels, or what the dense network says.
-    """
-    wanted = job.classes(job.variables) if labels is None else labels
+    args: argparse.Namespace,
+) -> Sequence[Point]:
+    """For each share of the budget the plan, its network, and how well that does."""
+    [measure] = args.budget
     points = []
-    for share in shares:
-        planned = choose(**{measure: share})
-        small = compress(found, planned) if planned.ranks else job.variables
-        kept = float(np.mean(job.classes(small) == wanted))
-        print(f"{measure}={share}: {kept:.2%}", flush=True)
-        points.append((planned, kept))
+    for amount in args.curve:
+        planned = choose(**{measure: amount})
+        small = compress(found, planned) if planned.ranks else compared.fitted.variables
+        score = compared.score(small)
+        print(f"{measure}={amount}: {score}", flush=True)
+        points.append(Point(amount=amount, plan=planned, small=small, score=score))
     return points
 
 
-def _draw(points: Points, measure: str, accuracy: bool) -> Any:
-    figure = draw_curve({"compressed": points}, measure=measure)
-    if not accuracy:
-        figure.axes[0].set_ylabel("images classified as by the dense network, %")
-    return figure
+def _save(folder: Path, point: Point) -> None:
+    """Writes a network of the curve, and its plan."""
+    save_weights(folder / f"curve-{point.amount}.npz", point.small)
+    point.plan.save(folder / f"curve-{point.amount}-plan.json")

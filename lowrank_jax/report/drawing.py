@@ -1,0 +1,134 @@
+"""How pictures look: one style, drawn on white paper, for bright and for dark screens."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lowrank_jax.report.record import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.2  # inches; on a phone a picture is about as wide, so that its text stays readable
+NO_PICTURES = (
+    "There are no pictures, because matplotlib is not installed. Install it by "
+    "pip install 'lowrank-jax[demo]' and run the command again."
+)
+AFTER, BEFORE = "C0", "C1"  # of the low-rank network and of the dense one
+STYLE = {
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "svg.hashsalt": "lowrank_jax",  # the same picture has the same bytes
+    "text.parse_math": False,  # layers may have any name
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Palette:
+    """Colours of a kind of screen.
+
+    Attributes:
+        ink: of text and lines.
+        faint: of grids.
+        surface: of the page, thus of zero in a picture of weights.
+        after, before: of the low-rank and of the dense network.
+    """
+
+    ink: str
+    faint: str
+    surface: str
+    after: str
+    before: str
+
+    def style(self) -> dict[str, Any]:
+        """The settings of matplotlib."""
+        from cycler import cycler
+
+        ink = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+        colours = cycler(color=[self.after, self.before])
+        own = {"axes.prop_cycle": colours, "grid.color": self.faint, "axes.facecolor": self.surface}
+        return {**STYLE, **dict.fromkeys(ink, self.ink), **own}
+
+
+BRIGHT = Palette(
+    ink="#3a4149", faint="#e3e5e8", surface="#ffffff", after="#1668b8", before="#b4bac2"
+)
+DARK = Palette(ink="#c3c9d1", faint="#343a42", surface="#1b1f24", after="#6db3f2", before="#616a75")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A picture as bytes of files.
+
+    Attributes:
+        png: on white, for the Markdown.
+        bright, dark: SVG without a background, for the page.
+    """
+
+    png: bytes
+    bright: bytes
+    dark: bytes
+
+
+def draw_all(pictures: list[Picture]) -> dict[str, Drawn]:
+    """Name of every picture to its files; none where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return {}
+    return {picture.name: _drawn(picture) for picture in pictures}
+
+
+def _drawn(picture: Picture) -> Drawn:
+    return Drawn(
+        png=_file(picture, BRIGHT, format="png", dpi=160, facecolor="white"),
+        bright=_svg(picture, BRIGHT),
+        dark=_svg(picture, DARK),
+    )
+
+
+def _svg(picture: Picture, palette: Palette) -> bytes:
+    metadata: Mapping[str, None] = {"Date": None}
+    return _file(picture, palette, format="svg", transparent=True, metadata=metadata)
+
+
+def _file(picture: Picture, palette: Palette, **options: Any) -> bytes:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(palette.style()):
+        picture.draw().savefig(buffer, **options)
+    return buffer.getvalue()
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure of the usual width and its axes, row by row.
+
+    Args:
+        height: inches.
+        rows, columns: of the axes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def short(name: str, most: int = 22) -> str:
+    """The name of a layer, without its begin if it is long.
+
+    Example:
+        >>> short("encoder/block_11/attention/query", most=16)
+        '…attention/query'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
