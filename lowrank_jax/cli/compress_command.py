@@ -60,11 +60,13 @@ def run(args: argparse.Namespace) -> None:
     )
     held_out = {path: _held_out(own) for path, own in fits.items()}
     facts = {"seconds": elapsed, "held_out_error": held_out}
-    following = after_compress(setting(args), args.out, score)
+    own = setting(args)
+    following = after_compress(own, args.out, score)
+    report = compress_report(own.subject, networks, score, following, facts)
     with whole_folder(args.out) as folder:
         save_weights(folder / "variables.npz", small)
         chosen.save(folder / "plan.json")
-        write_report(folder, compress_report(networks, score, following, facts))
+        write_report(folder, report)
     print(f"{chosen}\n{score}")
     if not chosen.ranks:
         print("There is nothing to do: the whole network is within the budget.")

@@ -122,8 +122,9 @@ def _report(
         accuracy=accuracy,
         scored=len(part.images),
     )
-    following = after_finetune(setting(args), args.folder / RESULT)
-    return tuned_report(training, _networks(job, trees["after"], plan), following)
+    own, networks = setting(args), _networks(job, trees["after"], plan)
+    following = after_finetune(own, args.folder / RESULT)
+    return tuned_report(own.subject, training, networks, following)
 
 
 def _accuracy(job: Job, tree: Any, labels: np.ndarray) -> float:

@@ -15,6 +15,7 @@ def setting(args: argparse.Namespace, checkpoint: str | None = None) -> Setting:
     """
     labels = getattr(args, "labels", None)
     return Setting(
+        subject=f"{args.model}, {args.checkpoint}, with {args.images}",
         checkpoint=checkpoint or args.checkpoint,
         options=_options(args),
         labels=["--labels", str(labels)] if labels else [],

@@ -55,11 +55,13 @@ def run(args: argparse.Namespace) -> None:
         weighted=True,
         times=times(job, small, chosen, args.batch) if args.time else None,
     )
+    own = setting(args)
+    report = plan_report(own.subject, networks, points, after_plan(own, args.out))
     with whole_folder(args.out) as folder:
         chosen.save(folder / "plan.json")
         for point in points:
             _save(folder, point)
-        write_report(folder, plan_report(networks, points, after_plan(setting(args), args.out)))
+        write_report(folder, report)
     print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}")
 
 

@@ -16,6 +16,7 @@ class Setting:
     """What the next command needs to be told again.
 
     Attributes:
+        subject: the network and its images, in words.
         checkpoint: of the dense network.
         options: of the command line, which name the model and the images.
         labels: of the command line, too; empty where no labels were given.
@@ -23,6 +24,7 @@ class Setting:
         call: arguments of the model's call in Python, such as ", train=False".
     """
 
+    subject: str = ""
     checkpoint: str
     options: Sequence[str]
     labels: Sequence[str] = ()

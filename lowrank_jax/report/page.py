@@ -27,6 +27,7 @@ def to_html(report: Report, drawn: Mapping[str, Drawn]) -> str:
     return string.Template(_asset("page.html")).substitute(
         style=_asset("page.css"),
         title=escape(report.title),
+        subject=f'<p class="subject">{escape(report.subject)}</p>' if report.subject else "",
         summary=escape(report.summary),
         highlights=_highlights(report.highlights),
         sections=sections + missing,

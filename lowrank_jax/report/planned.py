@@ -55,11 +55,12 @@ class Point:
 
 
 def plan_report(
-    networks: Networks, points: Sequence[Point], following: Sequence[Section]
+    subject: str, networks: Networks, points: Sequence[Point], following: Sequence[Section]
 ) -> Report:
     """The report of `plan`.
 
     Args:
+        subject: the network, in words.
         networks: with the plain factors of the plan.
         points: of the curve; empty where none was asked for.
         following: what comes next, of `lowrank_jax.report.next_steps.after_plan`.
@@ -67,6 +68,7 @@ def plan_report(
     curve = [_curve_section(points)] if points else []
     return Report(
         title="lowrank-jax plan",
+        subject=subject,
         summary=f"{asked(networks.plan)} {reached(networks.plan)}",
         machine=machine(),
         highlights=cost_highlights(networks),
@@ -76,11 +78,16 @@ def plan_report(
 
 
 def compress_report(
-    networks: Networks, score: Score, following: Sequence[Section], facts: Mapping[str, Json]
+    subject: str,
+    networks: Networks,
+    score: Score,
+    following: Sequence[Section],
+    facts: Mapping[str, Json],
 ) -> Report:
     """The report of `compress`.
 
     Args:
+        subject: the network, in words.
         networks: with the fitted factors.
         score: of the compressed network.
         following: what comes next, of `lowrank_jax.report.next_steps.after_compress`.
@@ -89,6 +96,7 @@ def compress_report(
     plan = networks.plan
     return Report(
         title="lowrank-jax compress",
+        subject=subject,
         summary=f"{asked(plan)} {reached(plan)} {score}",
         machine=machine(),
         highlights=[*cost_highlights(networks), score.highlight()],
@@ -138,7 +146,7 @@ def _sections(networks: Networks) -> list[Section]:
     if times:
         notes.append(f"{times} A layer's time is that of its fastest algorithm, measured alone.")
     found = [
-        layers_section(layers, " ".join(notes)),
+        layers_section(layers, " ".join(notes)) if layers else None,
         spectra_section(plan, networks.spectra, networks.weighted),
         filters_section(plan, networks.dense, networks.small),
     ]
@@ -169,8 +177,8 @@ def _curve_section(points: Sequence[Point]) -> Section:
 
 
 def _curve_row(point: Point, measure: str) -> tuple[str, str, str]:
-    costs = (share(point.plan.total(own)) for own in (measure, "parameters"))
-    return *costs, percent(point.score.small or 0)  # type: ignore[return-value]
+    cost, weights = (share(point.plan.total(own)) for own in (measure, "parameters"))
+    return cost, weights, percent(point.score.small or 0)
 
 
 def _curve_picture(points: Sequence[Point], measure: str) -> Picture:

@@ -82,6 +82,7 @@ class Report:
 
     Attributes:
         title: the command.
+        subject: the network that it worked on; empty where it is told by the summary.
         summary: one or two sentences: what was asked and what was reached.
         highlights: the figures of these sentences.
         sections: from the result to what comes next.
@@ -96,6 +97,7 @@ class Report:
     title: str
     summary: str
     machine: str
+    subject: str = ""
     highlights: Sequence[Highlight] = ()
     sections: Sequence[Section] = ()
     facts: Mapping[str, Json] = dataclasses.field(default_factory=dict)

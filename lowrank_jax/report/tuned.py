@@ -38,17 +38,19 @@ class Training:
 
 
 def tuned_report(
-    training: Training, networks: Networks | None, following: Sequence[Section]
+    subject: str, training: Training, networks: Networks | None, following: Sequence[Section]
 ) -> Report:
     """The report of `finetune`.
 
     Args:
+        subject: the network, in words.
         training: what was done.
         networks: the dense and the trained network, where a plan was given.
         following: what comes next, of `lowrank_jax.report.next_steps.after_finetune`.
     """
     return Report(
         title="lowrank-jax finetune",
+        subject=subject,
         summary=f"Asked for: {training.asked}. {_reached(training)}",
         machine=machine(),
         highlights=[*_highlights(training), *(cost_highlights(networks) if networks else [])],

@@ -43,8 +43,9 @@ def write_report(folder: Path, report: Report) -> None:
 
 def to_json(report: Report) -> dict:
     """The facts of a report, with its title, its summary and the machine."""
-    own = {"command": report.title, "summary": report.summary, "machine": report.machine}
-    return {**own, **report.facts}
+    names = ("subject", "summary", "machine")
+    own = {name: getattr(report, name) for name in names}
+    return {"command": report.title, **own, **report.facts}
 
 
 def to_markdown(report: Report, drawn: Mapping[str, Drawn]) -> str:
@@ -59,7 +60,7 @@ def to_markdown(report: Report, drawn: Mapping[str, Drawn]) -> str:
         Machine: cpu
         <BLANKLINE>
     """
-    parts = [f"# {report.title}", report.summary]
+    parts = [*filter(None, [f"# {report.title}", report.subject, report.summary])]
     for section in report.sections:
         parts += _section(section, drawn)
     if report.pictures and not drawn:

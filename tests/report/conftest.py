@@ -27,6 +27,7 @@ SCHEMES = {
 }
 SHAPES = dict.fromkeys(SCHEMES, (3, 3, 16, 32)) | {"head": (64, 10)}
 SETTING = Setting(
+    subject="nets:ResNet, dense.npz, with i.npy",
     checkpoint="dense.npz",
     options=["--model", "nets:ResNet", "--model-kwargs", '{"train": false}', "--images", "i.npy"],
     labels=["--labels", "labels.npy"],
@@ -93,8 +94,12 @@ def reports(networks, score, training):
     facts = NetworkFacts(layers=layer_facts(PUBLISHED[name]), batch=2, speed_up=(1.0, 1.5, 2.0))
     out = Path("out")
     return {
-        "plan": plan_report(networks, points, after_plan(SETTING, out)),
-        "compress": compress_report(networks, score, after_compress(SETTING, out, score), {}),
-        "finetune": tuned_report(training, networks, after_finetune(SETTING, out / "w.npz")),
+        "plan": plan_report(SETTING.subject, networks, points, after_plan(SETTING, out)),
+        "compress": compress_report(
+            SETTING.subject, networks, score, after_compress(SETTING, out, score), {}
+        ),
+        "finetune": tuned_report(
+            SETTING.subject, training, networks, after_finetune(SETTING, out / "w.npz")
+        ),
         "paper": paper_report({name: facts}),
     }
