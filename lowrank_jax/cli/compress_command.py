@@ -23,6 +23,7 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.spectra import Spectra
 from lowrank_jax.report.next_steps import after_compress
 from lowrank_jax.report.planned import Networks, compress_report
+from lowrank_jax.report.record import Json
 from lowrank_jax.report.writing import write_report
 
 Compressed = tuple[Plan, Any, dict, Spectra]  # the plan, the tree, the fits, singular values
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         times=times(job, small, chosen, args.batch) if args.time else None,
     )
     held_out = {path: _held_out(own) for path, own in fits.items()}
-    facts = {"seconds": elapsed, "held_out_error": held_out}
+    facts: dict[str, Json] = {"seconds": elapsed, "held_out_error": held_out}
     own = setting(args)
     following = after_compress(own, args.out, score)
     report = compress_report(own.subject, networks, score, following, facts)

@@ -83,7 +83,7 @@ def layers_section(layers: Sequence[LayerCost], note: str = "") -> Section:
     text = "Each row is a layer, for one image: as it was, as it is now, and what is left of it."
     return Section(
         title="What each layer costs",
-        text=f"{text} {note}".strip(),
+        text=f"{text}\n\n{note}".strip(),
         table=layer_table(layers),
         pictures=[bars(layers, measure) for measure in measures],
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lowrank_jax.report.record import Picture
@@ -17,6 +17,8 @@ NO_PICTURES = (
     "pip install 'lowrank-jax[demo]' and run the command again."
 )
 AFTER, BEFORE = "C0", "C1"  # of the low-rank network and of the dense one
+PNG = dict(format="png", dpi=160, facecolor="white")
+SVG = dict(format="svg", transparent=True, metadata={"Date": None})
 STYLE = {
     "axes.linewidth": 0.6,
     "axes.spines.right": False,
@@ -90,25 +92,24 @@ def draw_all(pictures: list[Picture]) -> dict[str, Drawn]:
 
 
 def _drawn(picture: Picture) -> Drawn:
-    return Drawn(
-        png=_file(picture, BRIGHT, format="png", dpi=160, facecolor="white"),
-        bright=_svg(picture, BRIGHT),
-        dark=_svg(picture, DARK),
-    )
+    png, bright = _files(picture, BRIGHT, [PNG, SVG])
+    [dark] = _files(picture, DARK, [SVG])
+    return Drawn(png=png, bright=bright, dark=dark)
 
 
-def _svg(picture: Picture, palette: Palette) -> bytes:
-    metadata: Mapping[str, None] = {"Date": None}
-    return _file(picture, palette, format="svg", transparent=True, metadata=metadata)
-
-
-def _file(picture: Picture, palette: Palette, **options: Any) -> bytes:
+def _files(picture: Picture, palette: Palette, formats: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """A picture in some colours, in each of some formats."""
     import matplotlib
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(palette.style()):
-        picture.draw().savefig(buffer, **options)
-    return buffer.getvalue()
+    found, style = [], palette.style()
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+        figure = picture.draw()
+        for options in formats:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, **options)
+            figure.set_layout_engine("none")  # it stays as it was laid out, which takes long
+            found.append(buffer.getvalue())
+    return found
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, list[Axes]]":

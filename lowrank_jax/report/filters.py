@@ -81,7 +81,7 @@ def filters(path: str, kernel: Any, node: Any) -> Filters:
         >>> small = lr.decompose({"stem": kernel}, {"stem": 2})
         >>> found = filters("stem", kernel, small["stem"])
         >>> found.rows["As it was"].shape, found.rows["First factor, 3 x 1"].shape
-        ((8, 3, 3), (8, 3, 1))
+        ((8, 3, 3), (2, 3, 1))
     """
     _, axes, _ = read_factors(node, path)
     dense, rebuilt = _usual(kernel, axes), _usual(product(node, path), axes)

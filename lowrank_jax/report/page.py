@@ -3,7 +3,7 @@
 import base64
 import string
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape as escaped
 from importlib import resources
 
 from lowrank_jax.report.drawing import NO_PICTURES, Drawn
@@ -26,13 +26,18 @@ def to_html(report: Report, drawn: Mapping[str, Drawn]) -> str:
     missing = _paragraphs(NO_PICTURES) if report.pictures and not drawn else ""
     return string.Template(_asset("page.html")).substitute(
         style=_asset("page.css"),
-        title=escape(report.title),
-        subject=f'<p class="subject">{escape(report.subject)}</p>' if report.subject else "",
-        summary=escape(report.summary),
+        title=_text(report.title),
+        subject=f'<p class="subject">{_text(report.subject)}</p>' if report.subject else "",
+        summary=_text(report.summary),
         highlights=_highlights(report.highlights),
         sections=sections + missing,
-        machine=escape(report.machine),
+        machine=_text(report.machine),
     )
+
+
+def _text(text: str) -> str:
+    """Text as HTML, in which no line breaks before a sign of percent."""
+    return escaped(text).replace(" %", "&nbsp;%")
 
 
 def _asset(name: str) -> str:
@@ -46,16 +51,16 @@ def _highlights(highlights: Sequence[Highlight]) -> str:
 
 
 def _highlight(own: Highlight) -> str:
-    note = f'<dd class="note">{escape(own.note)}</dd>' if own.note else ""
-    return f"<div><dt>{escape(own.label)}</dt><dd>{escape(own.value)}</dd>{note}</div>"
+    note = f'<dd class="note">{_text(own.note)}</dd>' if own.note else ""
+    return f"<div><dt>{_text(own.label)}</dt><dd>{_text(own.value)}</dd>{note}</div>"
 
 
 def _section(section: Section, drawn: Mapping[str, Drawn]) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>", _paragraphs(section.text)]
+    parts = [f"<h2>{_text(section.title)}</h2>", _paragraphs(section.text)]
     if section.table:
         parts.append(_table(section.table, section.title))
     if section.code:
-        parts.append(f'<pre tabindex="0"><code>{escape(section.code)}</code></pre>')
+        parts.append(f'<pre tabindex="0"><code>{escaped(section.code)}</code></pre>')
     shown = [_picture(own, drawn[own.name]) for own in section.pictures if own.name in drawn]
     if shown:
         parts.append(f'<div class="pictures">{"".join(shown)}</div>')
@@ -63,7 +68,7 @@ def _section(section: Section, drawn: Mapping[str, Drawn]) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(f"<p>{escape(part)}</p>" for part in text.split("\n\n") if part)
+    return "".join(f"<p>{_text(part)}</p>" for part in text.split("\n\n") if part)
 
 
 def _table(table: Table, title: str) -> str:
@@ -72,7 +77,7 @@ def _table(table: Table, title: str) -> str:
     foot = f"<tfoot>{_row(rows[-1], table.left)}</tfoot>" if table.sums else ""
     cells = "".join(_cell("th", text, i, table.left) for i, text in enumerate(head))
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title)}"><table>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{_text(title)}"><table>'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
     )
 
@@ -80,20 +85,20 @@ def _table(table: Table, title: str) -> str:
 def _row(row: Sequence[str], left: int) -> str:
     first, *others = row
     cells = "".join(_cell("td", text, i, left) for i, text in enumerate(others, 1))
-    return f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
+    return f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>'
 
 
 def _cell(tag: str, text: str, index: int, left: int) -> str:
     side = ' class="left"' if index < left else ""
-    return f"<{tag}{side}>{escape(text)}</{tag}>"
+    return f"<{tag}{side}>{_text(text)}</{tag}>"
 
 
 def _picture(picture: Picture, drawn: Drawn) -> str:
     return (
         f"<figure><picture>"
         f'<source media="(prefers-color-scheme: dark)" srcset="{_data(drawn.dark)}">'
-        f'<img alt="{escape(picture.title)}" src="{_data(drawn.bright)}"></picture>'
-        f"<figcaption><strong>{escape(picture.title)}.</strong> {escape(picture.about)}"
+        f'<img alt="{_text(picture.title)}" src="{_data(drawn.bright)}"></picture>'
+        f"<figcaption><strong>{_text(picture.title)}.</strong> {_text(picture.about)}"
         f"</figcaption></figure>"
     )
 

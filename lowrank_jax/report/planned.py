@@ -99,7 +99,7 @@ def compress_report(
         subject=subject,
         summary=f"{asked(plan)} {reached(plan)} {score}",
         machine=machine(),
-        highlights=[*cost_highlights(networks), score.highlight()],
+        highlights=[score.highlight(), *cost_highlights(networks)],
         sections=[*_sections(networks), *following],
         facts={**_facts(networks), **score.facts(), **facts},
     )
@@ -146,7 +146,7 @@ def _sections(networks: Networks) -> list[Section]:
     if times:
         notes.append(f"{times} A layer's time is that of its fastest algorithm, measured alone.")
     found = [
-        layers_section(layers, " ".join(notes)) if layers else None,
+        layers_section(layers, "\n\n".join(notes)) if layers else None,
         spectra_section(plan, networks.spectra, networks.weighted),
         filters_section(plan, networks.dense, networks.small),
     ]

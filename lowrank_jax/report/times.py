@@ -33,7 +33,11 @@ class Times:
         """The same as a large figure."""
         _, median, _ = self.network.ratio("low-rank", "dense")
         _, rate, _ = self.network.rate("low-rank")
-        return Highlight(label="speed", value=f"{median:.2f} times", note=f"{rate:,.0f} images/s")
+        return Highlight(
+            label="speed",
+            value=f"{median:.2f}\N{MULTIPLICATION SIGN}",
+            note=f"{rate:,.0f} images/s",
+        )
 
     def facts(self) -> dict[str, Json]:
         """The same as plain data."""

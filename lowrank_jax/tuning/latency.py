@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
@@ -79,7 +80,7 @@ def _pair_seconds(layer: Layer, timer: Timer, scheme: Scheme) -> float:
 def _tucker_seconds(layer: Layer, timer: Timer, scheme: Tucker) -> float:
     """The first 1 x 1 convolution, and the other two as the two factors of a layer of their own."""
     channels, ones = scheme.groups * scheme.rank, (1,) * len(layer.size)
-    still = dict(size=ones, strides=ones, dilation=ones, input_dilation=ones)
+    still: dict[str, Any] = dict(size=ones, strides=ones, dilation=ones, input_dilation=ones)
     padding = ((0, 0),) * len(ones)
     first = dataclasses.replace(layer, features=channels, padding=padding, **still)
     others = dataclasses.replace(layer, inputs=(*layer.inputs[:-1], channels))

@@ -12,6 +12,7 @@ import pytest
 from lowrank_jax import Plan, load_weights, lowrank, save_weights
 from lowrank_jax.cli import jobs
 from lowrank_jax.cli.main import main
+from lowrank_jax.report import writing
 
 MODEL = """
 from flax import linen as nn
@@ -94,8 +95,14 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
     assert passes == [{"train": False}]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without their pictures, which take long to draw."""
+    monkeypatch.setattr(writing, "draw_all", lambda pictures: {})
+
+
 @pytest.mark.parametrize("budget", ["parameters=0.6", "bytes=0.95"])
-def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget):
+def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget, undrawn):
     first, second = tmp_path / "plan", tmp_path / "compressed"
     options = ["--budget", budget, "--multiple", "2"]
     assert main(["plan", *files, *options, "--out", str(first)]) == 0
@@ -121,7 +128,9 @@ def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path,
     assert Plan.load(out / "curve-0.6-plan.json").total("macs")[1] == low
 
 
-def test_with_labels_compress_sets_both_accuracies_beside_each_other(files, tmp_path, capsys):
+def test_with_labels_compress_sets_both_accuracies_beside_each_other(
+    files, tmp_path, capsys, undrawn
+):
     apply, variables = network(files)
     labels = np.array(apply(variables, scaled(files)).argmax(-1))
     labels[:4] = (labels[:4] + 1) % 10
@@ -131,7 +140,7 @@ def test_with_labels_compress_sets_both_accuracies_beside_each_other(files, tmp_
     assert "Accuracy: 75.0 %, of the dense network 75.0 %" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["accuracy"] == {"dense": 0.75, "low-rank": 0.75}
-    assert "Accuracy: 75.0 %" in (tmp_path / "out" / "report.html").read_text()
+    assert "Accuracy: 75.0&nbsp;%" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_labels_without_a_curve_are_refused_by_plan(files, tmp_path, capsys):
@@ -139,7 +148,7 @@ def test_labels_without_a_curve_are_refused_by_plan(files, tmp_path, capsys):
     assert "--labels is for the networks of --curve" in capsys.readouterr().err
 
 
-def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys):
+def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys, undrawn):
     apply, variables = network(files)
     logits = np.array(apply(variables, scaled(files)))
     labels = logits.argmax(-1)

@@ -1,7 +1,5 @@
 """Which images are fitted to and which are scored, and what the next command is told."""
 
-import argparse
-
 import numpy as np
 import pytest
 
@@ -65,7 +63,7 @@ def test_the_next_command_has_the_options_of_this_one():
 def test_times_are_of_every_layer_of_the_plan_and_of_both_networks(monkeypatch):
     from lowrank_jax import Matrix, Plan, decompose
     from lowrank_jax.planning.plans import Choice
-    from lowrank_jax.tuning import latency, timing
+    from lowrank_jax.tuning import latency
 
     kernel = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     variables, costs = {"head": kernel}, dict(parameters=(64, 32), macs=(64, 32), bytes=(9, 9))
@@ -77,8 +75,6 @@ def test_times_are_of_every_layer_of_the_plan_and_of_both_networks(monkeypatch):
         kwargs={},
     )
     monkeypatch.setattr(latency, "scheme_seconds", lambda trace, timer, table: table)
-    short = argparse.Namespace(run=timing.throughput)
-    monkeypatch.setattr(timing, "throughput", lambda given, items: short.run(given, items, 2))
     found = comparing.times(one, decompose(variables, plan), plan, 2)
     assert found.layers == {"head": Matrix(2, axes="IO")}
     assert found.network.items == 2 and set(found.network.seconds) == {"dense", "low-rank"}

@@ -16,6 +16,7 @@ from lowrank_jax.report.planned import Networks, Point, compress_report, plan_re
 from lowrank_jax.report.scores import Images, Score
 from lowrank_jax.report.times import Times
 from lowrank_jax.report.tuned import Training, tuned_report
+from lowrank_jax.report.writing import write_report
 from lowrank_jax.tuning.timing import Throughput
 
 SCHEMES = {
@@ -99,7 +100,17 @@ def reports(networks, score, training):
             SETTING.subject, networks, score, after_compress(SETTING, out, score), {}
         ),
         "finetune": tuned_report(
-            SETTING.subject, training, networks, after_finetune(SETTING, out / "w.npz")
+            SETTING.subject, training, None, after_finetune(SETTING, out / "w.npz")
         ),
         "paper": paper_report({name: facts}),
     }
+
+
+@pytest.fixture(scope="session")
+def folders(reports, tmp_path_factory):
+    """Name of a command to the folder of its report."""
+    home = tmp_path_factory.mktemp("reports")
+    for name, report in reports.items():
+        (home / name).mkdir()
+        write_report(home / name, report)
+    return {name: home / name for name in reports}

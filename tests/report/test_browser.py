@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank_jax.report.writing import write_report
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SECONDS = "120"  # after which a browser that hangs is ended
 OPTIONS = [
@@ -121,6 +119,7 @@ class Browser:
             self.call(f"{part}.enable", own)
         size = dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setDeviceMetricsOverride", own, **size)
+        self.call("Emulation.setScrollbarsHidden", own, hidden=True)
         wanted = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", own, features=wanted)
         self.events.clear()
@@ -157,20 +156,10 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     found.close()
 
 
-@pytest.fixture(scope="module")
-def pages(reports, tmp_path_factory):
-    """Name of a command to the page of its report."""
-    home = tmp_path_factory.mktemp("pages")
-    for name, report in reports.items():
-        (home / name).mkdir()
-        write_report(home / name, report)
-    return {name: home / name / "report.html" for name in reports}
-
-
 @pytest.mark.parametrize("command", ["plan", "compress", "finetune", "paper"])
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_a_report_fits_its_screen_and_asks_for_nothing(browser, pages, command, width):
-    page = pages[command]
+def test_a_report_fits_its_screen_and_asks_for_nothing(browser, folders, command, width):
+    page = folders[command] / "report.html"
     seen = {scheme: browser.visit(page, width, scheme) for scheme in ("light", "dark")}
     for scheme, own in seen.items():
         assert {url for url in own.requests if not url.startswith("data:")} == {page.as_uri()}
