@@ -113,7 +113,7 @@ def layer_table(layers: Sequence[LayerCost]) -> Table:
 
 
 def _row(layer: LayerCost, timed: bool, known: bool) -> list[str]:
-    error = "" if layer.error is None else f"{layer.error:.3f}"
+    error = "" if layer.error is None else f"{layer.error:.4f}"
     costs = [*_counts(layer.parameters), *_counts(layer.macs)]
     times = _times(layer.seconds) * timed
     return [layer.path, layer.form, layer.rank, *costs, *times, *[error] * known]

@@ -64,7 +64,8 @@ def _section(section: Section, drawn: Mapping[str, Drawn]) -> str:
     shown = [_picture(own, drawn[own.name]) for own in section.pictures if own.name in drawn]
     if shown:
         parts.append(f'<div class="pictures">{"".join(shown)}</div>')
-    return f"<section>{''.join(parts)}</section>"
+    alone = len(shown) == 1 and not section.table and not section.code
+    return f'<section class="{"beside" if alone else "below"}">{"".join(parts)}</section>'
 
 
 def _paragraphs(text: str) -> str:
