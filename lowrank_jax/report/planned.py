@@ -144,7 +144,9 @@ def _sections(networks: Networks) -> list[Section]:
         "before later layers make up for it."
     ]
     if times:
-        notes.append(f"{times} A layer's time is that of its fastest algorithm, measured alone.")
+        items = times.network.items
+        how = f"Times are for {items} images at once, each layer alone by its fastest algorithm."
+        notes.append(f"{times} {how}")
     found = [
         layers_section(layers, "\n\n".join(notes)) if layers else None,
         spectra_section(plan, networks.spectra, networks.weighted),
