@@ -9,32 +9,32 @@ from typing import Any
 from lowrank_jax import data
 from lowrank_jax.cli.options import new_command, parse_ranks, positive, rate, seed, whole
 from lowrank_jax.experiments import cifar10 as experiment
+from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
-from lowrank_jax.report.journey import markdown, write_report
+from lowrank_jax.report.journey import journey_report, markdown
+from lowrank_jax.report.writing import write_report
 
 
 def add_commands(commands: Any) -> None:
     """Adds `demo` and `cifar10` to the subcommands of ``lowrank-jax``."""
-    about = "decompose, fine-tune and measure the embedded network on the embedded CIFAR-10 sample"
+    about = "compress, tune and measure the embedded network on the embedded CIFAR-10 sample"
     demo = new_command(commands, "demo", about, run_demo)
-    _add_options(demo, "lowrank-jax-demo")
-    about = "train on CIFAR-10 from TensorFlow Datasets, decompose, fine-tune and measure"
+    _add_options(demo, "lowrank-jax-demo", epochs=2)
+    about = "train on CIFAR-10 from TensorFlow Datasets, compress, tune and measure"
     cifar10 = new_command(commands, "cifar10", about, run_cifar10)
-    _add_options(cifar10, "lowrank-jax-cifar10")
+    _add_options(cifar10, "lowrank-jax-cifar10", epochs=5)
     _add_training_options(cifar10)
 
 
-def _add_options(command: argparse.ArgumentParser, folder: str) -> None:
+def _add_options(command: argparse.ArgumentParser, folder: str, epochs: int) -> None:
     add = command.add_argument
     add("--out", type=Path, default=Path(folder), help="folder for the report")
     add("--ranks", type=parse_ranks, default="Conv_0=10,Conv_2=20", help="layer=rank,...")
-    add("--finetune-epochs", type=positive, default=5, help="epochs after the decomposition")
+    add("--finetune-epochs", type=positive, default=epochs, help="epochs after the decomposition")
     types = ("float32", "bfloat16")
     add("--precision", choices=types, default="float32", help="of the computation")
-    about = "fine-tune towards the dense network's probabilities"
-    add("--distill", action="store_true", help=about)
     add("--seed", type=seed, default=0, help="of initialisation, augmentation and shuffling")
 
 
@@ -52,6 +52,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     about = "the same, in the fine-tuning"
     add("--finetune-learning-rate", type=rate, default=0.02, help=about)
     add("--crop", type=whole(1, 32), default=32, help="side of the random training crops, pixels")
+    about = "tune towards the dense network's probabilities instead of the labels"
+    add("--distill", action=argparse.BooleanOptionalAction, default=True, help=about)
     add("--padding", type=whole(0), default=4, help="zeros around an image before the crop, pixels")
 
 
@@ -60,16 +62,17 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     recipe = experiment.Recipe(
         args.finetune_epochs,
-        peak=0.01,
+        peak=0.003,
         batch_size=50,
         crop=24,
         padding=0,
         seed=args.seed,
-        distill=args.distill,
+        distill=True,
     )
-    sets = data.sample("train"), data.sample("test")
-    _run(args, data.pretrained(), *sets, recipe)
-    print(f"Took {time.perf_counter() - start:.0f} s; a report with pictures is in {args.out}")
+    variables = data.pretrained()
+    experiment.check_ranks(variables, args.ranks)
+    _run(args, variables, data.sample("train"), data.sample("test"), recipe)
+    print(f"Took {time.perf_counter() - start:.0f} s; the report is {args.out / 'report.html'}")
 
 
 def run_cifar10(args: argparse.Namespace) -> None:
@@ -87,7 +90,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
     _run(args, variables, train, test, tuning, work / "fine-tuning")
     shutil.rmtree(work, ignore_errors=True)
-    print(f"A report with pictures and both networks is in {args.out}")
+    print(f"Both networks are in {args.out}, and the report is report.html there")
 
 
 def _dense_recipe(args: argparse.Namespace) -> experiment.Recipe | None:
@@ -116,8 +119,10 @@ def _run(
     recipe: experiment.Recipe,
     work: Path | None = None,
 ) -> None:
-    journey = experiment.run(_model(args), variables, args.ranks, train, test, recipe, folder=work)
+    given = (_model(args), variables, args.ranks, train, test, recipe)
+    journey = journeys.run(*given, tune_planned=work is not None, folder=work)
     with whole_folder(args.out) as folder:
-        write_report(folder, journey, f"lowrank-jax {args.command}")
+        save_weights(folder / "lowrank.npz", journey.result.variables)
         save_weights(folder / "dense.npz", variables)
+        write_report(folder, journey_report(journey, f"lowrank-jax {args.command}", args.out))
     print(f"\n{markdown(journey)}\n")

@@ -1,4 +1,4 @@
-"""The journey: decompose a trained network, fine-tune it, and measure both."""
+"""The network of the original experiment: its weights, its training, its accuracy."""
 
 import dataclasses
 import os
@@ -10,20 +10,15 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lowrank_jax.data.datasets import Dataset, normalize
-from lowrank_jax.factorization.scheme import spectrum
 from lowrank_jax.io.weights import load_weights
 from lowrank_jax.models import NIN
-from lowrank_jax.program.kernel_use import Trace
-from lowrank_jax.program.tracing import trace
 from lowrank_jax.training.augmentation import crop_and_flip
 from lowrank_jax.training.evaluation import evaluate
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.tree.decomposing import decompose
-from lowrank_jax.tuning.timing import Throughput, compile_fastest, throughput
 
 Variables = dict[str, Any]
 Log = Callable[[str], None]
@@ -51,40 +46,6 @@ class Recipe:
     padding: int = 4
     seed: int = 0
     distill: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Cost of one layer for one image, dense and as it is in the low-rank network."""
-
-    name: str
-    rank: int | None
-    parameters: tuple[int, int]
-    macs: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Journey:
-    """What the experiment found.
-
-    Attributes:
-        layers: one entry for each convolution of the dense network.
-        spectra: layer name to its singular values, largest first.
-        accuracy: "dense", "decomposed" and "fine-tuned" to the share of test images classified as
-            their labels say.
-        curve: that share after each epoch of fine-tuning.
-        times: forward passes "dense" and "low-rank".
-        machine: device, versions.
-        variables: the fine-tuned low-rank network.
-    """
-
-    layers: list[Layer]
-    spectra: dict[str, np.ndarray]
-    accuracy: dict[str, float]
-    curve: list[float]
-    times: Throughput
-    machine: str
-    variables: Variables
 
 
 def init(model: NIN, seed: int = 0) -> Variables:
@@ -116,18 +77,18 @@ def fit(
     test: Dataset,
     recipe: Recipe,
     log: Log = print,
-    teacher: tuple[NIN, Variables] | None = None,
+    teacher: Variables | None = None,
     folder: Path | None = None,
 ) -> tuple[Variables, list[float]]:
     """Trains a network and evaluates it after every epoch.
 
     Args:
-        model: dense or with ranks.
-        variables: to start with.
+        model: of the dense network.
+        variables: to start with, dense or decomposed.
         data, test: images to train with, and for the accuracy.
         recipe: how to train.
         log: called with a line after every epoch.
-        teacher: a network whose probabilities are the targets in place of the labels.
+        teacher: dense variables, whose probabilities are the targets in place of the labels.
         folder: for checkpoints; the same call goes on from there.
 
     Returns:
@@ -147,7 +108,6 @@ def fit(
         return {"test_accuracy": history[epoch]}
 
     history = {} if folder is None else _history(folder)
-    dense, target = teacher or (None, None)
     trained = finetune(
         model.apply,
         variables,
@@ -155,8 +115,7 @@ def fit(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         learning_rate=recipe.peak,
-        teacher=target,
-        teacher_apply=dense.apply if dense else None,
+        teacher=teacher,
         augment=augment,
         seed=recipe.seed,
         folder=folder,
@@ -169,93 +128,6 @@ def _history(folder: Path) -> dict[int, float]:
     """Epoch to its test accuracy, as far as the run in a folder came."""
     lines = [line for line in read_metrics(folder) if "test_accuracy" in line]
     return {line["epoch"]: line["test_accuracy"] for line in lines}
-
-
-def run(
-    dense: NIN,
-    variables: Variables,
-    ranks: Mapping[str, int],
-    data: Dataset,
-    test: Dataset,
-    recipe: Recipe,
-    *,
-    batch_size: int = 128,
-    rounds: int = 15,
-    log: Log = print,
-    folder: Path | None = None,
-) -> Journey:
-    """Decomposes a trained network, fine-tunes it and measures it beside the dense one.
-
-    Args:
-        dense: the network, without ranks.
-        variables: its trained variables.
-        ranks: layer name to rank.
-        data: training images for the fine-tuning.
-        test: images for every accuracy.
-        recipe: of the fine-tuning.
-        batch_size, rounds: images in a forward pass and passes of each network in the timing.
-        log: called with a line after every step.
-        folder: for checkpoints of the fine-tuning; the same call goes on from there.
-    """
-    small = dense.clone(ranks=dict(ranks))
-    variables = flax.core.unfreeze(variables)
-    lowrank = decompose(variables, ranks)
-    kernels = {name: variables["params"][name]["kernel"] for name in ranks}
-    spectra = {name: np.asarray(spectrum(kernel)).ravel() for name, kernel in kernels.items()}
-    layers = compare_costs(trace_one(dense, variables), trace_one(small, lowrank), ranks)
-    scores = {
-        "dense": accuracy(dense, variables, test),
-        "decomposed": accuracy(small, lowrank, test),
-    }
-    shares = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
-    log(f"{len(test):,} test images: {shares}")
-    teacher = (dense, variables) if recipe.distill else None
-    tuned, curve = fit(small, lowrank, data, test, recipe, log, teacher, folder)
-    scores["fine-tuned"] = curve[-1]
-    log("timing the forward passes")
-    times = measure(
-        {"dense": (dense, variables), "low-rank": (small, tuned)}, test, batch_size, rounds
-    )
-    return Journey(layers, spectra, scores, curve, times, machine(), tuned)
-
-
-def trace_one(model: NIN, variables: Variables) -> Trace:
-    """The convolutions of a forward pass of one image."""
-    return trace(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
-
-
-def compare_costs(dense: Trace, lowrank: Trace, ranks: Mapping[str, int]) -> list[Layer]:
-    """Sets the cost of each dense layer beside that of its factors, or of itself.
-
-    Args:
-        dense: of the dense network, whose layers are named as in "Conv_0".
-        lowrank: of the low-rank one, whose factors are named as in "Conv_0/vertical".
-        ranks: layer name to rank.
-    """
-
-    def total(uses: Trace, name: str, field: str) -> int:
-        names = (name, f"{name}/vertical", f"{name}/horizontal")
-        return sum(getattr(use, field) for use in uses if use.path in names)
-
-    def both(name: str, field: str) -> tuple[int, int]:
-        return total(dense, name, field), total(lowrank, name, field)
-
-    names = [use.path for use in dense]
-    return [
-        Layer(name, ranks.get(name), both(name, "parameters"), both(name, "macs")) for name in names
-    ]
-
-
-def measure(
-    networks: Mapping[str, tuple[NIN, Variables]], data: Dataset, batch_size: int, rounds: int
-) -> Throughput:
-    """Times forward passes on the same real images, each at its fastest compiler options."""
-    images = normalize(jnp.asarray(np.resize(data.images, (batch_size, *data.images.shape[1:]))))
-    programs = {
-        name: compile_fastest(model.apply, variables, images)
-        for name, (model, variables) in networks.items()
-    }
-    return throughput(programs, items=batch_size, rounds=rounds)
 
 
 def check_ranks(variables: Variables, ranks: Mapping[str, int]) -> None:

@@ -24,7 +24,6 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 9,
-    "figure.constrained_layout.use": True,
     "font.size": 9,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
@@ -121,7 +120,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure,
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 

@@ -43,9 +43,10 @@ def filters_section(plan: Plan, dense: Any, small: Any) -> Section | None:
         dense, small: trees of the dense and of the low-rank network.
     """
     choice = pictured(plan, dense)
-    if choice is None:
+    node = named_leaves(small)[choice.path] if choice else None
+    if choice is None or not is_factors(node):
         return None
-    found = filters(choice.path, named_leaves(dense)[choice.path], named_leaves(small)[choice.path])
+    found = filters(choice.path, named_leaves(dense)[choice.path], node)
     text = (
         f"{choice.path} is the convolution in which most multiply-adds are saved. Its filters are "
         "sums of products of the small ones; where the first two rows look alike, little was lost."

@@ -126,13 +126,17 @@ def reached(plan: Plan) -> str:
 
 def cost_highlights(networks: Networks) -> list[Highlight]:
     """What is left of the costs, and the speed where it was measured."""
+    found = plan_highlights(networks.plan)
+    return [*found, networks.times.highlight()] if networks.times else found
+
+
+def plan_highlights(plan: Plan) -> list[Highlight]:
+    """What a plan leaves of the costs."""
     found = []
     for measure, label in (("macs", "multiply-adds left"), ("parameters", "weights left")):
-        pair = networks.plan.total(measure)
+        pair = plan.total(measure)
         note = f"{count(pair[1])} of {count(pair[0])}"
         found.append(Highlight(label=label, value=share(pair), note=note))
-    if networks.times:
-        found.append(networks.times.highlight())
     return found
 
 

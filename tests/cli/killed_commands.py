@@ -22,10 +22,14 @@ from lowrank_jax import data
 from lowrank_jax.cli import compress_command
 from lowrank_jax.cli import main as cli
 from lowrank_jax.experiments import cifar10 as experiment
+from lowrank_jax.experiments import journey as journeys
+from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.io.folders import check_folder
 from lowrank_jax.io.weights import load_weights
-from lowrank_jax.planning.plans import Plan
+from lowrank_jax.planning.plans import Choice, Plan
 from lowrank_jax.planning.spectra import Spectra
+from lowrank_jax.report import writing
+from lowrank_jax.report.drawing import Drawn
 from lowrank_jax.tuning.timing import Throughput
 
 OPTIONS = {"compress": ["--checkpoint", "a.npz", "--model", "a:B", "--images", "a.npy"]}
@@ -39,14 +43,24 @@ def tree(value):
 
 def journey(*args, **kwargs):
     value = next(numbers)
-    return experiment.Journey(
-        layers=[experiment.Layer("Conv_0", 1, (9, 6), (90, 60))],
+    costs = dict(parameters=(9, 6), macs=(90, 60), bytes=(36, 24))
+    choice = Choice(path="Conv_0", scheme=Separable(1), **costs)
+    plan = Plan(choices=(choice,), selector="fixed")
+    stage = journeys.Stage(accuracy=0.5, plan=plan, variables=tree(value))
+    names = ("dense", "low-rank", "dense, fast", "low-rank, fast")
+    return journeys.Journey(
+        stages={
+            journeys.DENSE: journeys.Stage(accuracy=0.5, plan=None, variables=tree(0)),
+            journeys.CLOSED: stage,
+            journeys.PLANNED: stage,
+        },
+        given=plan,
+        planned=plan,
         spectra={"Conv_0": np.arange(6.0, 0, -1)},
-        accuracy=dict.fromkeys(("dense", "decomposed", "fine-tuned"), 0.5),
-        curve=[0.5],
-        times=Throughput(4, {"dense": [2.0, 2.0], "low-rank": [1.0, 1.0]}),
+        images=4,
+        tests=4,
+        times=Throughput(4, {name: [2.0, 2.0] for name in names}),
         machine=str(value),
-        variables=tree(value),
     )
 
 
@@ -65,7 +79,9 @@ def replace_the_work():
     experiment.init = lambda *args: tree(0)
     experiment.fit = lambda *args, **kwargs: (tree(0), [])
     experiment.check_ranks = lambda *args: None
-    experiment.run = journey
+    journeys.run = journey
+    fake = Drawn(png=bytes(9999), bright=b"<svg/>", dark=b"<svg/>")  # drawing takes long
+    writing.draw_all = lambda pictures: {picture.name: fake for picture in pictures}
     compress_command.load_job = lambda args: Job()
     empty = Plan(choices=(), selector="total_energy")
     nothing = Spectra({})

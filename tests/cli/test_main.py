@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+import lowrank_jax as lr
 from lowrank_jax import data
 from lowrank_jax.cli import main as cli
 from lowrank_jax.experiments import cifar10 as experiment
+from lowrank_jax.experiments import journey
 from lowrank_jax.io import weights as checkpoint
 from lowrank_jax.models import NIN
 
@@ -24,41 +26,32 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(data, "sample", part)
     monkeypatch.setattr(data, "cifar10", part)
-    monkeypatch.setattr(
-        experiment.run,
-        "__kwdefaults__",
-        {"batch_size": 4, "rounds": 2, "log": print, "folder": None},
-    )
+    quick = {"images": 50, "batch_size": 4, "rounds": 2, "limit": 0.1}
+    monkeypatch.setattr(journey.run, "__kwdefaults__", journey.run.__kwdefaults__ | quick)
 
 
 @pytest.mark.slow
 def test_the_demo_writes_a_whole_report(tiny, tmp_path, capsys):
     out = tmp_path / "report"
     assert cli.main(["demo", "--out", str(out), "--finetune-epochs", "1"]) == 0
-    names = {
-        "report.md",
-        "report.json",
-        "spectra.png",
-        "costs.png",
-        "accuracy.png",
-        "lowrank.npz",
-        "dense.npz",
-        "manifest.json",
-    }
-    assert {path.name for path in out.iterdir()} == names
-    text = (out / "report.md").read_text()
-    assert "1.48" in text
-    assert "16.00" in text
-    assert text.split("\n", 2)[2].split("\n\n")[0] in capsys.readouterr().out
-    found = json.loads((out / "report.json").read_text())
-    assert {row["name"]: row["parameters"] for row in found["layers"]}["Conv_2"] == [460800, 28800]
+    pictures = {"accuracy.png", "weights.png", "multiply_adds.png", "spectra.png", "filters.png"}
+    others = {"report.html", "report.md", "report.json", "lowrank.npz", "dense.npz"}
+    assert {path.name for path in out.iterdir()} == pictures | others | {"manifest.json"}
+    printed = capsys.readouterr().out
+    rows = [line for line in (out / "report.md").read_text().splitlines() if "| Conv_" in line]
+    assert len(rows) == 6 and all(row in printed for row in rows)
+    stages = json.loads((out / "report.json").read_text())["stages"]
+    given, planned = stages["tuned"], stages["planned"]
+    assert given["layers"]["Conv_0"][0] == [14400, 9750]  # 1.48 times fewer weights
+    assert given["layers"]["Conv_2"][0] == [460800, 28800]  # 16 times
+    assert planned["macs"][1] <= given["macs"][1]
     small = checkpoint.load_weights(out / "lowrank.npz")
-    logits = NIN(ranks=experiment.PAPER_RANKS).apply(small, np.zeros((1, 32, 32, 3), np.float32))
-    assert np.isfinite(logits).all()
-    assert (
-        cli.main(["demo", "--out", str(out), "--finetune-epochs", "1", "--ranks", "Conv_4=30"]) == 0
-    )
-    assert [row["rank"] for row in json.loads((out / "report.json").read_text())["layers"]][4] == 30
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    assert np.isfinite(lr.lowrank(NIN().apply)(small, images)).all()
+    again = ["demo", "--out", str(out), "--finetune-epochs", "1", "--ranks", "Conv_4=30"]
+    assert cli.main(again) == 0
+    stages = json.loads((out / "report.json").read_text())["stages"]
+    assert stages["tuned"]["ranks"] == {"Conv_4": 30}
 
 
 @pytest.mark.slow
@@ -66,10 +59,10 @@ def test_the_experiment_trains_and_then_starts_from_its_own_weights(tiny, tmp_pa
     options = ["--batch-size", "50", "--crop", "24", "--padding", "0", "--finetune-epochs", "1"]
     first, second = tmp_path / "first", tmp_path / "second"
     assert cli.main(["cifar10", *options, "--epochs", "1", "--out", str(first)]) == 0
-    again = [*options, "--distill", "--weights", str(first / "dense.npz")]
+    again = [*options, "--no-distill", "--weights", str(first / "dense.npz")]
     assert cli.main(["cifar10", *again, "--out", str(second)]) == 0
     scores = [
-        json.loads((out / "report.json").read_text())["accuracy"]["dense"]
+        json.loads((out / "report.json").read_text())["stages"]["dense"]["accuracy"]
         for out in (first, second)
     ]
     assert scores[0] == scores[1]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from lowrank_jax import Channel, Matrix, Plan, Separable, Tucker, decompose
+from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.models.published import PUBLISHED
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.plans import Choice, Rest
 from lowrank_jax.planning.spectra import Spectra
+from lowrank_jax.report.journey import journey_report
 from lowrank_jax.report.next_steps import Setting, after_compress, after_finetune, after_plan
 from lowrank_jax.report.paper import NetworkFacts, layer_facts, paper_report
 from lowrank_jax.report.planned import Networks, Point, compress_report, plan_report
@@ -86,7 +88,30 @@ def training():
 
 
 @pytest.fixture(scope="session")
-def reports(networks, score, training):
+def journey(networks):
+    """What a demo might find."""
+    seconds = {"dense": [2.0, 2.1], "low-rank": [1.5, 1.6]}
+    fast = {f"{name}, fast": [value / 2 for value in own] for name, own in seconds.items()}
+    scores = {journeys.CLOSED: 0.5, journeys.FITTED: 0.7, journeys.TUNED: 0.8}
+    stages = {
+        name: journeys.Stage(accuracy=score, plan=networks.plan, variables=networks.small)
+        for name, score in {**scores, journeys.PLANNED: 0.84}.items()
+    }
+    dense = journeys.Stage(accuracy=0.85, plan=None, variables=networks.dense)
+    return journeys.Journey(
+        stages={journeys.DENSE: dense, **stages},
+        given=networks.plan,
+        planned=networks.plan,
+        spectra={path: np.geomspace(1, 1e-5, 16) for path in networks.plan.ranks},
+        images=512,
+        tests=1000,
+        times=Throughput(64, seconds | fast),
+        machine="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def reports(networks, score, training, journey):
     """Name of a command to its report."""
     points = [
         Point(amount=share, plan=made_plan(share), small=None, score=score) for share in (0.5, 0.8)
@@ -95,6 +120,7 @@ def reports(networks, score, training):
     facts = NetworkFacts(layers=layer_facts(PUBLISHED[name]), batch=2, speed_up=(1.0, 1.5, 2.0))
     out = Path("out")
     return {
+        "demo": journey_report(journey, "lowrank-jax demo", out),
         "plan": plan_report(SETTING.subject, networks, points, after_plan(SETTING, out)),
         "compress": compress_report(
             SETTING.subject, networks, score, after_compress(SETTING, out, score), {}

@@ -156,7 +156,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     found.close()
 
 
-@pytest.mark.parametrize("command", ["plan", "compress", "finetune", "paper"])
+@pytest.mark.parametrize("command", ["demo", "plan", "compress", "finetune", "paper"])
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_a_report_fits_its_screen_and_asks_for_nothing(browser, folders, command, width):
     page = folders[command] / "report.html"

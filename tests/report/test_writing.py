@@ -16,7 +16,7 @@ from lowrank_jax.report.page import to_html
 from lowrank_jax.report.record import Highlight, Report, Section, Table
 from lowrank_jax.report.writing import to_markdown, write_report
 
-COMMANDS = ["plan", "compress", "finetune", "paper"]
+COMMANDS = ["demo", "plan", "compress", "finetune", "paper"]
 
 
 class Reader(HTMLParser):
