@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lowrank_jax.planning.plans import Choice, Plan
-from lowrank_jax.report.drawing import AFTER, BEFORE, new_figure, short
+from lowrank_jax.report.drawing import AFTER, BEFORE, legend_below, new_figure, short
 from lowrank_jax.report.record import Json, Picture, Section, Table
 from lowrank_jax.report.tables import Pair, count, seconds, share
 
@@ -172,7 +172,7 @@ def _draw_bars(layers: Sequence[LayerCost], measure: str) -> "Figure":
     axis.set_axisbelow(True)
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, borderaxespad=2.2)
+    legend_below(axis, columns=2)
     return figure
 
 

@@ -26,7 +26,6 @@ STYLE = {
     "axes.titlesize": 9,
     "font.size": 9,
     "grid.linewidth": 0.5,
-    "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
     "svg.hashsalt": "lowrank_jax",  # the same picture has the same bytes
@@ -122,6 +121,18 @@ def new_figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure,
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def legend_below(axis: "Axes", columns: int) -> None:
+    """A legend under the axis and its ticks, where it hides nothing."""
+    axis.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=2.2,
+        ncols=columns,
+        columnspacing=1.2,
+        frameon=False,
+    )
 
 
 def short(name: str, most: int = 22) -> str:

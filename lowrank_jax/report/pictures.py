@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_jax.experiments.journey import CLOSED, FITTED, TUNED, Journey
 from lowrank_jax.experiments.journey import DENSE as START
-from lowrank_jax.report.drawing import new_figure
+from lowrank_jax.report.drawing import legend_below, new_figure, short
 from lowrank_jax.report.tables import count
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def draw_costs(journey: Journey, measures: Sequence[str] = ("parameters", "macs"
         journey: what was found.
         measures: "parameters" or "macs", a picture for each, one above the other.
     """
-    figure, axes = new_figure(2.9 * len(measures), rows=len(measures))
     names = [choice.path for choice in journey.given]
+    figure, axes = new_figure((0.9 + 0.4 * len(names)) * len(measures), rows=len(measures))
     for axis, measure in zip(axes, measures, strict=True):
         lines = {
             "dense": (DENSE, [getattr(choice, measure)[0] for choice in journey.given]),
@@ -31,11 +31,13 @@ def draw_costs(journey: Journey, measures: Sequence[str] = ("parameters", "macs"
         }
         for index, (label, (color, values)) in enumerate(lines.items()):
             places = [place + 0.27 * (index - 1) for place in range(len(names))]
-            axis.bar(places, values, 0.27, color=color, label=label)
-        axis.set_xticks(range(len(names)), names, rotation=30)
-        axis.set_ylabel("multiply-adds" if measure == "macs" else "weights")
-        axis.yaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
-        axis.legend()
+            axis.barh(places, values, 0.25, color=color, label=label)
+        axis.set_yticks(range(len(names)), [short(name) for name in names])
+        axis.invert_yaxis()
+        axis.set_title("Multiply-adds" if measure == "macs" else "Weights", loc="left")
+        axis.xaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
+        axis.locator_params(axis="x", nbins=4)
+        legend_below(axis, columns=3)
     return figure
 
 
@@ -45,11 +47,11 @@ def draw_accuracy(journey: Journey) -> "Figure":
     low = {name: stage for name, stage in journey.stages.items() if stage.plan}
     scores = [100 * stage.accuracy for stage in low.values()]
     colors = [LIGHT if name in (CLOSED, FITTED, TUNED) else LOWRANK for name in low]
-    bars = axis.barh(range(len(low)), scores, color=colors)
-    axis.bar_label(bars, fmt="%.1f", padding=2)
+    axis.barh(range(len(low)), scores, color=colors)
     axis.axvline(100 * journey.stages[START].accuracy, color=DENSE, ls="--", label="dense")
-    axis.set_yticks(range(len(low)), list(low))
+    labels = [f"{name}: {score:.1f}" for name, score in zip(low, scores, strict=True)]
+    axis.set_yticks(range(len(low)), labels)
     axis.invert_yaxis()
-    axis.set(xlabel="test accuracy, %", xlim=(0, 110))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.2)
+    axis.set(title="Test accuracy, %", xlim=(0, 100))
+    legend_below(axis, columns=1)
     return figure
