@@ -151,8 +151,8 @@ def _speed(journey: Journey) -> str:
     passes = len(journey.times.seconds["dense"])
     return (
         f"With lowrank_jax.fast the low-rank network runs {median:.2f} times the images/s of the "
-        f"dense one (quartiles {low:.2f} to {high:.2f}; batch {journey.times.items}, {passes} passes of each "
-        "in turn)."
+        f"dense one (quartiles {low:.2f} to {high:.2f}; batch {journey.times.items}, {passes} "
+        "passes of each in turn)."
     )
 
 

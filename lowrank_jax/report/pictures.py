@@ -26,8 +26,8 @@ def draw_costs(journey: Journey, measures: Sequence[str] = ("parameters", "macs"
     for axis, measure in zip(axes, measures, strict=True):
         lines = {
             "dense": (DENSE, [getattr(choice, measure)[0] for choice in journey.given]),
-            "given ranks": (LIGHT, [getattr(choice, measure)[1] for choice in journey.given]),
-            "planned ranks": (LOWRANK, [getattr(choice, measure)[1] for choice in journey.planned]),
+            "given": (LIGHT, [getattr(choice, measure)[1] for choice in journey.given]),
+            "planned": (LOWRANK, [getattr(choice, measure)[1] for choice in journey.planned]),
         }
         for index, (label, (color, values)) in enumerate(lines.items()):
             places = [place + 0.27 * (index - 1) for place in range(len(names))]
