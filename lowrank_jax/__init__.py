@@ -1,4 +1,29 @@
-"""Low-rank compression of pretrained networks that are JAX functions of a parameter tree."""
+"""Low-rank compression of pretrained networks that are JAX functions of a parameter tree.
+
+    import lowrank_jax as lr
+
+    found = lr.calibrate(model.apply, variables, images)  # once, for all plans and fits
+    small = lr.compress(found, lr.plan(found, macs=0.5))  # half of the multiply-accumulates
+    logits = lr.lowrank(model.apply)(small, images)  # the model's code is unchanged
+
+=============  =====================================================================
+trace          every kernel's use, cost and safety
+decompose      the named kernels become factors, in closed form, without data
+reconstruct    factors become dense kernels again
+lowrank        a function of a tree that runs with factors
+calibrate      what layers read and give, from unlabelled images
+plan           the rank of every layer within a budget
+compress       factors fitted to data, without training
+finetune       trains a network, dense or decomposed; stops and resumes
+fast           the fastest program on this device, measured
+load_weights   a tree from a file or folder; save_weights writes it
+=============  =====================================================================
+
+``help(lr.plan)`` tells the arguments of a verb. Those of the model itself, such as ``train=False``,
+follow by their names in every verb that calls it. ``lr.nnx`` has the verbs for models of NNX.
+Long verbs show a bar on a terminal and in a notebook, and log lines elsewhere;
+``logging.getLogger("lowrank_jax").setLevel("ERROR")`` silences both.
+"""
 
 import importlib
 from importlib.metadata import version

@@ -17,6 +17,7 @@ READERS = (
     "io/formats.py",
     "io/names.py",
     "io/npz.py",
+    "io/orbax.py",
     "io/safetensors.py",
     "planning/plans.py",
     "tuning/result_file.py",

@@ -1,14 +1,15 @@
 """`reestimate`: the statistics of batch normalisations set to those of the data."""
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import length_hint
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from lowrank_jax.calibration.inputs import Inputs
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 
 Update = Callable[..., Any]  # of (old statistics, *inputs), to the new statistics
@@ -83,14 +84,15 @@ def data_statistics(update: Update, old: Any, batches: Iterable[tuple]) -> Any:
     keep: list[np.ndarray] = []
     sums = [np.zeros((2, *x.shape)) for x in start]
     count = 0
-    for batch in tqdm(batches, "re-estimating", leave=False, disable=None):
-        new = _wide(run(old, *batch))
-        if not count:
-            above = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), old)
-            keep = [b - a for a, b in zip(new, _wide(run(above, *batch)), strict=True)]
-        own = [_of_batch(*each) for each in zip(new, start, keep, strict=True)]
-        sums = [total + np.stack([x, x**2]) for total, x in zip(sums, own, strict=True)]
-        count += 1
+    with Progress("re-estimating", length_hint(batches) or None) as progress:
+        for batch in progress.over(batches):
+            new = _wide(run(old, *batch))
+            if not count:
+                above = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), old)
+                keep = [b - a for a, b in zip(new, _wide(run(above, *batch)), strict=True)]
+            own = [_of_batch(*each) for each in zip(new, start, keep, strict=True)]
+            sums = [total + np.stack([x, x**2]) for total, x in zip(sums, own, strict=True)]
+            count += 1
     if not count:
         raise ValueError("No calibration data: give at least one batch of inputs.")
     averages = [total / count for total in sums]

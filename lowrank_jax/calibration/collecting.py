@@ -3,11 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from operator import length_hint
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images, shape_key
@@ -15,6 +15,7 @@ from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.calibration.strips import StripGeometry, strip_sums
 from lowrank_jax.factorization.strips import Strips
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
@@ -193,12 +194,13 @@ def _moments(
     network: Network, batches: Iterable[tuple], wanted: Collection[str]
 ) -> tuple[dict[str, LayerMoments], int]:
     total, programs, count = _Total(), dict[str, Callable](), 0
-    for turn, batch in enumerate(tqdm(batches, "calibrating", leave=False, disable=None)):
-        shape = shape_key(batch)
-        if shape not in programs:
-            programs[shape] = _program(network, batch, wanted)
-        total.add(programs[shape](turn, *network.leaves(batch)))
-        count += images(batch)
+    with Progress("calibrating", length_hint(batches) or None) as progress:
+        for turn, batch in enumerate(progress.over(batches)):
+            shape = shape_key(batch)
+            if shape not in programs:
+                programs[shape] = _program(network, batch, wanted)
+            total.add(programs[shape](turn, *network.leaves(batch)))
+            count += images(batch)
     return total.by_layer(network.shapes()), count
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from lowrank_jax.calibration.inputs import images, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import dense, sources_of
@@ -91,17 +92,19 @@ def channel_curvature(
     totals = {path: np.zeros(width) for path, width in widths.items()}
     programs: dict[str, Any] = {}
     count = 0
-    for turn, batch in enumerate(_few(batches)):
-        shape = shape_key(batch)
-        if shape not in programs:
-            programs[shape] = _program(network, batch, widths)
-        try:
-            sums = programs[shape](turn, network.leaves(batch))
-        except (NotImplementedError, ValueError) as error:
-            warnings.warn(f"{ALIKE}: {str(error).splitlines()[0]}", stacklevel=3)
-            return {}
-        totals = {path: totals[path] + np.asarray(own, np.float64) for path, own in sums.items()}
-        count += images(batch)
+    with Progress("derivatives", IMAGES // AT_ONCE) as progress:
+        for turn, batch in enumerate(progress.over(_few(batches))):
+            shape = shape_key(batch)
+            if shape not in programs:
+                programs[shape] = _program(network, batch, widths)
+            try:
+                sums = programs[shape](turn, network.leaves(batch))
+            except (NotImplementedError, ValueError) as error:
+                warnings.warn(f"{ALIKE}: {str(error).splitlines()[0]}", stacklevel=3)
+                return {}
+            for path, own in sums.items():
+                totals[path] += np.asarray(own, np.float64)
+            count += images(batch)
     return {path: total / max(count, 1) for path, total in totals.items()}
 
 

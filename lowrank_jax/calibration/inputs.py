@@ -1,6 +1,7 @@
 """Inputs of a network: one batch, or an iterable of batches."""
 
 import itertools
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LOG = logging.getLogger("lowrank_jax")
 BATCH = 256
+MANY = 2**17  # images, more than any calibration needs
+ENDLESS = (
+    "%d images were read so far. A loader that never ends has to be cut: give lambda: "
+    "itertools.islice(loader, 16) for 16 batches."
+)
 # What makes a network train, in the arguments of its call.
 TRAINING = {"train": True, "training": True, "is_training": True, "deterministic": False}
 
@@ -21,7 +28,9 @@ class Inputs:
     One batch is an array, a dict or another pytree of arrays, or a tuple of those, which are spread
     over the network's arguments. All arrays have the images along their first axis. Anything else
     that can be iterated over, such as a list, a generator, a loader of Grain or of TensorFlow
-    Datasets, or a function that gives an iterator, is an iterable of batches.
+    Datasets, or a function that gives an iterator, is an iterable of batches. Each batch holds what
+    the network takes, and no labels: of a loader that gives these, too, take
+    ``lambda: (images for images, labels in loader)``.
 
     Args:
         inputs: as above.
@@ -67,9 +76,12 @@ class Inputs:
         if len(batches) == 1:  # of which one part is held against the other
             yield from self._cut(batches[0])
             return
+        count = 0
         for batch in itertools.chain(batches, given):
             arguments = as_arguments(batch)
-            images(arguments)
+            count += images(arguments)
+            if count >= MANY > count - images(arguments):
+                LOG.warning(ENDLESS, count)
             yield arguments
 
     def _cut(self, arguments: tuple) -> Iterator[tuple]:
@@ -127,6 +139,27 @@ def _as_array(leaf: Any) -> Any:
             "numbers, or batches of those."
         )
     return array
+
+
+def picking(arguments: tuple) -> str:
+    """How the images are picked from batches that hold more, as a loader's do; "" if they do not.
+
+    Example:
+        >>> picking(({"image": np.ones((2, 8, 8, 3)), "label": np.ones(2, int)},))
+        "Each batch is a dict of ['image', 'label']. If the network takes one of these alone, give
+        lambda: (batch['image'] for batch in loader).\\n"
+    """
+    first = arguments[0] if len(arguments) == 1 else arguments
+    if isinstance(first, Mapping):
+        what, name = f"dict of {list(first)}", next(iter(first), None)
+        pick = f"batch[{name!r}] for batch in loader"
+    elif isinstance(first, tuple | list):
+        what, pick = f"{type(first).__name__} of {len(first)}", "images for images, *_ in loader"
+    else:
+        return ""
+    return (
+        f"Each batch is a {what}. If the network takes one of these alone, give lambda: ({pick}).\n"
+    )
 
 
 def images(arguments: tuple) -> int:

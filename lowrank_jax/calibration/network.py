@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.calibration.inputs import picking
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.jaxprs import Program, check_function, is_array
@@ -140,7 +141,7 @@ def _tells(inputs: tuple) -> Iterator[None]:
         shapes = [f"{tuple(x.shape)} {x.dtype}" for x in jax.tree.leaves(inputs)]
         raise ValueError(
             f"The model does not run on inputs {', '.join(shapes)}: {type(error).__name__}: "
-            f"{error}\n"
-            "Give inputs of the shape that the model is for, the variables of this very model, and "
-            "the arguments of its call for evaluation, such as train=False."
+            f"{error}\n{picking(inputs)}Give inputs of the shape that the model is for, the "
+            "variables of this very model, and the arguments of its call for evaluation, such as "
+            "train=False."
         ) from error

@@ -1,76 +1,92 @@
-"""Images and labels of the user's own, in .npy files."""
+"""Arrays of the user's own, in .npy and .npz files and in batches."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lowrank_jax.io import npz
 
-def load_images(path: str, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
-    """Images (batch, ..., channels) as float32; uint8 is scaled to [0, 1].
+IMAGES = ("images", "image", "x")  # names of the images in a file or a batch
+LABELS = ("labels", "label", "y")
+
+
+def load_array(path: str, names: Sequence[str], what: str) -> np.ndarray:
+    """The array of a .npy file, or that of one of some names in a .npz file.
 
     Args:
         path: of the file.
-        mean, std: of the channels, or one for all; the mean is subtracted, then the rest is
-            divided.
-
-    Raises:
-        ValueError: the file holds no images, or of another type.
-    """
-    images = load_array(path, "images (batch, ..., channels)")
-    if images.ndim < 3 or not images.size:
-        raise ValueError(
-            f"{path} holds an array {images.shape}; give images (batch, ..., channels)."
-        )
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"{path} holds images of type {images.dtype}; give uint8 from 0 to 255, or floats as "
-            "the network takes them."
-        )
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, images.shape[-1]):
-            raise ValueError(
-                f"--{name} has {len(values)} values for {images.shape[-1]} channels; give as many, "
-                "or one."
-            )
-    scaled = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
-    shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
-    return (scaled - shift) / scale
-
-
-def load_labels(path: str, count: int, classes: int) -> np.ndarray:
-    """The classes of so many images, ints from 0.
-
-    Raises:
-        ValueError: they are not one for each image, or there are no such classes.
-    """
-    labels = load_array(path, "labels")
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{path} holds {labels.dtype} of shape {labels.shape}; give one int for each of the "
-            f"{count} images."
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"{path} holds labels from {labels.min()} to {labels.max()}; give those of "
-            f"the network, 0 to {classes - 1}."
-        )
-    return labels
-
-
-def load_array(path: str, what: str) -> np.ndarray:
-    """The array of a .npy file.
+        names: of the entry of a .npz file; one that holds a single array needs none of them.
+        what: the array is to be, for the messages.
 
     Raises:
         FileNotFoundError: there is no file.
-        ValueError: it is no such file.
+        ValueError: it is no such file, or it has no such entry.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}; give {what} as numpy.save writes them.")
+        raise FileNotFoundError(f"There is no file {path}; give {what}, as numpy.save writes them.")
+    if Path(path).suffix.lower() == ".npz":
+        arrays = load_entries(path, what)
+        return next(iter(arrays.values())) if len(arrays) == 1 else entry(arrays, names, path)
     try:
         with Path(path).open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # damaged bytes make numpy raise whatever it meets
-        raise ValueError(
-            f"{path} is no .npy file of numbers ({str(error)[:100]}); give {what} as numpy.save "
-            "writes them."
-        ) from error
+        raise _damaged(path, ".npy", what, error) from error
+
+
+def load_entries(path: str, what: str) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by their names.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        return npz.read_arrays(Path(path))
+    except ValueError as error:
+        raise _damaged(path, ".npz", what, error) from error
+
+
+def _damaged(path: str, suffix: str, what: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is no {suffix} file of numbers ({str(error)[:100]}); give {what}, as numpy.save "
+        "writes them."
+    )
+
+
+def entry(given: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
+    """The entry that has one of some names.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> entry({"image": 3, "label": 4}, LABELS, "a batch")
+        4
+    """
+    found = next((name for name in names if name in given), None)
+    if found is None:
+        raise ValueError(f"{where} has {sorted(given)}; name one of them {' or '.join(names)}.")
+    return given[found]
+
+
+def pair_of(given: Any, where: str) -> tuple[Any, Any]:
+    """The images of a batch or a file, and its labels or None.
+
+    Args:
+        given: images, a tuple or list (images, labels), or a mapping with the names of both.
+        where: what it is, for the messages.
+
+    Example:
+        >>> pair_of((3, 4), "a batch"), pair_of({"x": 3}, "a batch"), pair_of(3, "a batch")
+        ((3, 4), (3, None), (3, None))
+    """
+    if isinstance(given, Mapping):
+        labelled = any(name in given for name in LABELS)
+        return entry(given, IMAGES, where), entry(given, LABELS, where) if labelled else None
+    if isinstance(given, tuple | list):
+        if len(given) not in (1, 2):
+            raise ValueError(f"{where} has {len(given)} parts; give images, or images and labels.")
+        return given[0], given[1] if len(given) == 2 else None
+    return given, None

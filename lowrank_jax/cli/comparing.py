@@ -8,7 +8,6 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lowrank_jax.cli.arrays import load_labels
 from lowrank_jax.cli.jobs import Job
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.spectra import Spectra, spectra
@@ -38,15 +37,14 @@ class Comparison:
     held_out: bool
 
     @classmethod
-    def of(cls, job: Job, path: str | None, hold_out: bool) -> Self:
+    def of(cls, job: Job, labels: np.ndarray | None, hold_out: bool) -> Self:
         """Decides which images are fitted to and which are scored.
 
         Args:
             job: the network with all images.
-            path: of the labels, if there are some.
+            labels: of the images, if there are some.
             hold_out: whether a part of the images is scored alone, where there are enough.
         """
-        labels = load_labels(path, len(job.images), job.class_count) if path else None
         if not hold_out or len(job.images) < ENOUGH:
             return cls(fitted=job, scored=job, labels=labels, held_out=False)
         out = np.arange(len(job.images)) % PART == PART - 1
@@ -91,8 +89,8 @@ class Comparison:
 def add_comparison_options(command: argparse.ArgumentParser) -> None:
     """The options of what is found out beside the result itself."""
     about = (
-        f"classes of the images, .npy, for accuracies; of {ENOUGH} images and more every fourth is "
-        "then scored and not fitted to"
+        "classes of the images, .npy or .npz, where these have none, for accuracies; of "
+        f"{ENOUGH} images and more every fourth is then scored and not fitted to"
     )
     command.add_argument("--labels", help=about)
     about = "measure every layer and the network, dense and low-rank, with --batch images at once"

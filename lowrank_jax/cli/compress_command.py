@@ -15,6 +15,7 @@ from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command, whole
 from lowrank_jax.cli.plan_command import planner
+from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
@@ -46,7 +47,8 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the compressed checkpoint with its plan and a report."""
     job = load_job(args)
-    compared = Comparison.of(job, args.labels, hold_out=bool(args.labels))
+    labels = job.labels(args.images, args.labels)
+    compared = Comparison.of(job, labels, hold_out=labels is not None)
     start = time.perf_counter()
     chosen, small, fits, values = compressed(compared.fitted, args)
     elapsed = time.perf_counter() - start
@@ -61,19 +63,22 @@ def run(args: argparse.Namespace) -> None:
     )
     held_out = {path: _held_out(own) for path, own in fits.items()}
     facts: dict[str, Json] = {"seconds": elapsed, "held_out_error": held_out}
-    own = setting(args)
+    own = setting(args, job.model)
     following = after_compress(own, args.out, score)
     report = compress_report(own.subject, networks, score, following, facts)
     with whole_folder(args.out) as folder:
-        save_weights(folder / "variables.npz", small)
+        save_weights(folder / "variables.npz", job.model.weights(small))
         chosen.save(folder / "plan.json")
         write_report(folder, report)
     print(f"{chosen}\n{score}")
     if not chosen.ranks:
         print("There is nothing to do: the whole network is within the budget.")
-    print(f"It took {elapsed:.0f} s. The compressed checkpoint is {args.out / 'variables.npz'};")
-    print("run it with lowrank_jax.lowrank(model.apply).")
-    print(f"The report is {args.out / 'report.html'}")
+    if amount := compared.fitted.amount():
+        print(amount)
+    result = args.out / "variables.npz"
+    print(f"It took {elapsed:.0f} s. The compressed checkpoint is {result}.")
+    print(f"The report is {args.out / 'report.html'}.")
+    print(loading_lines(job.model, job.kwargs, result))
 
 
 def compressed(job: Job, args: argparse.Namespace) -> Compressed:

@@ -9,19 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.cli.arrays import load_labels
 from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
-from lowrank_jax.cli.jobs import (
-    Job,
-    add_network_options,
-    check_shapes,
-    load_job,
-    load_variables,
-)
-from lowrank_jax.cli.options import new_command, positive, rate, seed, share
+from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, load_variables
+from lowrank_jax.cli.options import new_command, positive, rate, share
+from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
+from lowrank_jax.modules.nnx import variables_of
+from lowrank_jax.nnx.training import finetune as finetune_module
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.report.next_steps import after_finetune
 from lowrank_jax.report.planned import Networks
@@ -32,9 +28,7 @@ from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
 from lowrank_jax.training.metrics import read_metrics
-from lowrank_jax.tree.decomposing import reconstruct
 
-CALIBRATION = 2048  # images to which the factors are fitted before training
 SCORED = 4096  # training images whose classes are compared with the labels
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
 
@@ -45,7 +39,7 @@ def add_command(commands: Any) -> None:
     command = new_command(commands, "finetune", about, run)
     add_network_options(command)
     add = command.add_argument
-    about = "classes of the images, .npy; needed without a teacher"
+    about = "classes of the images, .npy or .npz, where these have none; needed without a teacher"
     add("--labels", help=about)
     about = "plan.json, by which a dense checkpoint is compressed first; it is then the teacher"
     add("--plan", type=Path, help=about)
@@ -58,7 +52,6 @@ def add_command(commands: Any) -> None:
     length.add_argument("--epochs", type=positive, help="passes over the images")
     add("--batch-size", type=positive, default=128, help="images in a step")
     add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
-    add("--seed", type=seed, default=0, help="of the order of the images and of dropout")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     about = "of the run: its checkpoints, metrics and result"
     add("--folder", type=Path, default=Path("lowrank-jax-finetune"), help=about)
@@ -67,14 +60,14 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
-    labels = load_labels(args.labels, len(job.images), job.class_count) if args.labels else None
+    labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
     plan = Plan.load(args.plan) if args.plan else None
     args.folder.mkdir(parents=True, exist_ok=True)
     start = _start(job, plan, args.folder / START)
-    tuned = finetune(
-        job.apply,
+    tuned = _trained(
+        job,
         start,
         job.images if labels is None else (job.images, labels),
         steps=args.steps,
@@ -87,9 +80,8 @@ def run(args: argparse.Namespace) -> None:
         folder=args.folder,
         save_every=args.save_every,
         plan=plan,
-        **job.kwargs,
     )
-    save_weights(args.folder / RESULT, tuned)
+    save_weights(args.folder / RESULT, job.model.weights(tuned))
     if plan is not None:
         plan.save(args.folder / PLAN)
     trees = {"dense": teacher, "before": start, "after": tuned}
@@ -97,8 +89,9 @@ def run(args: argparse.Namespace) -> None:
     report = _report(job, labels, known, plan, args)
     write_report(args.folder, report)
     print(report.summary)
-    print(f"The network is {args.folder / RESULT}; run it with lowrank_jax.lowrank(model.apply).")
-    print(f"The report is {args.folder / 'report.html'}")
+    print(f"The network is {args.folder / RESULT}.")
+    print(f"The report is {args.folder / 'report.html'}.")
+    print(loading_lines(job.model, job.kwargs, args.folder / RESULT))
 
 
 def _report(
@@ -122,7 +115,7 @@ def _report(
         accuracy=accuracy,
         scored=len(part.images),
     )
-    own, networks = setting(args), _networks(job, trees["after"], plan)
+    own, networks = setting(args, job.model), _networks(job, trees["after"], plan)
     following = after_finetune(own, args.folder / RESULT)
     return tuned_report(own.subject, training, networks, following)
 
@@ -139,12 +132,20 @@ def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
     return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
 
 
+def _trained(job: Job, start: Any, data: Any, teacher: Any, **options: Any) -> Any:
+    """The variables after the training."""
+    if not job.model.is_nnx:
+        return finetune(job.apply, start, data, teacher=teacher, **options, **job.kwargs)
+    module = job.model.filled(start)
+    taught = None if teacher is None else job.model.filled(teacher)
+    tuned = finetune_module(module, data, teacher=taught, **options, **job.kwargs)
+    return variables_of(tuned)
+
+
 def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The dense network, where there is one beside the trained one."""
     if args.teacher:
-        found = load_variables(args.teacher)
-        check_shapes(args.teacher, found, jax.eval_shape(reconstruct, job.variables), args.model)
-        return found
+        return load_variables(args.teacher, job.model, job.images[:1], job.kwargs).variables
     return job.variables if args.plan and not decomposed_paths(job.variables) else None
 
 
@@ -170,5 +171,5 @@ def _start(job: Job, plan: Plan | None, path: Path) -> Any:
         return jax.tree.map(jax.numpy.asarray, load_weights(path))
     images = job.images[:CALIBRATION]
     small = compress(job.apply, job.variables, images, plan, **job.kwargs)
-    save_weights(path, small)
+    save_weights(path, job.model.weights(small))
     return small

@@ -3,23 +3,27 @@
 import argparse
 import json
 
+from lowrank_jax.cli.models import Model
 from lowrank_jax.report.next_steps import Setting
 
 
-def setting(args: argparse.Namespace, checkpoint: str | None = None) -> Setting:
+def setting(args: argparse.Namespace, model: Model) -> Setting:
     """The network and the images of a command.
 
     Args:
         args: of the command.
-        checkpoint: of the dense network; without one that of the command.
+        model: that it names.
     """
-    labels = getattr(args, "labels", None)
+    labels, (module, _, name) = getattr(args, "labels", None), model.path.partition(":")
     return Setting(
         subject=f"{args.model}, {args.checkpoint}, with {args.images}",
-        checkpoint=checkpoint or args.checkpoint,
+        checkpoint=args.checkpoint,
         options=_options(args),
+        count=["--count", str(args.count)] if args.count else [],
         labels=["--labels", str(labels)] if labels else [],
-        model=_model(args),
+        imports=f"from {module} import {name}",
+        model=model.expression if model.module else "",
+        apply="" if model.is_nnx else model.expression + ".apply" * bool(model.module),
         call="".join(f", {name}={value!r}" for name, value in args.model_kwargs.items()),
     )
 
@@ -29,13 +33,11 @@ def _options(args: argparse.Namespace) -> list[str]:
     for name in ("model_args", "model_kwargs"):
         if value := getattr(args, name):
             given[f"--{name.replace('_', '-')}"] = json.dumps(value)
+    if args.seed:
+        given["--seed"] = args.seed
+    if args.size:
+        given["--size"] = "x".join(map(str, args.size))
     for name in ("mean", "std"):
         if value := getattr(args, name):
             given[f"--{name}"] = ",".join(map(str, value))
     return [text for pair in given.items() for text in map(str, pair)]
-
-
-def _model(args: argparse.Namespace) -> str:
-    module, _, name = args.model.partition(":")
-    attributes = ", ".join(f"{key}={value!r}" for key, value in args.model_args.items())
-    return f"from {module} import {name}\n\nmodel = {name}({attributes})"

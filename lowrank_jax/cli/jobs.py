@@ -3,22 +3,37 @@
 import argparse
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
+from lowrank_jax.calibration.amount import Amount
 from lowrank_jax.calibration.collecting import Calibration, calibrate
-from lowrank_jax.cli.arrays import load_images
-from lowrank_jax.cli.models import check_model, load_model
-from lowrank_jax.cli.options import floats, parse_budget, parse_object, positive, rates
-from lowrank_jax.io.weights import load_weights
+from lowrank_jax.cli.checkpoints import Found, find_variables
+from lowrank_jax.cli.choice import Choice, Examples
+from lowrank_jax.cli.examples import checked, load_examples, load_labels, scaled
+from lowrank_jax.cli.models import Model, load_model
+from lowrank_jax.cli.options import (
+    floats,
+    image_size,
+    parse_budget,
+    parse_object,
+    positive,
+    rates,
+    seed,
+)
+from lowrank_jax.nnx.forms import functional
 from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.tree.decomposing import reconstruct
 
+LOG = logging.getLogger("lowrank_jax")
+CALIBRATION = 2048  # images that are read for a plan or a fit
 BATCH = 256  # images in a forward pass
 
 
@@ -27,16 +42,42 @@ class Job:
     """A network and its images.
 
     Attributes:
+        model: as it was named.
         apply: of the model.
         variables: of the network, for `plan` and `compress` dense.
+        source: Python that makes them of what `load_weights` gives; "" where that is long.
+        examples: the images that were read, as they are stored.
         images: inputs as the network takes them.
         kwargs: arguments of the model's call.
     """
 
+    model: Model
     apply: Callable
     variables: Any
+    source: str
+    examples: Examples
     images: np.ndarray
     kwargs: Mapping[str, Any]
+
+    def labels(self, images: str, labels: str | None) -> np.ndarray | None:
+        """The classes of the images, or None where neither option has some.
+
+        Args:
+            images, labels: the options. Labels of a file count before those with the images.
+
+        Raises:
+            ValueError: they are no classes of the network.
+        """
+        if labels:
+            return load_labels(labels, self.examples, self.class_count)
+        if self.examples.labels is None:
+            return None
+        return checked(self.examples, images, self.class_count)
+
+    def amount(self) -> Amount | None:
+        """Whether the images are enough for a fit."""
+        seen = trace(self.apply, self.variables, self.images[:1], **self.kwargs)
+        return Amount.of(seen, len(self.images))
 
     def calibrate(self) -> Calibration:
         """The one pass over the images that plans and fits share."""
@@ -56,31 +97,40 @@ class Job:
     @property
     def class_count(self) -> int:
         """Of the network's outputs."""
-        call = functools.partial(self.apply, **self.kwargs)
+        call = lowrank(functools.partial(self.apply, **self.kwargs))
         return jax.eval_shape(call, self.variables, self.images[:1]).shape[-1]
 
-    def output_error(self, variables: Any) -> float:
-        """Norm of the change of the outputs over the norm of the dense network's outputs."""
-        gap = norm = 0.0
-        pairs = zip(self.outputs(self.variables), self.outputs(variables), strict=True)
-        for wanted, found in pairs:
-            wide = wanted.astype(np.float64)
-            gap += float(np.sum((found - wide) ** 2))
-            norm += float(np.sum(wide**2))
-        return (gap / norm) ** 0.5 if norm else 0.0
 
+def add_network_options(command: argparse.ArgumentParser, count: int | None = None) -> None:
+    """The options that name a network and its images.
 
-def add_network_options(command: argparse.ArgumentParser) -> None:
-    """The options that name a network and its images."""
+    Args:
+        command: that gets them.
+        count: images that are read without the option; None for all.
+    """
     add = command.add_argument
-    formats = ".npz, .safetensors, .msgpack, Orbax folder"
-    add("--checkpoint", required=True, help=f"variables: {formats}")
-    add("--model", required=True, help="Linen module by import path, as in package.module:Class")
-    add("--model-args", type=parse_object, default={}, help="its attributes as JSON")
+    about = "variables: .npz, .safetensors, .msgpack, a folder of Orbax; of a training state, too"
+    add("--checkpoint", required=True, help=about)
+    about = (
+        "import path, package.module:name, of a Linen or NNX class, of a function that makes a "
+        "module, or of a function of (variables, images)"
+    )
+    add("--model", required=True, help=about)
+    about = "arguments of the class or function that makes it, as JSON"
+    add("--model-args", type=parse_object, default={}, help=about)
     about = 'arguments of its call as JSON, such as {"train": false}'
     add("--model-kwargs", type=parse_object, default={}, help=about)
-    about = "images (batch, h, w, c): .npy, float or uint8"
+    about = (
+        "images: .npy or .npz (batch, h, w, c), float or uint8; a folder of pictures, or of a "
+        "folder for each class; tfds:name/split, or a folder with its array_record files; "
+        "package.module:name of an iterator of batches"
+    )
     add("--images", required=True, help=about)
+    about = "images that are read at most, a random choice; of batches the first"
+    add("--count", type=positive, default=count, help=f"{about}{'' if count else '; all without'}")
+    about = "height and width, such as 224 or 224x320, to which pictures are scaled and cropped"
+    add("--size", type=image_size, help=about)
+    add("--seed", type=seed, default=0, help="of the choice of images and of all random numbers")
     about = "of the channels, subtracted from images scaled to [0, 1]"
     add("--mean", type=floats, help=about)
     add("--std", type=rates, help="of the channels, by which the rest is divided")
@@ -88,7 +138,7 @@ def add_network_options(command: argparse.ArgumentParser) -> None:
 
 def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     """The options that `plan` and `compress` share."""
-    add_network_options(command)
+    add_network_options(command, CALIBRATION)
     add = command.add_argument
     about = "macs, parameters, bytes or latency=share, or a count"
     add("--budget", type=parse_budget, default="macs=0.5", help=about)
@@ -99,31 +149,43 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
     add("--out", type=Path, default=Path(folder), help="folder for the results")
 
 
-def load_variables(path: str) -> dict[str, Any]:
-    """The variables of a Linen model from a checkpoint."""
-    variables = jax.tree.map(jax.numpy.asarray, load_weights(path))
-    if "params" not in variables:
-        raise ValueError(
-            f"{path} holds {sorted(variables)}, not 'params': save the variables of the model."
-        )
-    return variables
-
-
-def check_shapes(path: str, variables: Any, expected: Any, network: str) -> None:
-    """Refuses variables, dense or decomposed, that are not those of a network."""
-    dense = jax.eval_shape(reconstruct, variables)
-    if jax.tree.map(np.shape, dict(dense)) != jax.tree.map(np.shape, dict(expected)):
-        raise ValueError(
-            f"{path} does not hold the variables of {network}. Give the checkpoint of this model, "
-            "or --model-args as it had."
-        )
-
-
 def load_job(args: argparse.Namespace) -> Job:
     """The network and the images that the options name."""
     model = load_model(args.model, args.model_args)
-    variables = load_variables(args.checkpoint)
-    images = load_images(args.images, args.mean, args.std)
-    expected = check_model(args.model, model, images[:1], args.model_kwargs)
-    check_shapes(args.checkpoint, variables, expected, f"{args.model} for {images.shape[1:]}")
-    return Job(apply=model.apply, variables=variables, images=images, kwargs=args.model_kwargs)
+    examples = load_examples(args.images, Choice(count=args.count, seed=args.seed, size=args.size))
+    LOG.info("%s images of %s are read.", f"{len(examples.images):,}", f"{examples.total:,}")
+    images = scaled(examples.images, args.images, args.mean, args.std)
+    found = load_variables(args.checkpoint, model, images[:1], args.model_kwargs)
+    apply, variables = model.apply, found.variables
+    if model.is_nnx:
+        apply, variables = functional(model.filled(model.weights(variables)))
+    if not isinstance(model.module, nn.Module):
+        model.check_output(apply, variables, images[:1], args.model_kwargs)
+    source = found.source.format(f"lr.load_weights({args.checkpoint!r})")
+    return Job(
+        model=model,
+        apply=apply,
+        variables=variables,
+        source=source,
+        examples=examples,
+        images=images,
+        kwargs=args.model_kwargs,
+    )
+
+
+def load_variables(path: str, model: Model, image: np.ndarray, kwargs: Mapping[str, Any]) -> Found:
+    """The variables of a model from a checkpoint, dense or decomposed.
+
+    Raises:
+        ValueError: they are not those of the model, or the model does not run.
+    """
+
+    def runs(variables: Any) -> bool:
+        try:
+            model.check_output(model.apply, variables, image, kwargs)
+        except ValueError:
+            return False
+        return True
+
+    network = f"{model.path} for {image.shape[1:]}"
+    return find_variables(path, model.shapes(image, kwargs), network, model.optional, runs)

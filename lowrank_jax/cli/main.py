@@ -5,6 +5,7 @@ import logging
 import sys
 
 from lowrank_jax.cli import (
+    completion_command,
     compress_command,
     finetune_command,
     journeys,
@@ -13,15 +14,29 @@ from lowrank_jax.cli import (
 )
 from lowrank_jax.io.folders import check_folder
 
+EPILOG = """\
+exit status:
+  0    done
+  2    bad input, which one line of the standard error names; nothing was written
+  130  Ctrl-C; a training saved its step before, and the same command goes on
+  143  SIGTERM, likewise
+
+Progress and notes are on the standard error; --quiet after a command leaves errors alone.
+Completion in bash: lowrank-jax completion bash > ~/.lowrank-jax.bash, once, and the line
+source ~/.lowrank-jax.bash in ~/.bashrc. The argument zsh or tcsh prints the script of that shell.
+example:
+  lowrank-jax compress --help
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Bad input ends with one line and status 2, Ctrl-C with one line and 130.
 
     SIGTERM ends a training with status 143, after the step was saved.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lowrank_jax").setLevel(logging.INFO)
     args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lowrank_jax").setLevel(logging.ERROR if args.quiet else logging.INFO)
     try:
         if "out" in args:
             check_folder(args.out)
@@ -39,14 +54,18 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     about = "Low-rank compression of pretrained networks."
-    parser = argparse.ArgumentParser(prog="lowrank-jax", description=about)
-    names = "{demo,cifar10,plan,compress,finetune,paper}"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="lowrank-jax", description=about, epilog=EPILOG, formatter_class=raw
+    )
+    names = "{demo,cifar10,plan,compress,finetune,paper,completion}"
     commands = parser.add_subparsers(required=True, dest="command", metavar=names)
     journeys.add_commands(commands)
     plan_command.add_command(commands)
     compress_command.add_command(commands)
     finetune_command.add_command(commands)
     paper_command.add_command(commands)
+    completion_command.add_command(commands)
     return parser
 
 

@@ -3,10 +3,21 @@
 import argparse
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
+NETWORK = "--checkpoint net.npz --model package.module:Net --images images.npy"
+EXAMPLES = {
+    "demo": "lowrank-jax demo --out report",
+    "cifar10": "lowrank-jax cifar10 --data-dir ~/tensorflow_datasets",
+    "plan": f"lowrank-jax plan {NETWORK} --budget macs=0.5",
+    "compress": f"lowrank-jax compress {NETWORK} --budget macs=0.5",
+    "finetune": f"lowrank-jax finetune {NETWORK} --labels labels.npy --epochs 10",
+    "paper": "lowrank-jax paper --networks VGG-16",
+    "completion": "lowrank-jax completion bash > ~/.lowrank-jax.bash",
+}
 MEASURES = ("macs", "parameters", "bytes", "latency")
 
 
@@ -85,6 +96,19 @@ def _as(kind: Callable[[str], Number], text: str, wanted: str) -> Number:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}") from error
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """The height and the width of images.
+
+    Example:
+        >>> image_size("224"), image_size("224x320")
+        ((224, 224), (224, 320))
+    """
+    sides = [positive(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give one or two, as in 224x320")
+    return sides[0], sides[-1]
+
+
 def parse_ranks(text: str) -> dict[str, int]:
     """A table of ranks.
 
@@ -138,9 +162,17 @@ def parse_object(text: str) -> dict[str, Any]:
     return found
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the example."""
+
+
 def new_command(commands: Any, name: str, about: str, run: Callable) -> argparse.ArgumentParser:
-    """A subcommand that shows its defaults and calls ``run``."""
-    command = commands.add_parser(name, help=about, description=about)
+    """A subcommand that shows its defaults and an example, and calls ``run``."""
+    epilog = f"example:\n  {EXAMPLES[name]}"
+    wrapped = textwrap.fill(about, 80)
+    command = commands.add_parser(name, help=about, description=wrapped, epilog=epilog)
     command.set_defaults(run=run)
-    command.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    command.formatter_class = _Help
+    about = "no progress and no notes, errors alone"
+    command.add_argument("--quiet", action="store_true", help=about)
     return command

@@ -9,8 +9,9 @@ from typing import Any
 from lowrank_jax.calibration.collecting import Calibration
 from lowrank_jax.cli.comparing import Comparison, add_comparison_options, times
 from lowrank_jax.cli.following import setting
-from lowrank_jax.cli.jobs import add_job_options, load_job
+from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command, shares
+from lowrank_jax.cli.snippets import planning_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
@@ -41,8 +42,11 @@ def run(args: argparse.Namespace) -> None:
     if args.labels and not args.curve:
         raise ValueError("--labels is for the networks of --curve; give shares such as 0.3,0.5.")
     job = load_job(args)
-    compared = Comparison.of(job, args.labels, hold_out=True) if args.curve else None
-    found = (compared.fitted if compared else job).calibrate()
+    compared = None
+    if args.curve:
+        compared = Comparison.of(job, job.labels(args.images, args.labels), hold_out=True)
+    fitted = compared.fitted if compared else job
+    found = fitted.calibrate()
     choose = planner(found, args)
     chosen = choose(**args.budget)
     points = curve(compared, found, choose, args) if compared else []
@@ -55,14 +59,17 @@ def run(args: argparse.Namespace) -> None:
         weighted=True,
         times=times(job, small, chosen, args.batch) if args.time else None,
     )
-    own = setting(args)
+    own = setting(args, job.model)
     report = plan_report(own.subject, networks, points, after_plan(own, args.out))
     with whole_folder(args.out) as folder:
         chosen.save(folder / "plan.json")
         for point in points:
-            _save(folder, point)
+            _save(folder, point, job)
         write_report(folder, report)
-    print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}")
+    print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}.")
+    if amount := fitted.amount():
+        print(amount)
+    print(planning_lines(job.model, job.kwargs, job.source, args.out / "plan.json"))
 
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:
@@ -94,7 +101,7 @@ def curve(
     return points
 
 
-def _save(folder: Path, point: Point) -> None:
+def _save(folder: Path, point: Point, job: Job) -> None:
     """Writes a network of the curve, and its plan."""
-    save_weights(folder / f"curve-{point.amount}.npz", point.small)
+    save_weights(folder / f"curve-{point.amount}.npz", job.model.weights(point.small))
     point.plan.save(folder / f"curve-{point.amount}-plan.json")

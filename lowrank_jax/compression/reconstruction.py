@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
@@ -37,6 +36,7 @@ from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
 from lowrank_jax.factorization.fitting import Fit, fit_layer
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.transform import prepare
 from lowrank_jax.tree.decomposing import replaced
@@ -97,7 +97,13 @@ class Reconstruction:
         ends = block_ends(outline, places) if self.steps else []
         if ends:
             self.segments.mark()
-        progress = tqdm(total=len(places), desc="fitting", leave=False, disable=None)
+        with Progress("fitting", len(places)) as progress:
+            self._fit_all(matched, ends, progress)
+        return self._tree()
+
+    def _fit_all(self, matched: Matched, ends: Sequence[int], progress: Progress) -> None:
+        """From stop to stop through the program; gradient steps follow where a block ends."""
+        places = self.places
         for place in range(max(places, default=-1) + 1):
             if place in ends:
                 self._descend(place)
@@ -111,8 +117,6 @@ class Reconstruction:
             matched.note(place)
         if ends:
             self._descend(ends[-1])
-        progress.close()
-        return self._tree()
 
     def _small(self) -> Values:
         """The inputs of the compressed network that differ."""

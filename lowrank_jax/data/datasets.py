@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.data.records import count_rows, named_builder, read_rows, stacked
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images scaled to [0, 1], per channel
 STD = (0.2470, 0.2435, 0.2616)
-REMEDY = (
-    "Give the folder that holds cifar10/ as data_dir (--data-dir) or in TFDS_DATA_DIR. To prepare "
-    "one, on a machine with a network: pip install tensorflow tensorflow-datasets, then "
-    "tfds.builder('cifar10', file_format='array_record').download_and_prepare()."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,37 +39,9 @@ def cifar10(split: str, data_dir: str | None = None) -> Dataset:
         FileNotFoundError: no prepared copy is there, or it lacks files.
         OSError: a file of it is damaged.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            "Reading CIFAR-10 needs the extra 'data': pip install 'lowrank-jax[data]'."
-        ) from error
-    builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
-    _check_prepared(builder)
-    records = builder.as_data_source(split=split)
-    try:
-        rows = records.__getitems__(range(len(records)))
-    except (RuntimeError, ValueError) as error:  # of array_record, on a damaged file
-        files = ", ".join(sorted(path.name for path in builder.data_path.glob("*.array_record*")))
-        raise OSError(
-            f"One of {files} in {builder.data_path} is damaged: {error}. {REMEDY}"
-        ) from error
-    images, labels = (np.stack([row[key] for row in rows]) for key in ("image", "label"))
-    return Dataset(images, labels.astype(np.int32))
-
-
-def _check_prepared(builder) -> None:
-    """Raises where tfds would start a download or fail on a missing file."""
-    folder = builder.data_path
-    if not builder.is_prepared():
-        raise FileNotFoundError(f"No prepared CIFAR-10 (array_record) in {folder}. {REMEDY}")
-    for split in builder.info.splits.values():
-        for file in split.filepaths:
-            if not file.exists():
-                raise FileNotFoundError(
-                    f"The CIFAR-10 in {folder} is incomplete: {file.name} is missing. {REMEDY}"
-                )
+    builder = named_builder("cifar10", data_dir)
+    rows = read_rows(builder, split, range(count_rows(builder, split)))
+    return Dataset(stacked(rows, "image"), stacked(rows, "label").astype(np.int32))
 
 
 def sample(split: str) -> Dataset:

@@ -8,37 +8,64 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+INTEGER = re.compile(r"\[(0|-?[1-9][0-9]*)\]")  # an int among the parts of a name
+
 
 def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a tree by their paths, as `nest` takes them apart.
 
-    An empty mapping leaves no trace.
+    An empty mapping leaves no trace. A key that is an int, as in the states of NNX, stands in
+    brackets.
 
     Example:
         >>> list(named({"params": {"Conv_0": {"kernel": np.ones(3), "bias": np.ones(1)}}}))
         ['params/Conv_0/kernel', 'params/Conv_0/bias']
+        >>> list(named({"layers": {0: {"kernel": np.ones(3)}}}))
+        ['layers/[0]/kernel']
     """
-    check_tree(variables)
-    flat = flatten_dict(variables)
-    for key in flat:
-        if wrong := [part for part in key if not isinstance(part, str) or "/" in part]:
-            raise ValueError(
-                f"The key {wrong[0]!r} of {key} must be a string without '/', the separator of the "
-                "names."
-            )
-    return {"/".join(key): as_array(leaf) for key, leaf in flat.items()}
+    flat = flatten_dict(plain(variables))
+    return {"/".join(_part(part, key) for part in key): leaf for key, leaf in flat.items()}
 
 
-def check_tree(variables: Any) -> None:
-    """Refuses what is no mapping of names."""
+def plain(variables: Any) -> dict[Any, Any]:
+    """Nested dicts of numpy arrays in place of any mapping, of variables of NNX among them.
+
+    Raises:
+        ValueError: it is no mapping of names, or a leaf is no array.
+    """
     if not isinstance(variables, Mapping):
         raise ValueError(
             f"A {type(variables).__name__} is no tree of names; give a mapping such as "
-            '{"params": ...}.'
+            '{"params": ...}, or nnx.state(model) of a model of NNX.'
         )
+    return {key: _plain(value) for key, value in variables.items()}
 
 
-def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain(value)
+    stored = getattr(value, "get_raw_value", None)  # of a variable of NNX
+    return as_array(value if stored is None else stored())
+
+
+def _part(part: Any, key: tuple) -> str:
+    """A key as a part of a name, from which `_key` makes the same key."""
+    if type(part) is int:
+        return f"[{part}]"
+    if not isinstance(part, str) or "/" in part or INTEGER.fullmatch(part):
+        raise ValueError(
+            f"The key {part!r} of {key} must be an int, or a string without '/', the separator of "
+            "the names, and not of the form '[0]', which stands for an int. Rename it."
+        )
+    return part
+
+
+def _key(part: str) -> str | int:
+    found = INTEGER.fullmatch(part)
+    return int(found[1]) if found else part
+
+
+def nest(arrays: Mapping[str, np.ndarray]) -> dict[Any, Any]:
     """Nested dicts by the parts of the names between "/".
 
     Names without it, as PyTorch's, stay as they are.
@@ -46,13 +73,15 @@ def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Example:
         >>> nest({"params/Conv_0/kernel": 1, "layer1.0.conv1.weight": 2})
         {'params': {'Conv_0': {'kernel': 1}}, 'layer1.0.conv1.weight': 2}
+        >>> nest({"layers/[0]/kernel": 1, "layers/[1]/kernel": 2})
+        {'layers': {0: {'kernel': 1}, 1: {'kernel': 2}}}
     """
     for name in arrays:
         parts = name.split("/")
         for end in range(1, len(parts)):
             if (outer := "/".join(parts[:end])) in arrays:
                 raise ValueError(f"{outer!r} is an array, and {name!r} lies within it")
-    return unflatten_dict(dict(arrays), sep="/")
+    return unflatten_dict({tuple(map(_key, name.split("/"))): x for name, x in arrays.items()})
 
 
 def as_array(leaf: Any) -> np.ndarray:
@@ -60,6 +89,11 @@ def as_array(leaf: Any) -> np.ndarray:
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | complex):
         raise ValueError(
             f"A leaf is a {type(leaf).__name__}, not an array: {leaf!r:.60}. Give arrays."
+        )
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"A leaf is a random key, {leaf.dtype}, which no format keeps. Leave it out, as "
+            "nnx.state(model, nnx.Not(nnx.RngState)) does, or give jax.random.key_data(key)."
         )
     return np.asarray(leaf, order="C")
 

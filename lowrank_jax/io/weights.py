@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax.io.atomic import whole_file
-from lowrank_jax.io.formats import READERS, WRITERS, read_orbax
+from lowrank_jax.io.formats import READERS, WRITERS
+from lowrank_jax.io.orbax import read_orbax, write_tree
+from lowrank_jax.io.training_state import variables_in
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
+FOLDERS = ("", ".orbax")  # ends of the names of folders of Orbax
 READABLE = "Readable are .npz, .safetensors and .msgpack files, and Orbax folders"
 UNPICKLE = (
     "such a file may hold pickled code, which runs when it is read. In PyTorch, "
@@ -17,16 +20,19 @@ UNPICKLE = (
 )
 
 
-def save_weights(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
-    """Writes a nested mapping of arrays; the file appears whole or not at all.
+def save_weights(path: str | os.PathLike, variables: Mapping[Any, Any]) -> None:
+    """Writes a tree of weights, which `load_weights` reads; it appears whole or not at all.
 
     Args:
-        path: ends in ``.npz``, ``.safetensors`` or ``.msgpack``, which chooses the format. The
-            first two store arrays named by their paths and so forget mappings that are empty;
-            ``.msgpack`` keeps these.
-        variables: nested mapping with string keys.
+        path: its end chooses the format. ``.npz``, ``.safetensors`` and ``.msgpack`` are files. A
+            name without an end, or one in ``.orbax``, is a folder of Orbax, which must not exist.
+            The first two store arrays named by their paths and so forget mappings that are empty;
+            ``.msgpack`` keeps these, and Orbax refuses them.
+        variables: nested mapping of arrays, such as the variables of Linen or the state of a model
+            of NNX. Keys are strings or, but for Orbax, ints.
 
     Raises:
+        FileExistsError: the folder exists.
         ValueError: the suffix is another one, or something in the tree cannot be written in that
             format.
 
@@ -38,13 +44,17 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
         {'params': {'stem': array([0., 0., 0.])}}
     """
     path = Path(path)
-    if path.suffix.lower() not in WRITERS:
+    suffix = path.suffix.lower()
+    if suffix in FOLDERS:
+        write_tree(path, variables)
+        return
+    if suffix not in WRITERS:
         raise ValueError(
             f"{path}: the format {path.suffix!r} is not known; end the name in "
-            f"{' or '.join(WRITERS)}."
+            f"{', '.join(WRITERS)}, or .orbax for a folder."
         )
     with whole_file(path) as scratch, scratch.open("wb") as file:
-        WRITERS[path.suffix.lower()](file, variables)
+        WRITERS[suffix](file, variables)
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Any]:
@@ -53,8 +63,11 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
     A ``.npz`` or ``.safetensors`` file names each array by its path, "params/Conv_0/kernel"; names
     without "/", such as PyTorch's, stay as they are, for `lowrank_jax.io.torch_names`. A
     ``.msgpack`` file is one of `flax.serialization.to_bytes`. A folder is a checkpoint of Orbax, or
-    a step of its ``CheckpointManager``, in which the item "default", or all trees by the names of
-    their items, are read.
+    of its ``CheckpointManager``: of all steps the last, of a step the item "default", its only
+    tree, or all trees by the names of their items.
+
+    Of the state of a training, which has "opt_state" beside "params", the variables are taken: all
+    collections but "opt_state". A line of the log says so.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -80,7 +93,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         )
         raise ValueError(f"{path}: the format {path.suffix!r} is not known. {READABLE}{remedy}.")
     try:
-        return reader(path)
+        return variables_in(reader(path), path)
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # a damaged file makes each reader raise whatever it runs into

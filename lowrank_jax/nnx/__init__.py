@@ -1,6 +1,7 @@
 """Flax NNX: the verbs of this library for models, a module in and a module out."""
 
 from lowrank_jax.modules.nnx import Factors, SeparableConv
+from lowrank_jax.modules.surgery import rebuilt
 from lowrank_jax.nnx.data import calibrate, compress, fast, plan, reestimate
 from lowrank_jax.nnx.forms import functional
 from lowrank_jax.nnx.training import finetune
@@ -16,6 +17,7 @@ __all__ = [
     "finetune",
     "functional",
     "plan",
+    "rebuilt",
     "reconstruct",
     "reestimate",
     "trace",

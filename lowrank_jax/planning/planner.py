@@ -15,6 +15,7 @@ from lowrank_jax.calibration.inputs import shapes_of
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.strips import Strips, whitened_spectrum
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.budget import Budget
 from lowrank_jax.planning.candidates import Candidates, candidates
 from lowrank_jax.planning.leaves import leaves_of
@@ -182,7 +183,13 @@ def _spectra(found: Calibration) -> Spectra:
             whitened_spectrum, kernel, moments, use.scheme(1, first), scale
         )
         sizes.append(kernel.size)
-    results = side_by_side(list(jobs.values()), sizes, lambda _, found: found)
+    with Progress("singular values", len(jobs)) as progress:
+
+        def counted(_: int, found: np.ndarray) -> np.ndarray:
+            progress.update()
+            return found
+
+        results = side_by_side(list(jobs.values()), sizes, counted)
     rows: dict[str, dict[str, list]] = {}
     for (_, path, first), own in zip(jobs, results, strict=True):
         rows.setdefault(path, {}).setdefault(first, []).append(own)

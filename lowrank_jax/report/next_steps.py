@@ -19,16 +19,22 @@ class Setting:
         subject: the network and its images, in words.
         checkpoint: of the dense network.
         options: of the command line, which name the model and the images.
+        count: of the command line, too: how many images were read for the plan.
         labels: of the command line, too; empty where no labels were given.
-        model: lines of Python that make ``model``.
+        imports: the line of Python that imports the model.
+        apply: Python of its function of (variables, images); "" of a module of NNX.
+        model: Python of the module itself.
         call: arguments of the model's call in Python, such as ", train=False".
     """
 
     subject: str = ""
     checkpoint: str
     options: Sequence[str]
+    count: Sequence[str] = ()
     labels: Sequence[str] = ()
-    model: str
+    imports: str
+    apply: str
+    model: str = ""
     call: str = ""
 
 
@@ -40,7 +46,8 @@ def after_plan(setting: Setting, out: Path) -> list[Section]:
         out: folder of the plan.
 
     Example:
-        >>> setting = Setting(checkpoint="a.npz", options=["--images", "i.npy"], model="...")
+        >>> given = dict(imports="from m import f", apply="f")
+        >>> setting = Setting(checkpoint="a.npz", options=["--images", "i.npy"], **given)
         >>> print(after_plan(setting, Path("out"))[0].code)
         lowrank-jax compress --checkpoint a.npz --images i.npy --plan out/plan.json
     """
@@ -48,8 +55,8 @@ def after_plan(setting: Setting, out: Path) -> list[Section]:
         "The plan costs nothing yet: the network is as it was. The next command fits the factors "
         "to the images and writes the smaller checkpoint, without labels and without training."
     )
-    own = ["--checkpoint", setting.checkpoint, *setting.options, "--plan", str(out / "plan.json")]
-    code = shlex.join(["lowrank-jax", "compress", *own])
+    own = ["--checkpoint", setting.checkpoint, *setting.options, *setting.count]
+    code = shlex.join(["lowrank-jax", "compress", *own, "--plan", str(out / "plan.json")])
     return [Section(title="What to do next: compress", text=text, code=code)]
 
 
@@ -106,12 +113,23 @@ def _fast(setting: Setting, weights: Path) -> Section:
         "of each layer is fastest, and what it found can be saved. The images are a batch as the "
         "network takes them."
     )
-    lines = [
-        "import lowrank_jax as lr",
-        setting.model,
-        f"small = lr.load_weights({str(weights)!r})",
-        f"run = lr.fast(model.apply, small, images{setting.call})",
-        "outputs = run(small, images)",
-        'run.save("fast.json")',
+    lines = ["import lowrank_jax as lr", setting.imports]
+    lines += _lines(setting, f"lr.load_weights({str(weights)!r})")
+    code = "\n".join([*lines, 'run.save("fast.json")'])
+    return Section(title="What to do next: run it fast", text=text, code=code)
+
+
+def _lines(setting: Setting, variables: str) -> list[str]:
+    """Python that searches for the fastest program of a network and runs it."""
+    if setting.apply:
+        return [
+            f"small = {variables}",
+            f"run = lr.fast({setting.apply}, small, images{setting.call})",
+            "outputs = run(small, images)",
+        ]
+    return [
+        "from flax import nnx",
+        f"model = lr.nnx.rebuilt({setting.model}, {variables})",
+        f"run = lr.nnx.fast(model, images{setting.call})",
+        "outputs = run(nnx.state(model), images)",
     ]
-    return Section(title="What to do next: run it fast", text=text, code="\n".join(lines))

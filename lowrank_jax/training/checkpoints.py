@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.io import atomic
-from lowrank_jax.io.formats import read_orbax, write_orbax
 from lowrank_jax.io.names import nest
+from lowrank_jax.io.orbax import read_orbax, write_orbax
 from lowrank_jax.io.seals import damage, seal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.state import TrainState

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
@@ -106,10 +106,13 @@ class _Loop:
         self.since = time.perf_counter()
 
     def finish(self) -> TrainState:
-        with Signals() if self.kept else contextlib.nullcontext() as signals, self._bar() as bar:
+        with (
+            Signals() if self.kept else contextlib.nullcontext() as signals,
+            self._progress() as progress,
+        ):
             for batch in self._batches():
                 self._advance(batch)
-                bar.update()
+                progress.update()
                 stops = signals is not None and signals.given is not None
                 if self._every(self.run.save_every) or stops:
                     self._save()
@@ -117,9 +120,8 @@ class _Loop:
                     signals.stop(f"step {self.number} is saved in {self.run.folder}; call again")
         return self.state
 
-    def _bar(self) -> tqdm:
-        counts = dict(total=self.run.steps, initial=self.number)
-        return tqdm(desc="training", unit="step", leave=False, disable=None, **counts)
+    def _progress(self) -> Progress:
+        return Progress("training", self.run.steps, self.number)
 
     def _batches(self) -> Iterator[tuple]:
         first, last = self.number, self.run.steps

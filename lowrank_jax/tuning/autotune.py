@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.tuning.agreement import agree, agreeing, rounding
 from lowrank_jax.tuning.candidate import Candidate, Choices, Configuration, Network, asked_of
@@ -28,7 +28,7 @@ class Autotuner:
         rounds: counted runs of each candidate that is near the fastest.
         limit: seconds after which no other candidate is begun; None for no limit. One candidate is
             measured in any case.
-        bar: line of progress.
+        progress: of the whole search.
 
     Attributes:
         seconds: of the candidates that were measured, by name.
@@ -37,9 +37,15 @@ class Autotuner:
     """
 
     def __init__(
-        self, network: Network, args: tuple, rounds: int, limit: float | None, bar: tqdm
+        self,
+        network: Network,
+        args: tuple,
+        rounds: int,
+        limit: float | None,
+        progress: Progress,
     ) -> None:
-        self.network, self.args, self.rounds, self.bar = network, args, rounds, bar
+        self.network, self.args, self.rounds = network, args, rounds
+        self.progress = progress
         self.limit, self.begin = limit, time.monotonic()
         program = jax.make_jaxpr(network(None))(*args)  # raises what the plain network raises
         self.tolerance = rounding(program)
@@ -64,7 +70,7 @@ class Autotuner:
         calls = {name: self._call(name) for name in (*self._within(NEAR), *names)}
         self.seconds |= measure(calls, self.rounds, LEAST, min(MOST, self._left()))
         best = self.fastest()
-        self.bar.set_postfix_str(f"{1e3 * self.seconds[best]:.3g} ms with {best}")
+        self.progress.note(f"{1e3 * self.seconds[best]:.3g} ms with {best}")
 
     def with_slices(self, sizes: Sequence[int]) -> list[Candidate]:
         """Slices under the compiler options that are not beaten; all where no whole batch ran."""
@@ -104,11 +110,9 @@ class Autotuner:
         self.left_out[name] = f"the limit of {self.limit} seconds was reached"
 
     def _each(self, steps: Sequence[Any]) -> Iterator[Any]:
-        """The steps, one by one, on the line of progress."""
-        self.bar.total = (self.bar.total or 0) + len(steps)
-        for step in steps:
-            yield step
-            self.bar.update()
+        """The steps, one by one, as steps of the whole search."""
+        self.progress.extend(len(steps))
+        yield from self.progress.over(steps)
 
     def _first_run(self, candidate: Candidate) -> dict[str, Any]:
         """The outputs of a candidate by its name; nothing if it does not compile or run."""

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+import jax
 
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.compiler import default_options
@@ -40,16 +42,18 @@ def network_of(
     return network
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Fast:
     """A network as `fast` found it fastest: a compiled function of (variables, inputs).
 
     It takes any batch and image size, and measures nothing. Layers of a size that was not measured
-    run by their plain algorithm.
+    run by their plain algorithm. Within another program, as under ``jax.jit``, ``jax.grad`` or
+    ``jax.export``, the algorithms stay, and the compiler options are those of that program:
+    ``jax.jit(fast, compiler_options=fast.options)`` gives it the ones found. It is written by
+    `save`, and not by pickle.
 
     Attributes:
-        run: the function, under ``jax.jit``. ``run.__wrapped__`` is the same without, to be
-            exported or to run within other programs, where ``options`` belong to the outer one.
+        run: the function, under ``jax.jit`` with ``options``.
         candidate: what was chosen.
         device: on which it was measured.
         seconds: every candidate that was measured, to the median of its time.
@@ -71,7 +75,17 @@ class Fast:
                 "The variables are part of this program: give None for them, or search without "
                 "freeze."
             )
+        leaves = jax.tree.leaves((variables, inputs))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            inner = self.run.__wrapped__  # type: ignore[attr-defined]
+            return inner(variables, inputs)  # compiler options belong to the outer program
         return self.run(variables, inputs)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"The Fast of {self.candidate} holds a compiled program, which cannot be pickled. "
+            "Write it by run.save(path), and restore it by Fast.load(path, apply)."
+        )
 
     @property
     def options(self) -> Mapping[str, Any]:

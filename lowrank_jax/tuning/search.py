@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.tuning.autotune import Autotuner, Timers
 from lowrank_jax.tuning.candidate import Candidate, Configuration, batch_of
@@ -82,8 +82,8 @@ def fast(
     given = (None if freeze else variables, inputs)
     network = network_of(apply, args, kwargs, variables if freeze else None)
     whole = [Candidate(Configuration(options)) for options in candidate_options()]
-    with tqdm(desc="fast", leave=False, disable=None) as bar:
-        tuner = Autotuner(network, given, rounds, limit, bar)
+    with Progress("fast") as progress:
+        tuner = Autotuner(network, given, rounds, limit, progress)
         tuner.measure(whole)
         tuner.measure(tuner.with_slices(sizes))
         for candidates in tuner.with_algorithms(timers):

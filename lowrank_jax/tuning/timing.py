@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lowrank_jax.io.progress import on_screen
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.tuning.agreement import agreeing, rounding
 
@@ -122,7 +123,7 @@ def throughput(
         )
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     repeats = dict.fromkeys(programs, 1)
-    for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=None):
+    for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=not on_screen()):
         for name in map(str, np.roll(list(programs), turn)):
             elapsed = _mean(programs[name], repeats[name])
             if turn >= warmup:

@@ -1,14 +1,17 @@
 """One batch or many, whatever they come in, reach the network alike."""
 
 import collections
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import calibrate
+from lowrank_jax import calibrate, compress, plan
+from lowrank_jax.calibration import inputs as inputs_module
 from lowrank_jax.calibration.inputs import Inputs
 
 X = np.random.default_rng(0).standard_normal((6, 5, 5, 4)).astype(np.float32)
@@ -34,7 +37,15 @@ class Loader:
         return X[2 * index : 2 * index + 2] if index < 3 else X[6:][0]
 
 
+class Grain:
+    """Iterates anew each time, and has nothing else, as a loader of Grain."""
+
+    def __iter__(self):
+        return iter([X[:2], X[2:4], X[4:]])
+
+
 KINDS = {
+    "loader": Grain,
     "list": lambda: [X[:2], X[2:4], X[4:]],
     "generator": lambda: (X[i : i + 2] for i in (0, 2, 4)),
     "function": lambda: lambda: iter([X[:2], X[2:4], X[4:]]),
@@ -111,6 +122,55 @@ def test_bare_parameters_are_variables_too():
 def test_what_is_no_data_for_the_network_is_refused(variables, inputs, text):
     with pytest.raises(ValueError, match=text):
         calibrate(nn.Conv(4, (3, 3)).apply, variables, inputs)
+
+
+def pairs():
+    return iter([(X[:3], np.arange(3)), (X[3:], np.arange(3))])
+
+
+def named():
+    return iter([{"image": X[:3], "label": np.arange(3)}] * 2)
+
+
+def listed():
+    return iter([[X[:3], np.arange(3)]] * 2)
+
+
+@pytest.mark.parametrize(
+    "loader, pick, text",
+    [
+        (pairs, lambda: (x for x, *_ in pairs()), r"a tuple of 2. .*\(images for images, \*_ in"),
+        (listed, lambda: (x for x, *_ in listed()), r"a list of 2. .*\(images for images, \*_ in"),
+        (
+            named,
+            lambda: (x["image"] for x in named()),
+            r"dict of \['image', 'label'\]. .*\(batch\[",
+        ),
+    ],
+)
+def test_a_loader_that_gives_labels_too_is_refused_with_how_to_pick(variables, loader, pick, text):
+    apply = nn.Conv(4, (3, 3)).apply
+    for verb in (calibrate, functools.partial(plan, macs=0.9)):
+        with pytest.raises(ValueError, match=text):
+            verb(apply, variables, loader)
+    with pytest.raises(ValueError, match=text):
+        compress(apply, variables, loader, {"": 2})
+    assert calibrate(apply, variables, pick).images == 6
+
+
+def test_a_loader_is_planned_and_compressed_by_as_its_images_are(variables):
+    apply, given = nn.Conv(4, (3, 3)).apply, KINDS["loader"]
+    chosen = plan(apply, variables, given(), macs=0.9)
+    assert chosen == plan(apply, variables, [X[:2], X[2:4], X[4:]], macs=0.9)
+    small = compress(apply, variables, given(), chosen)
+    wanted = compress(apply, variables, [X[:2], X[2:4], X[4:]], chosen)
+    chex.assert_trees_all_close(small, wanted, atol=1e-5)
+
+
+def test_a_loader_without_an_end_is_warned_of(variables, caplog, monkeypatch):
+    monkeypatch.setattr(inputs_module, "MANY", 10)
+    calibrate(nn.Conv(4, (3, 3)).apply, variables, iter([X] * 4))
+    assert caplog.messages[0].startswith("12 images were read so far. A loader that never ends")
 
 
 @pytest.mark.parametrize("option", [{"train": True}, {"deterministic": False}])

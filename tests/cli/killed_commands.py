@@ -15,12 +15,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from lowrank_jax import data
 from lowrank_jax.cli import compress_command
 from lowrank_jax.cli import main as cli
+from lowrank_jax.cli.models import Model
 from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.factorization.separable import Separable
@@ -67,10 +69,17 @@ def journey(*args, **kwargs):
 class Job:
     """Its dense network gives ones, and the others differ by the number of their run."""
 
-    images, variables = np.zeros((2, 4, 4, 3)), tree(0)
+    model = Model(path="a:B", expression="B()", apply=len, module=None)
+    images, variables, kwargs = np.zeros((2, 4, 4, 3)), tree(0), MappingProxyType({})
 
     def outputs(self, variables):
         yield np.ones((2, 1)) + variables["params"]["Conv_0"]["kernel"].flat[0]
+
+    def labels(self, images, labels):
+        return None
+
+    def amount(self):
+        return None
 
 
 def replace_the_work():

@@ -87,6 +87,7 @@ def folder(tmp_path, monkeypatch):
     np.save("objects.npy", np.array([object()]), allow_pickle=True)
     np.savez("arrays.npz", x=x)
     (tmp_path / "nothing.npy").touch()
+    (tmp_path / "cut.npz").touch()
     (tmp_path / "text.npy").write_text("0 1 2 3")
     return module
 
@@ -134,7 +135,8 @@ def test_images(folder, name, message, capsys, tmp_path):
     "name, message",
     [
         ("nothing.npy", "is no .npy file of numbers"),
-        ("arrays.npz", "is no .npy file of numbers"),
+        ("arrays.npz", "float32 of shape (4, 8, 8, 3); give one int for each of the 4 images"),
+        ("cut.npz", "cut.npz is no .npz file of numbers"),
         ("missing.npy", "There is no file missing.npy"),
         ("high.npy", "labels from 0 to 9; give those of the network, 0 to 3"),
         ("negative.npy", "labels from -1 to 2; give those of the network, 0 to 3"),
@@ -152,10 +154,10 @@ def test_labels(folder, name, message, capsys, tmp_path):
     [
         ("", "is no import path; give one such as package.module:Class"),
         (":", "is no import path; give one such as package.module:Class"),
-        (":number", "has no class 'number' of Linen modules"),
-        (":function", "has no class 'function' of Linen modules"),
-        (":Nope", "has no class 'Nope' of Linen modules"),
-        (":nn", "has no class 'nn' of Linen modules"),
+        (":number", "has no model 'number'; give a class or a function that makes a module"),
+        (":function", "makes a int; give a class or a function that makes a module of Linen"),
+        (":Nope", "has no model 'Nope'; give a class or a function"),
+        (":nn", "has no model 'nn'; give a class or a function"),
         ("_none:Net", "cannot be imported; give a module that can: ModuleNotFoundError"),
         (
             "_broken:Net",
@@ -192,7 +194,13 @@ def test_models(folder, model, message, capsys, tmp_path):
             'with --model-kwargs {"train": false}; give what its call takes: TypeError',
         ),
         ({"checkpoint": "missing.npz"}, "There is no file or folder missing.npz"),
-        ({"checkpoint": "arrays.npz"}, "holds ['x'], not 'params'"),
+        ({"checkpoint": "arrays.npz"}, "does not hold the variables of"),
+        ({"count": "0"}, "0 is not allowed; give an int of at least 1"),
+        ({"size": "8"}, "--size is for pictures, and x.npy holds arrays of one shape"),
+        ({"size": "8x8x8"}, "8x8x8 is not allowed; give one or two, as in 224x320"),
+        ({"size": "a"}, "'a' is not allowed; give an int of at least 1"),
+        ({"images": "missing"}, "There is no file missing"),
+        ({"images": "missing:images"}, "missing cannot be imported"),
         ({"checkpoint": "x.npy"}, "the format '.npy' is not known"),
         ({"mean": "0.5,0.5"}, "--mean has 2 values for 3 channels"),
         ({"mean": "nan"}, "nan is not allowed; give finite numbers"),

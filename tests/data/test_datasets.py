@@ -88,7 +88,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 def test_a_folder_without_the_data_set_is_refused_at_once(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"No prepared CIFAR-10.*TFDS_DATA_DIR.*pip install tensorflow"
+        FileNotFoundError, match=r"No prepared cifar10.*TFDS_DATA_DIR.*pip install tensorflow"
     ):
         data.cifar10("train", str(tmp_path))
 

@@ -101,7 +101,7 @@ def test_the_empty_tree_survives_and_empty_branches_do_in_msgpack_only(suffix, t
     save_weights(path, {})
     assert load_weights(path) == {}
     save_weights(path, {"params": {}, "n": np.ones(1)})
-    assert list(load_weights(path)) == (["n", "params"] if suffix == ".msgpack" else ["n"])
+    assert list(load_weights(path)) == (["params", "n"] if suffix == ".msgpack" else ["n"])
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -164,9 +164,12 @@ def test_eight_bit_floats_survive_where_the_format_names_them(suffix, tmp_path):
         (
             ".npz",
             {"a": {"b/c": np.ones(1)}},
-            r"'b/c' of \('a', 'b/c'\) must be a string without '/'",
+            r"'b/c' of \('a', 'b/c'\) must be an int, or a string without '/'",
         ),
-        (".safetensors", {"a": {0: np.ones(1)}}, r"key 0 of \('a', 0\) must be a string"),
+        (".safetensors", {"a": {0.5: np.ones(1)}}, r"key 0.5 of \('a', 0.5\) must be an int"),
+        (".npz", {"a": {"[0]": np.ones(1)}}, r"'\[0\]', which stands for an int. Rename it"),
+        (".npz", {"a": jax.random.key(0)}, r"random key, key<fry>, .*nnx.Not\(nnx.RngState\)"),
+        (".npz", np.ones(1), r"A ndarray is no tree of names; .* nnx.state\(model\)"),
         (".npz", {"a": [np.ones(1), np.ones(1)]}, "A leaf is a list, not an array"),
         (".msgpack", {"a": "text"}, "A leaf is a str, not an array: 'text'"),
         (".msgpack", {"a": np.array([object()])}, "Object"),
@@ -174,15 +177,15 @@ def test_eight_bit_floats_survive_where_the_format_names_them(suffix, tmp_path):
         (
             ".pth",
             {"a": np.ones(1)},
-            r"w.pth: the format '.pth' is not known; .* .npz or .safetensors or .msgpack",
+            r"w.pth: the format '.pth' is not known; .* .npz, .safetensors, .msgpack, or .orbax",
         ),
-        ("", {"a": np.ones(1)}, "w: the format '' is not known"),
+        ("", {"a": np.ones(1)}, "w exists, and a folder is never replaced. Give another name"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(suffix, tree, message, tmp_path):
     path = tmp_path / f"w{suffix}"
     path.write_bytes(b"old")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileExistsError), match=message):
         save_weights(path, tree)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
@@ -267,10 +270,6 @@ def test_a_step_of_a_checkpoint_manager_gives_its_default_item_or_its_items_by_n
         manager.save(2, args=ocp.args.StandardSave(network()))
         manager.save(10, args=ocp.args.StandardSave(network()))
     same(load_weights(tmp_path / "plain" / "10"), network())
-    with pytest.raises(
-        ValueError, match=r"plain is no whole Orbax .* give one of the folders in it: 2, 10"
-    ):
-        load_weights(tmp_path / "plain")
     items = {name: ocp.args.StandardSave(tree) for name, tree in network().items()}
     with ocp.CheckpointManager(tmp_path / "items") as manager:
         manager.save(0, args=ocp.args.Composite(**items, notes=ocp.args.JsonSave({"epoch": 3})))

@@ -34,7 +34,8 @@ SETTING = Setting(
     checkpoint="dense.npz",
     options=["--model", "nets:ResNet", "--model-kwargs", '{"train": false}', "--images", "i.npy"],
     labels=["--labels", "labels.npy"],
-    model="from nets import ResNet\n\nmodel = ResNet()",
+    imports="from nets import ResNet",
+    apply="ResNet().apply",
     call=", train=False",
 )
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from lowrank_jax.cli.main import build_parser
 from lowrank_jax.report.drawing import NO_PICTURES
+from lowrank_jax.report.next_steps import Setting, after_finetune
 from lowrank_jax.report.page import to_html
 from lowrank_jax.report.record import Highlight, Report, Section, Table
 from lowrank_jax.report.writing import to_markdown, write_report
@@ -103,8 +105,17 @@ def test_the_next_command_is_one_that_the_parser_takes(reports, command, followi
     assert args.model == "nets:ResNet" and args.model_kwargs == {"train": False}
 
 
+def test_a_module_of_nnx_runs_by_its_own_verbs():
+    setting = Setting(
+        checkpoint="a.npz", options=[], imports="from m import N", apply="", model="N()"
+    )
+    code = after_finetune(setting, Path("w.npz"))[0].code
+    assert "lr.nnx.rebuilt(N(), lr.load_weights('w.npz'))" in code
+    compile(code, "next_step", "exec")
+
+
 @pytest.mark.parametrize("command", ["compress", "finetune"])
 def test_the_python_of_the_next_step_is_python(reports, command):
     code = reports[command].sections[-1].code
-    assert "lr.fast(model.apply, small, images, train=False)" in code
+    assert "lr.fast(ResNet().apply, small, images, train=False)" in code
     compile(code, "next_step", "exec")

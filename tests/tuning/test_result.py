@@ -1,7 +1,9 @@
 """What `fast` found is saved, and restored in a new process without a search."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -115,6 +117,25 @@ def test_a_frozen_network_needs_its_variables(net, found, tmp_path):
     np.testing.assert_allclose(again(None, images), found(small, images), atol=1e-5)
     with pytest.raises(ValueError, match="variables are part of this program"):
         again(small, images)
+
+
+@pytest.mark.parametrize("use", [pickle.dumps, copy.deepcopy])
+def test_it_is_no_pickle_and_says_how_it_is_kept(found, use):
+    with pytest.raises(TypeError, match=r"by run.save\(path\), and restore it by Fast.load"):
+        use(found)
+
+
+def test_it_runs_within_other_programs_with_their_options(net, found):
+    _, small, images = net
+    wanted = found(small, images)
+    options = {**found.options, "xla_embed_ir_in_executable": True}
+    program = jax.jit(found, compiler_options=options)
+    np.testing.assert_allclose(program(small, images), wanted, atol=1e-5)
+    exported = jax.export.export(jax.jit(found))(small, images)
+    np.testing.assert_allclose(exported.call(small, images), wanted, atol=1e-5)
+    slope = jax.grad(lambda x: found(small, x).sum())(images)
+    assert slope.shape == images.shape and np.isfinite(slope).all()
+    assert "reduce_window" not in str(jax.make_jaxpr(found)(small, images))  # the algorithms stay
 
 
 @pytest.fixture(params=["kind", "jaxlib"])

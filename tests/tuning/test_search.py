@@ -310,21 +310,15 @@ def test_one_round_is_refused(net):
 
 
 def test_a_line_of_progress_tells_the_best_so_far(net, order, monkeypatch):
-    bars: list = []
+    texts: list = []
 
-    class Bar(search.tqdm):
-        def __init__(self, *args, **kwargs):
-            assert kwargs["disable"] is None
-            super().__init__(*args, **kwargs | {"disable": True})
-            bars.append(self)
-            self.texts = []
+    class Told(search.Progress):
+        def note(self, text):
+            texts.append(text)
 
-        def set_postfix_str(self, text):
-            self.texts.append(text)
-
-    monkeypatch.setattr(search, "tqdm", Bar)
+    monkeypatch.setattr(search, "Progress", Told)
     run_of(net)
-    assert bars[0].texts[0] == f"1e+03 ms with {FIRST}"
+    assert texts[0] == f"1e+03 ms with {FIRST}"
 
 
 # ---- types
