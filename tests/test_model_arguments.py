@@ -10,7 +10,7 @@ import lowrank_jax as lr
 from lowrank_jax.calibration.batch_norm import reestimate
 from lowrank_jax.io.torch_names import from_torch
 
-X = np.random.default_rng(0).normal(size=(4, 6, 6, 3)).astype(np.float32)
+X = np.random.default_rng(0).normal(size=(4, 12)).astype(np.float32)
 Y = np.arange(4)
 
 
@@ -19,22 +19,22 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        return nn.BatchNorm(not train)(nn.Conv(8, (3, 3))(x)).mean((1, 2))
+        return nn.BatchNorm(not train)(nn.Dense(8)(x))
 
 
 class Module(nnx.Module):
     def __init__(self):
-        self.conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(12, 8, rngs=nnx.Rngs(0))
         self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
 
     def __call__(self, x, train):
-        return self.norm(self.conv(x), use_running_average=not train).mean((1, 2))
+        return self.norm(self.head(x), use_running_average=not train)
 
 
 def torch_tensors():
     names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
-    conv = {"conv.weight": np.ones((8, 3, 3, 3)), "conv.bias": np.ones(8)}
-    return conv | {name: np.ones(8) for name in names}
+    head = {"head.weight": np.ones((8, 12)), "head.bias": np.ones(8)}
+    return head | {name: np.ones(8) for name in names}
 
 
 FAST = dict(slices=(), rounds=2, limit=1e-9)
@@ -42,17 +42,18 @@ VERBS = {
     "trace": lambda f, v, **own: lr.trace(f, v, X, **own),
     "calibrate": lambda f, v, **own: lr.calibrate(f, v, X, **own),
     "plan": lambda f, v, **own: lr.plan(f, v, X, macs=0.9, **own),
-    "compress": lambda f, v, **own: lr.compress(f, v, X, {"Conv_0": 2}, **own),
+    "compress": lambda f, v, **own: lr.compress(f, v, X, {"Dense_0": 2}, **own),
     "finetune": lambda f, v, **own: lr.finetune(f, v, (X, Y), steps=1, batch_size=4, **own),
     "fast": lambda f, v, **own: lr.fast(f, v, X, **FAST, **own)(v, X),
     "reestimate": lambda f, v, **own: reestimate(f, v, X, **own),
     "from_torch": lambda f, v, **own: from_torch(torch_tensors(), f, v, X, **own),
 }
+SLOW = dict.fromkeys(("plan", "compress", "finetune"), pytest.mark.slow)
 OF_NNX = {
     "trace": lambda m, **own: lr.nnx.trace(m, X, **own),
     "calibrate": lambda m, **own: lr.nnx.calibrate(m, X, **own),
     "plan": lambda m, **own: lr.nnx.plan(m, X, macs=0.9, **own),
-    "compress": lambda m, **own: lr.nnx.compress(m, X, {"conv": 2}, **own),
+    "compress": lambda m, **own: lr.nnx.compress(m, X, {"head": 2}, **own),
     "finetune": lambda m, **own: lr.nnx.finetune(m, (X, Y), steps=1, batch_size=4, **own),
     "fast": lambda m, **own: lr.nnx.fast(m, X, **FAST, **own),
     "reestimate": lambda m, **own: lr.nnx.reestimate(m, X, **own),
@@ -70,7 +71,7 @@ def test_a_verb_takes_the_arguments_of_the_model(verb):
             VERBS[verb](model.apply, variables)
 
 
-@pytest.mark.parametrize("verb", OF_NNX)
+@pytest.mark.parametrize("verb", [pytest.param(v, marks=SLOW.get(v, ())) for v in OF_NNX])
 def test_a_verb_of_nnx_takes_the_arguments_of_the_model(verb):
     assert OF_NNX[verb](Module(), train=verb == "reestimate") is not None
     with pytest.raises((TypeError, ValueError), match="train"):

@@ -145,9 +145,9 @@ def picking(arguments: tuple) -> str:
     """How the images are picked from batches that hold more, as a loader's do; "" if they do not.
 
     Example:
-        >>> picking(({"image": np.ones((2, 8, 8, 3)), "label": np.ones(2, int)},))
-        "Each batch is a dict of ['image', 'label']. If the network takes one of these alone, give
-        lambda: (batch['image'] for batch in loader).\\n"
+        >>> batch = {"image": np.ones((2, 8, 8, 3)), "label": np.ones(2, int)}
+        >>> picking((batch,)).rpartition("give ")[2].strip()
+        "lambda: (batch['image'] for batch in loader)."
     """
     first = arguments[0] if len(arguments) == 1 else arguments
     if isinstance(first, Mapping):

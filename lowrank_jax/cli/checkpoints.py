@@ -77,10 +77,11 @@ def _on_device(tree: Any) -> Any:
 def _candidates(tree: Mapping, shapes: Mapping) -> Iterator[tuple[str, Mapping]]:
     """Parts of a checkpoint that may be the variables, with the Python that makes each."""
     for source, part in itertools.chain(*(_parts("{}", tree, depth) for depth in range(DEPTH + 1))):
-        yield source, {name: own for name, own in part.items() if _is_of(name, shapes)}
+        own = {name: value for name, value in part.items() if _is_of(name, shapes)}
+        yield source if len(own) == len(part) else "", own
         if PARAMS in shapes and PARAMS not in part:
             others = {name: part[name] for name in shapes if name in part}
-            params = {name: own for name, own in part.items() if name not in others}
+            params = {name: value for name, value in part.items() if name not in others}
             yield "" if others else f'{{{{"params": {source}}}}}', {PARAMS: params, **others}
 
 
@@ -124,11 +125,12 @@ def _differences(variables: Any, shapes: Any, optional: Collection[str]) -> list
     """What variables have other than a model, in words."""
     try:
         dense = _named(jax.eval_shape(reconstruct, variables))
-    except (TypeError, ValueError):  # of something else than arrays
+    except (AttributeError, TypeError, ValueError):  # of something else than arrays
         return [f"{', '.join(map(str, list(variables)[:5])) or 'nothing'} is no tree of arrays"]
     wanted = _named(shapes)
     for name in optional:
-        dense.pop(name, None), wanted.pop(name, None)
+        dense.pop(name, None)
+        wanted.pop(name, None)
     missing = [f"{name} is missing" for name in wanted if name not in dense]
     others = [f"{name} is not of the model" for name in dense if name not in wanted]
     pairs = [(name, dense[name], wanted[name]) for name in wanted if name in dense]

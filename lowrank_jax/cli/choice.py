@@ -41,7 +41,7 @@ class Choice:
 
         Example:
             >>> Choice(count=3).rows(10).tolist(), Choice(count=3).rows(2).tolist()
-            ([2, 5, 8], [0, 1])
+            ([5, 6, 9], [0, 1])
         """
         if self.count is None or self.count >= total:
             return np.arange(total)

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             check_folder(args.out)
         args.run(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"lowrank-jax {args.command}: {error}", file=sys.stderr)
+        print(f"lowrank-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         what = str(stop) or "nothing was written"

@@ -26,9 +26,11 @@ def planning_lines(model: Model, kwargs: Mapping[str, Any], source: str, plan: P
     Args:
         model: that the command was given.
         kwargs: of its call.
-        source: Python that makes the dense variables.
+        source: Python that makes the dense variables; "" where that is long.
         plan: path of the file.
     """
+    if not source:
+        return f"lowrank-jax compress --plan {plan} writes the checkpoint that loads in Python."
     return _lines(model, kwargs, f"lr.decompose({source}, lr.Plan.load({str(plan)!r}))")
 
 

@@ -263,6 +263,15 @@ def test_a_budget_of_the_whole_network_is_valid(folder, capsys):
     assert jax.tree.all(jax.tree.map(np.array_equal, dense, kept))
 
 
+def test_an_error_of_more_lines_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise ValueError("the first\n  and the second")
+
+    monkeypatch.setattr(journeys, "_run", fail)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "lowrank-jax demo: the first and the second\n"
+
+
 def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt

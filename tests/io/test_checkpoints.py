@@ -68,7 +68,7 @@ def steps(folder, count, **items):
 
 
 @pytest.mark.parametrize("suffix", FILES)
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(tree=TREES)
 def test_keys_that_are_ints_come_back_as_ints(suffix, tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("trees") / f"w{suffix}"
