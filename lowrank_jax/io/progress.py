@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 LOG = logging.getLogger("lowrank_jax")
 EVERY = 10.0  # seconds between two lines
+DELAY = 1.0  # seconds of work that show no bar, which would stay in the outputs of a notebook
 Item = TypeVar("Item")
 
 
@@ -34,7 +35,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
-        options = dict(initial=done, leave=False, disable=not on_screen())
+        options = dict(initial=done, leave=False, delay=DELAY, disable=not on_screen())
         self._bar = tqdm(desc=what, total=total, **options)
         self._what, self._total, self._start, self._done = what, total, done, done
         self._begin = self._said = time.monotonic()
@@ -70,7 +71,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Says something at the end of the bar, and of the next lines."""
         self._note = text
-        self._bar.set_postfix_str(text)
+        shown = time.monotonic() - self._begin >= DELAY
+        self._bar.set_postfix_str(text, refresh=shown)
 
     def line(self, seconds: float) -> str:
         """How far the work is after so many seconds, and how long the rest takes at this rate.

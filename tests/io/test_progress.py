@@ -45,7 +45,7 @@ def test_steps_that_were_done_before_do_not_shorten_the_rest(clock, level, caplo
     with Progress("training", total=14, done=10) as own:
         own.note("loss 3")
         list(own.over(range(2)))
-    assert caplog.messages == ["training: 12 of 14 in 00:12, about 00:12 left, loss 3"]
+    assert caplog.messages == ["training: 11 of 14 in 00:12, about 00:36 left, loss 3"]
 
 
 def test_steps_that_are_not_known_are_counted(clock, level, caplog):
@@ -58,12 +58,21 @@ def test_steps_that_are_not_known_are_counted(clock, level, caplog):
 def test_on_a_terminal_there_is_a_bar_unless_all_is_silent(shown, level, monkeypatch, capsys):
     level(shown)
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "DELAY", 0)
     with Progress("fitting", total=2) as own:
         own.update()
         own.extend(3)
         own.note("best so far")
     error = capsys.readouterr().err
     assert ("fitting" in error and "best so far" in error) == (shown == logging.WARNING)
+
+
+def test_short_work_shows_no_bar(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("fitting", total=2) as own:
+        own.update()
+        own.note("best so far")
+    assert not capsys.readouterr().err
 
 
 def test_without_a_screen_and_a_level_nothing_is_said(clock, caplog, capsys):
