@@ -42,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
     if args.labels and not args.curve:
         raise ValueError("--labels is for the networks of --curve; give shares such as 0.3,0.5.")
     job = load_job(args)
+    if args.curve and job.class_count < 2:
+        raise ValueError(
+            "--curve compares classes, and this network gives one number; leave it out."
+        )
     compared = None
     if args.curve:
         compared = Comparison.of(job, job.labels(args.images, args.labels), hold_out=True)
