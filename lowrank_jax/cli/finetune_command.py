@@ -1,6 +1,7 @@
 """The command `finetune`: trains a checkpoint, and goes on where it was stopped."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.cli.comparing import plain_spectra
+from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, load_variables
 from lowrank_jax.cli.options import new_command, positive, rate, share
 from lowrank_jax.cli.snippets import loading_lines
@@ -16,10 +19,17 @@ from lowrank_jax.io.weights import load_weights, save_weights
 from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.nnx.training import finetune as finetune_module
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.report.next_steps import after_finetune
+from lowrank_jax.report.planned import Networks
+from lowrank_jax.report.record import Report
+from lowrank_jax.report.tuned import Training, tuned_report
+from lowrank_jax.report.writing import write_report
 from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
+from lowrank_jax.training.metrics import read_metrics
 
+SCORED = 4096  # training images whose classes are compared with the labels
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
 
 
@@ -48,16 +58,17 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains the network, and writes its variables into the folder of the run."""
+    """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
     labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
     plan = Plan.load(args.plan) if args.plan else None
     args.folder.mkdir(parents=True, exist_ok=True)
+    start = _start(job, plan, args.folder / START)
     tuned = _trained(
         job,
-        _start(job, plan, args.folder / START),
+        start,
         job.images if labels is None else (job.images, labels),
         steps=args.steps,
         epochs=args.epochs,
@@ -73,10 +84,52 @@ def run(args: argparse.Namespace) -> None:
     save_weights(args.folder / RESULT, job.model.weights(tuned))
     if plan is not None:
         plan.save(args.folder / PLAN)
-    if labels is not None:
-        print(f"{np.mean(job.classes(tuned) == labels):.2%} of the images are classified as given")
+    trees = {"dense": teacher, "before": start, "after": tuned}
+    known = {name: tree for name, tree in trees.items() if tree is not None}
+    report = _report(job, labels, known, plan, args)
+    write_report(args.folder, report)
+    print(report.summary)
     print(f"The network is {args.folder / RESULT}.")
+    print(f"The report is {args.folder / 'report.html'}.")
     print(loading_lines(job.model, job.kwargs, args.folder / RESULT))
+
+
+def _report(
+    job: Job,
+    labels: np.ndarray | None,
+    trees: Mapping[str, Any],
+    plan: Plan | None,
+    args: argparse.Namespace,
+) -> Report:
+    """The report of a run whose networks are named as in `Training`."""
+    every = -(-len(job.images) // SCORED)
+    part = dataclasses.replace(job, images=job.images[::every])
+    accuracy = {}
+    if labels is not None:
+        wanted = labels[::every]
+        accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
+    length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
+    training = Training(
+        asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
+        metrics=read_metrics(args.folder),
+        accuracy=accuracy,
+        scored=len(part.images),
+    )
+    own, networks = setting(args, job.model), _networks(job, trees["after"], plan)
+    following = after_finetune(own, args.folder / RESULT)
+    return tuned_report(own.subject, training, networks, following)
+
+
+def _accuracy(job: Job, tree: Any, labels: np.ndarray) -> float:
+    return float(np.mean(job.classes(tree) == labels))
+
+
+def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
+    """The dense and the trained network; None where the dense one or the plan is not known."""
+    if plan is None or decomposed_paths(job.variables):
+        return None
+    values = plain_spectra(job, plan)
+    return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
 
 
 def _trained(job: Job, start: Any, data: Any, teacher: Any, **options: Any) -> Any:

@@ -100,16 +100,6 @@ class Job:
         call = lowrank(functools.partial(self.apply, **self.kwargs))
         return jax.eval_shape(call, self.variables, self.images[:1]).shape[-1]
 
-    def output_error(self, variables: Any) -> float:
-        """Norm of the change of the outputs over the norm of the dense network's outputs."""
-        gap = norm = 0.0
-        pairs = zip(self.outputs(self.variables), self.outputs(variables), strict=True)
-        for wanted, found in pairs:
-            wide = wanted.astype(np.float64)
-            gap += float(np.sum((found - wide) ** 2))
-            norm += float(np.sum(wide**2))
-        return (gap / norm) ** 0.5 if norm else 0.0
-
 
 def add_network_options(command: argparse.ArgumentParser, count: int | None = None) -> None:
     """The options that name a network and its images.

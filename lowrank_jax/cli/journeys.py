@@ -13,7 +13,8 @@ from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.io.weights import save_weights
 from lowrank_jax.models import NIN
-from lowrank_jax.report.journey import markdown, write_report
+from lowrank_jax.report.journey import journey_report, markdown
+from lowrank_jax.report.writing import write_report
 
 
 def add_commands(commands: Any) -> None:
@@ -71,7 +72,7 @@ def run_demo(args: argparse.Namespace) -> None:
     variables = data.pretrained()
     experiment.check_ranks(variables, args.ranks)
     _run(args, variables, data.sample("train"), data.sample("test"), recipe)
-    print(f"Took {time.perf_counter() - start:.0f} s; a report with pictures is in {args.out}")
+    print(f"Took {time.perf_counter() - start:.0f} s; the report is {args.out / 'report.html'}")
 
 
 def run_cifar10(args: argparse.Namespace) -> None:
@@ -89,7 +90,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
     _run(args, variables, train, test, tuning, work / "fine-tuning")
     shutil.rmtree(work, ignore_errors=True)
-    print(f"A report with pictures and both networks is in {args.out}")
+    print(f"Both networks are in {args.out}, and the report is report.html there")
 
 
 def _dense_recipe(args: argparse.Namespace) -> experiment.Recipe | None:
@@ -121,6 +122,7 @@ def _run(
     given = (_model(args), variables, args.ranks, train, test, recipe)
     journey = journeys.run(*given, tune_planned=work is not None, folder=work)
     with whole_folder(args.out) as folder:
-        write_report(folder, journey, f"lowrank-jax {args.command}")
+        save_weights(folder / "lowrank.npz", journey.result.variables)
         save_weights(folder / "dense.npz", variables)
+        write_report(folder, journey_report(journey, f"lowrank-jax {args.command}", args.out))
     print(f"\n{markdown(journey)}\n")

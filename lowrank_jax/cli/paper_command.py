@@ -1,8 +1,6 @@
 """The command `paper`: costs and speed of the authors' networks at the authors' ranks."""
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.cli.options import new_command, positive
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.report.paper import NetworkFacts, layer_facts, markdown
+from lowrank_jax.report.paper import NetworkFacts, layer_facts, markdown, paper_report
+from lowrank_jax.report.writing import write_report
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 from lowrank_jax.tree.paths import named_leaves
 from lowrank_jax.tuning.timing import compile_fastest, throughput
@@ -45,12 +43,9 @@ def run(args: argparse.Namespace) -> None:
         rounds = max(args.rounds, 2)
         found[name] = network_facts(PUBLISHED[name], args.batch, rounds, args.weights)
         print(f"\n## {name}\n\n{markdown(found[name])}", flush=True)
-    facts = {name: dataclasses.asdict(own) for name, own in found.items()}
-    report = {"command": "lowrank-jax paper", "machine": machine(), "networks": facts}
     with whole_folder(args.out) as folder:
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        texts = [f"## {name}\n\n{markdown(facts)}\n" for name, facts in found.items()]
-        (folder / "report.md").write_text("# lowrank-jax paper\n\n" + "\n".join(texts))
+        write_report(folder, paper_report(found))
+    print(f"\nThe report is {args.out / 'report.html'}")
 
 
 def network_facts(

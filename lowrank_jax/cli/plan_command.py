@@ -3,23 +3,25 @@
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lowrank_jax.calibration.collecting import Calibration
+from lowrank_jax.cli.comparing import Comparison, add_comparison_options, times
+from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import Job, add_job_options, load_job
 from lowrank_jax.cli.options import new_command, shares
 from lowrank_jax.cli.snippets import planning_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.folders import whole_folder
-from lowrank_jax.planning.curves import draw_curve
-from lowrank_jax.planning.planner import plan
+from lowrank_jax.io.weights import save_weights
+from lowrank_jax.planning.planner import calibrated_spectra, plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.report.planned import write_plan
-
-Points = Sequence[tuple[Plan, float]]
+from lowrank_jax.report.next_steps import after_plan
+from lowrank_jax.report.planned import Networks, Point, plan_report
+from lowrank_jax.report.writing import write_report
+from lowrank_jax.tree.decomposing import decompose
 
 
 def add_command(commands: Any) -> None:
@@ -27,34 +29,49 @@ def add_command(commands: Any) -> None:
     about = "choose the ranks of a checkpoint within a budget, with unlabelled images"
     command = new_command(commands, "plan", about, run)
     add_job_options(command, "lowrank-jax-plan")
-    about = "shares, such as 0.3,0.5,0.7, to compress to and to draw"
-    command.add_argument("--curve", type=shares, help=about)
     about = (
-        "classes of the images, .npy or .npz, where these have none: the curve is of accuracy, not "
-        "of agreement with the dense network"
+        "shares, such as 0.3,0.5,0.7, to compress to, to draw and to save; of 256 images and more "
+        "every fourth is not fitted to, and scored"
     )
-    command.add_argument("--labels", help=about)
+    command.add_argument("--curve", type=shares, help=about)
+    add_comparison_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes a plan and its table, and the curve if shares are given."""
+    """Writes a plan, the networks of the curve if shares are given, and a report."""
+    if args.labels and not args.curve:
+        raise ValueError("--labels is for the networks of --curve; give shares such as 0.3,0.5.")
     job = load_job(args)
-    labels = job.labels(args.images, args.labels) if args.labels or args.curve else None
-    found, [measure] = job.calibrate(), args.budget
+    if args.curve and job.class_count < 2:
+        raise ValueError(
+            "--curve compares classes, and this network gives one number; leave it out."
+        )
+    compared = None
+    if args.curve:
+        compared = Comparison.of(job, job.labels(args.images, args.labels), hold_out=True)
+    fitted = compared.fitted if compared else job
+    found = fitted.calibrate()
     choose = planner(found, args)
     chosen = choose(**args.budget)
-    points = curve(job, found, choose, measure, args.curve, labels) if args.curve else []
-    facts = {
-        "command": "lowrank-jax plan",
-        "curve": [(planned.total(measure)[1], kept) for planned, kept in points],
-    }
+    points = curve(compared, found, choose, args) if compared else []
+    small = decompose(job.variables, chosen, found.trace) if chosen.ranks else job.variables
+    networks = Networks(
+        plan=chosen,
+        dense=job.variables,
+        small=small,
+        spectra=calibrated_spectra(found),
+        weighted=True,
+        times=times(job, small, chosen, args.batch) if args.time else None,
+    )
+    own = setting(args, job.model)
+    report = plan_report(own.subject, networks, points, after_plan(own, args.out))
     with whole_folder(args.out) as folder:
-        write_plan(folder, chosen, facts)
-        if points:
-            picture = _draw(points, measure, labels is not None)
-            picture.savefig(folder / "curve.png", dpi=120)
-    print(f"{chosen}\nThe plan is in {args.out / 'plan.json'}")
-    if amount := job.amount():
+        chosen.save(folder / "plan.json")
+        for point in points:
+            _save(folder, point, job)
+        write_report(folder, report)
+    print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}.")
+    if amount := fitted.amount():
         print(amount)
     print(planning_lines(job.model, job.kwargs, job.source, args.out / "plan.json"))
 
@@ -71,30 +88,24 @@ def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]
 
 
 def curve(
-    job: Job,
+    compared: Comparison,
     found: Calibration,
     choose: Callable[..., Plan],
-    measure: str,
-    shares: Sequence[float],
-    labels: np.ndarray | None,
-) -> Points:
-    """For each share the plan, and the part of the images that its network classifies as wanted.
-
-    Wanted are the labels, or what the dense network says.
-    """
-    wanted = job.classes(job.variables) if labels is None else labels
+    args: argparse.Namespace,
+) -> Sequence[Point]:
+    """For each share of the budget the plan, its network, and how well that does."""
+    [measure] = args.budget
     points = []
-    for share in shares:
-        planned = choose(**{measure: share})
-        small = compress(found, planned) if planned.ranks else job.variables
-        kept = float(np.mean(job.classes(small) == wanted))
-        print(f"{measure}={share}: {kept:.2%}", flush=True)
-        points.append((planned, kept))
+    for amount in args.curve:
+        planned = choose(**{measure: amount})
+        small = compress(found, planned) if planned.ranks else compared.fitted.variables
+        score = compared.score(small)
+        print(f"{measure}={amount}: {score}", flush=True)
+        points.append(Point(amount=amount, plan=planned, small=small, score=score))
     return points
 
 
-def _draw(points: Points, measure: str, accuracy: bool) -> Any:
-    figure = draw_curve({"compressed": points}, measure=measure)
-    if not accuracy:
-        figure.axes[0].set_ylabel("images classified as by the dense network, %")
-    return figure
+def _save(folder: Path, point: Point, job: Job) -> None:
+    """Writes a network of the curve, and its plan."""
+    save_weights(folder / f"curve-{point.amount}.npz", job.model.weights(point.small))
+    point.plan.save(folder / f"curve-{point.amount}-plan.json")

@@ -13,6 +13,7 @@ def draw_curve(
     points: Mapping[str, Sequence[tuple[Plan, float]]],
     measure: str = "macs",
     dense: float | None = None,
+    axis: str = "accuracy, %",
 ) -> "Figure":
     """Draws accuracy over cost, one line for each label.
 
@@ -20,6 +21,7 @@ def draw_curve(
         points: label of the line to its (plan, accuracy as a share) pairs, in any order.
         measure: "parameters", "macs", "bytes" or "latency".
         dense: accuracy of the dense network, drawn as a level.
+        axis: what the accuracy is, for the axis.
 
     Returns:
         A matplotlib figure; ``figure.savefig("curve.png")`` writes it.
@@ -36,14 +38,14 @@ def draw_curve(
     if not any(points.values()):
         raise ValueError("There are no points to draw; give at least one (plan, accuracy) pair.")
     figure = _figure()
-    axis = figure.subplots()
+    axes = figure.subplots()
     for label, line in points.items():
         pairs = sorted((_share(plan, measure), 100 * accuracy) for plan, accuracy in line)
-        axis.plot(*zip(*pairs, strict=True), "o-", label=label)
+        axes.plot(*zip(*pairs, strict=True), "o-", label=label)
     if dense is not None:
-        axis.axhline(100 * dense, color="#8c8c8c", ls="--", label="dense")
-    axis.set(xlabel=f"{measure}, share of the dense network", ylabel="accuracy, %")
-    axis.legend(frameon=False)
+        axes.axhline(100 * dense, color="#8c8c8c", ls="--", label="dense")
+    axes.set(xlabel=f"{measure}, share of the dense network", ylabel=axis)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -1,7 +1,5 @@
-"""The report of an experiment: a table, pictures and the figures as JSON, in one folder."""
+"""The report of `demo` and `cifar10`: every network of the journey beside the others."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_jax.experiments.journey import (
@@ -14,72 +12,186 @@ from lowrank_jax.experiments.journey import (
     Journey,
     Stage,
 )
-from lowrank_jax.io.weights import save_weights
-from lowrank_jax.planning.plans import Choice
-from lowrank_jax.report.pictures import PICTURES
+from lowrank_jax.planning.plans import Choice, Plan
+from lowrank_jax.planning.spectra import Spectra
+from lowrank_jax.report.filters import filters_section
+from lowrank_jax.report.pictures import draw_accuracy, draw_costs
+from lowrank_jax.report.planned import plan_highlights
+from lowrank_jax.report.record import Highlight, Picture, Report, Section, Table
+from lowrank_jax.report.spectra import spectra_section
+from lowrank_jax.report.tables import markdown_table, percent
 
 
-def write_report(folder: Path, journey: Journey, title: str) -> None:
-    """Writes report.md, report.json, pictures and the low-rank weights into a folder."""
-    text = f"# {title}\n\n{markdown(journey)}\n"
-    for name, draw in PICTURES.items():
-        figure = draw(journey)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        text += f"\n![{name}]({name}.png)\n"
-    (folder / "report.md").write_text(text)
-    (folder / "report.json").write_text(json.dumps(figures(journey), indent=1) + "\n")
-    save_weights(folder / "lowrank.npz", journey.result.variables)
+def journey_report(journey: Journey, title: str, out: Path) -> Report:
+    """The report of `demo` and `cifar10`.
+
+    Args:
+        journey: what was found.
+        title: the command.
+        out: folder of the results, as the next steps name it.
+    """
+    return Report(
+        title=title,
+        summary=_summary(journey),
+        machine=journey.machine,
+        highlights=_highlights(journey),
+        sections=[*_sections(journey), *_following(out)],
+        facts=figures(journey),
+    )
+
+
+def _summary(journey: Journey) -> str:
+    result, plan = journey.result, journey.planned
+    macs, weights = (_fewer(plan, measure) for measure in ("macs", "parameters"))
+    return (
+        f"Asked for: {_given(journey)}, and ranks by a plan at no more multiply-adds. Reached by "
+        f"the plan: {percent(result.accuracy)} test accuracy, of the dense network "
+        f"{percent(journey.stages[DENSE].accuracy)}, with {macs} times fewer multiply-adds and "
+        f"{weights} times fewer weights."
+    )
+
+
+def _fewer(plan: Plan, measure: str) -> str:
+    dense, low = plan.total(measure)
+    return f"{dense / low:.1f}"
+
+
+def _highlights(journey: Journey) -> list[Highlight]:
+    plan, note = journey.planned, f"dense {percent(journey.stages[DENSE].accuracy)}"
+    found = [
+        Highlight(label="test accuracy", value=percent(journey.result.accuracy), note=note),
+        *plan_highlights(plan),
+    ]
+    _, median, _ = _speed_up(journey)
+    _, rate, _ = journey.times.rate("low-rank, fast")
+    value, note = f"{median:.2f}\N{MULTIPLICATION SIGN}", f"{rate:,.0f} images/s"
+    return [*found, Highlight(label="speed", value=value, note=note)]
+
+
+def _sections(journey: Journey) -> list[Section]:
+    plan, dense = journey.planned, journey.stages[DENSE].variables
+    names = {path: {own.first: journey.spectra[path]} for path, own in journey.given.ranks.items()}
+    stages = Section(
+        title="What each network keeps and costs",
+        text=f"Each row is a network. {_sure(journey)}\n\n{_speed(journey)}",
+        table=Table(rows=stage_rows(journey)),
+        pictures=[_accuracy_picture(journey)],
+    )
+    ranks = Section(
+        title="The ranks, as given and as planned",
+        text="Both networks have about as many multiply-adds. The plan spends them where the "
+        "images show that they are needed.",
+        table=Table(rows=layer_rows(journey)),
+        pictures=[_cost_picture(journey, measure) for measure in ("parameters", "macs")],
+    )
+    others = [
+        spectra_section(journey.given, Spectra(names), weighted=False),
+        filters_section(plan, dense, journey.result.variables),
+    ]
+    return [stages, ranks, *(section for section in others if section)]
+
+
+def _accuracy_picture(journey: Journey) -> Picture:
+    return Picture(
+        name="accuracy",
+        title="Test accuracy of each network",
+        about="The dashed line is the dense network. Light bars have the given ranks, dark ones "
+        "those of the plan. Bars whose lengths differ by less than the accuracy is known to are "
+        "alike.",
+        draw=lambda: draw_accuracy(journey),
+    )
+
+
+def _cost_picture(journey: Journey, measure: str) -> Picture:
+    names = {"parameters": "weights", "macs": "multiply-adds"}
+    return Picture(
+        name=names[measure].replace("-", "_"),
+        title=f"{names[measure].capitalize()} of each layer",
+        about="Grey is the layer as it was, light blue at the given rank, blue at the planned one.",
+        draw=lambda: draw_costs(journey, [measure]),
+    )
+
+
+def _following(out: Path) -> list[Section]:
+    lines = [
+        "import lowrank_jax as lr",
+        "from lowrank_jax.models import NIN",
+        "",
+        f"small = lr.load_weights({str(out / 'lowrank.npz')!r})",
+        "logits = lr.lowrank(NIN().apply)(small, images)  # (batch, 32, 32, 3), normalised",
+    ]
+    text = (
+        "The network is an ordinary tree of arrays, and the model's code is unchanged: lowrank "
+        "runs it with the factors in the kernels' place."
+    )
+    own = (
+        "The same for a checkpoint of yours: name the model by its import path, give images "
+        "without labels, and say how much may be left."
+    )
+    command = (
+        "lowrank-jax compress --checkpoint dense.npz --model package.module:Net "
+        "--images images.npy --budget macs=0.5"
+    )
+    return [
+        Section(title="What to do next: run it", text=text, code="\n".join(lines)),
+        Section(title="What to do next: compress your own", text=own, code=command),
+    ]
 
 
 def markdown(journey: Journey) -> str:
     """The figures as Markdown tables, readable on a terminal too."""
-    low, median, high = journey.times.ratio("low-rank, fast", "dense, fast")
-    passes = len(journey.times.seconds["dense"])
-    speed = (
-        f"With `fast` the low-rank network runs {median:.2f} times the images/s of the dense one "
-        f"(quartiles {low:.2f} to {high:.2f}; batch {journey.times.items}, {passes} passes of each "
-        "in turn)."
-    )
-    sure = f"An accuracy on {journey.tests:,} images is known to within {_noise(journey)}."
+    stages, layers = (Table(rows=rows(journey)) for rows in (stage_rows, layer_rows))
     machine = f"Machine: {journey.machine}"
-    return "\n\n".join((stage_table(journey), sure, speed, layer_table(journey), machine))
+    sentences = (_sure(journey), _speed(journey))
+    return "\n\n".join((markdown_table(stages), *sentences, markdown_table(layers), machine))
 
 
-def stage_table(journey: Journey) -> str:
+def _speed(journey: Journey) -> str:
+    low, median, high = _speed_up(journey)
+    passes = len(journey.times.seconds["dense"])
+    return (
+        f"With lowrank_jax.fast the low-rank network runs {median:.2f} times the images/s of the "
+        f"dense one (quartiles {low:.2f} to {high:.2f}; batch {journey.times.items}, {passes} "
+        "passes of each in turn)."
+    )
+
+
+def _speed_up(journey: Journey) -> tuple[float, float, float]:
+    return journey.times.ratio("low-rank, fast", "dense, fast")
+
+
+def _sure(journey: Journey) -> str:
+    return f"An accuracy on {journey.tests:,} images is known to within {_noise(journey)}."
+
+
+def stage_rows(journey: Journey) -> list[tuple[str, ...]]:
     """What each network keeps and costs: the table that the demo is about."""
-    head = ("network", "test accuracy", "multiply-adds", "weights", "jax.jit", "lowrank_jax.fast")
+    head: tuple[str, ...] = (
+        "network",
+        "test accuracy",
+        "multiply-adds",
+        "weights",
+        "jax.jit",
+        "lowrank_jax.fast",
+    )
     rows = [head]
     for name, stage in journey.stages.items():
         costs = (_cost(journey, stage, "macs"), _cost(journey, stage, "parameters"))
         score = f"{stage.accuracy:.2%}"
         rows.append((_label(journey, name), score, *costs, *_rates(journey, name)))
-    return table(rows)
+    return rows
 
 
-def layer_table(journey: Journey) -> str:
+def layer_rows(journey: Journey) -> list[tuple[str, ...]]:
     """The ranks and the multiply-adds of every layer, as given and as planned."""
     macs = "multiply-adds"
-    rows = [("layer", macs, "given rank", macs, "planned rank", macs)]
+    head: tuple[str, ...] = ("layer", macs, "given rank", macs, "planned rank", macs)
+    rows = [head]
     for first, second in zip(journey.given, journey.planned, strict=True):
         dense, low = first.macs
         planned = f"{second.macs[1]:,}"
         rows.append((first.path, f"{dense:,}", _rank(first), f"{low:,}", _rank(second), planned))
-    return table(rows)
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table; the first row is its head, the first column is aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) + " |"
-        for r in rows
-    ]
-    rule = (
-        "| "
-        + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        + " |"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return rows
 
 
 def figures(journey: Journey) -> dict:
@@ -89,15 +201,13 @@ def figures(journey: Journey) -> dict:
         name: dict(zip(names, journey.times.rate(name), strict=True))
         for name in journey.times.seconds
     }
-    ratio = journey.times.ratio("low-rank, fast", "dense, fast")
     return {
-        "machine": journey.machine,
         "images": journey.images,
         "tests": journey.tests,
         "stages": {name: _facts(stage) for name, stage in journey.stages.items()},
         "batch_size": journey.times.items,
         "images_per_second": times,
-        "speed_up": dict(zip(names, ratio, strict=True)),
+        "speed_up": dict(zip(names, _speed_up(journey), strict=True)),
     }
 
 
@@ -114,11 +224,6 @@ def _facts(stage: Stage) -> dict:
         "layers": layers,
         **totals,
     }
-
-
-def costs(pair: Sequence[int]) -> tuple[str, str, str]:
-    """Dense, low-rank and their ratio, as the columns of a table."""
-    return f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[0] / pair[1]:.2f}"
 
 
 def _label(journey: Journey, name: str) -> str:

@@ -1,10 +1,12 @@
-"""The pictures of an experiment."""
+"""The pictures of the journey: accuracies of its networks, and costs of its layers."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lowrank_jax.experiments.journey import CLOSED, FITTED, TUNED, Journey
 from lowrank_jax.experiments.journey import DENSE as START
+from lowrank_jax.report.drawing import legend_below, new_figure, short
+from lowrank_jax.report.tables import count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,69 +14,44 @@ if TYPE_CHECKING:
 DENSE, LIGHT, LOWRANK = "#8c8c8c", "#9ecae1", "#1f77b4"
 
 
-def _figure(columns: int) -> tuple["Figure", Any]:
-    from matplotlib.figure import Figure
+def draw_costs(journey: Journey, measures: Sequence[str] = ("parameters", "macs")) -> "Figure":
+    """Costs of each layer, dense, at the given ranks and at the planned ones.
 
-    figure = Figure(figsize=(4.2 * columns, 3.2), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def draw_spectra(journey: Journey) -> "Figure":
-    """The singular values of each decomposed layer, with its rank."""
-    figure, axes = _figure(len(journey.spectra))
-    schemes = journey.given.ranks
-    for axis, (name, values) in zip(axes, journey.spectra.items(), strict=True):
-        rank = schemes[name].rank
-        kept = (values[:rank] ** 2).sum() / (values**2).sum()
-        axis.semilogy(range(1, len(values) + 1), values, ".-", color=DENSE)
-        axis.semilogy(range(1, rank + 1), values[:rank], ".-", color=LOWRANK)
-        axis.axvline(rank + 0.5, color="black", lw=1, ls="--")
-        axis.set(
-            title=f"{name}: rank {rank} keeps {kept:.1%} of the energy",
-            xlabel="index",
-            ylabel="singular value",
-        )
-        axis.title.set_size(10)
-    return figure
-
-
-def draw_costs(journey: Journey) -> "Figure":
-    """Parameters and macs of each layer, dense, at the given ranks and at the planned ones."""
-    figure, axes = _figure(2)
+    Args:
+        journey: what was found.
+        measures: "parameters" or "macs", a picture for each, one above the other.
+    """
     names = [choice.path for choice in journey.given]
-    for axis, measure in zip(axes, ("parameters", "macs"), strict=True):
+    figure, axes = new_figure((0.9 + 0.4 * len(names)) * len(measures), rows=len(measures))
+    for axis, measure in zip(axes, measures, strict=True):
         lines = {
             "dense": (DENSE, [getattr(choice, measure)[0] for choice in journey.given]),
-            "given ranks": (LIGHT, [getattr(choice, measure)[1] for choice in journey.given]),
-            "planned ranks": (LOWRANK, [getattr(choice, measure)[1] for choice in journey.planned]),
+            "given": (LIGHT, [getattr(choice, measure)[1] for choice in journey.given]),
+            "planned": (LOWRANK, [getattr(choice, measure)[1] for choice in journey.planned]),
         }
         for index, (label, (color, values)) in enumerate(lines.items()):
             places = [place + 0.27 * (index - 1) for place in range(len(names))]
-            axis.bar(places, values, 0.27, color=color, label=label)
-        axis.set_xticks(range(len(names)), names, rotation=30)
-        axis.set_title("macs per image" if measure == "macs" else measure, size=10)
-        axis.legend(frameon=False)
+            axis.barh(places, values, 0.25, color=color, label=label)
+        axis.set_yticks(range(len(names)), [short(name) for name in names])
+        axis.invert_yaxis()
+        axis.set_title("Multiply-adds" if measure == "macs" else "Weights", loc="left")
+        axis.xaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
+        axis.locator_params(axis="x", nbins=4)
+        legend_below(axis, columns=3)
     return figure
 
 
 def draw_accuracy(journey: Journey) -> "Figure":
     """The accuracy of every stage, beside that of the dense network."""
-    figure, (axis,) = _figure(1)
+    figure, [axis] = new_figure(0.9 + 0.35 * len(journey.stages))
     low = {name: stage for name, stage in journey.stages.items() if stage.plan}
     scores = [100 * stage.accuracy for stage in low.values()]
     colors = [LIGHT if name in (CLOSED, FITTED, TUNED) else LOWRANK for name in low]
-    bars = axis.barh(range(len(low)), scores, color=colors)
-    axis.bar_label(bars, fmt="%.1f", padding=2)
+    axis.barh(range(len(low)), scores, color=colors)
     axis.axvline(100 * journey.stages[START].accuracy, color=DENSE, ls="--", label="dense")
-    axis.set_yticks(range(len(low)), list(low))
+    labels = [f"{name}: {score:.1f}" for name, score in zip(low, scores, strict=True)]
+    axis.set_yticks(range(len(low)), labels)
     axis.invert_yaxis()
-    axis.set(xlabel="test accuracy, %", xlim=(0, 110))
-    axis.legend(frameon=False)
+    axis.set(title="Test accuracy, %", xlim=(0, 100))
+    legend_below(axis, columns=1)
     return figure
-
-
-PICTURES: dict[str, Callable[[Journey], "Figure"]] = {
-    "spectra": draw_spectra,
-    "costs": draw_costs,
-    "accuracy": draw_accuracy,
-}

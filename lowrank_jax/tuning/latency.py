@@ -1,9 +1,12 @@
-"""The times of all layers of a network, dense and at a few ranks, for a plan with a latency."""
+"""The times of all layers of a network: at a few ranks for a plan, and with given factors."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.tuning.algorithms import PLAIN, Layer
 from lowrank_jax.tuning.products import Product
@@ -37,6 +40,51 @@ def layer_seconds(
                 scheme: sum(use.uses * row[scheme] for row, use in times) for scheme in rows[0]
             }
     return found
+
+
+def scheme_seconds(
+    trace: Trace, timer: Timer, schemes: Mapping[str, Scheme | None]
+) -> dict[str, tuple[float, float]]:
+    """Times of layers, dense and with the factors of a table, each by its fastest algorithm.
+
+    Args:
+        trace: `lowrank_jax.trace` of the forward pass, at the batch size that is of interest.
+        timer: that measures.
+        schemes: layer path to its decomposition; None where it stays dense.
+    """
+    found = {}
+    for path, scheme in schemes.items():
+        uses = trace.at(path)
+        pairs = [(use.uses, *_use_seconds(use, timer, scheme)) for use in uses]
+        found[path] = sum(n * x for n, x, _ in pairs), sum(n * x for n, _, x in pairs)
+    return found
+
+
+def _use_seconds(use: KernelUse, timer: Timer, scheme: Scheme | None) -> tuple[float, float]:
+    if use.kind == "product":
+        times = timer.measure_product(Product.of(use), scheme or use.scheme(1))
+        return times[DENSE], times[TWO if scheme else DENSE]
+    layer = Layer.of(use)
+    dense = timer.measure(layer, None)[DENSE]
+    if scheme is None:
+        return dense, dense
+    if isinstance(scheme, Tucker):
+        return dense, _tucker_seconds(layer, timer, scheme)
+    return timer.measure(layer, scheme)[DENSE], _pair_seconds(layer, timer, scheme)
+
+
+def _pair_seconds(layer: Layer, timer: Timer, scheme: Scheme) -> float:
+    return timer.measure(layer, scheme)[timer.fastest(layer, scheme)]
+
+
+def _tucker_seconds(layer: Layer, timer: Timer, scheme: Tucker) -> float:
+    """The first 1 x 1 convolution, and the other two as the two factors of a layer of their own."""
+    channels, ones = scheme.groups * scheme.rank, (1,) * len(layer.size)
+    still: dict[str, Any] = dict(size=ones, strides=ones, dilation=ones, input_dilation=ones)
+    padding = ((0, 0),) * len(ones)
+    first = dataclasses.replace(layer, features=channels, padding=padding, **still)
+    others = dataclasses.replace(layer, inputs=(*layer.inputs[:-1], channels))
+    return timer.measure(first, None)[DENSE] + _pair_seconds(others, timer, scheme.core)
 
 
 def _row(use: KernelUse, timer: Timer, schemes: list[Scheme]) -> dict[Scheme | None, float]:

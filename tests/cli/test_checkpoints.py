@@ -12,6 +12,7 @@ import pytest
 from lowrank_jax import Plan, load_weights, lowrank, save_weights
 from lowrank_jax.cli import jobs
 from lowrank_jax.cli.main import main
+from lowrank_jax.report import writing
 
 MODEL = """
 from flax import linen as nn
@@ -78,8 +79,9 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
 ):
     out, normalise = tmp_path / "out", ["--mean", "0.5,0.5,0.5", "--std", "0.25"]
     assert main(["compress", *files, *normalise, "--budget", "macs=0.5", "--out", str(out)]) == 0
-    names = ["manifest.json", "plan.json", "report.json", "report.md", "variables.npz"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    names = {"manifest.json", "plan.json", "report.html", "report.json", "report.md"}
+    pictures = {f"{name}.png" for name in ("weights", "multiply_adds", "spectra", "filters")}
+    assert {path.name for path in out.iterdir()} == names | pictures | {"variables.npz"}
     small, plan = load_weights(out / "variables.npz"), Plan.load(out / "plan.json")
     dense, low = plan.total("macs")
     assert 0.4 * dense < low <= 0.5 * dense
@@ -93,8 +95,14 @@ def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
     assert passes == [{"train": False}]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without their pictures, which take long to draw."""
+    monkeypatch.setattr(writing, "draw_all", lambda pictures: {})
+
+
 @pytest.mark.parametrize("budget", ["parameters=0.6", "bytes=0.95"])
-def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget):
+def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget, undrawn):
     first, second = tmp_path / "plan", tmp_path / "compressed"
     options = ["--budget", budget, "--multiple", "2"]
     assert main(["plan", *files, *options, "--out", str(first)]) == 0
@@ -109,12 +117,44 @@ def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path,
     out = tmp_path / "out"
     assert main(["plan", *files, "--curve", "0.6,1.0", "--out", str(out)]) == 0
     assert (out / "curve.png").stat().st_size > 1000
-    (low, _), (dense, agreement) = json.loads((out / "report.json").read_text())["curve"]
+    facts = json.loads((out / "report.json").read_text())
+    (low, kept), (dense, agreement) = facts["curve"]
     assert low < dense and agreement == 1.0  # all dense: all images agree
     assert len(passes) == 1
+    apply, variables = network(files)
+    small, images = load_weights(out / "curve-0.6.npz"), scaled(files)
+    same = lowrank(apply)(small, images).argmax(-1) == apply(variables, images).argmax(-1)
+    assert float(same.mean()) == kept
+    assert Plan.load(out / "curve-0.6-plan.json").total("macs")[1] == low
 
 
-def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys):
+def test_with_labels_compress_sets_both_accuracies_beside_each_other(
+    files, tmp_path, capsys, undrawn
+):
+    apply, variables = network(files)
+    labels = np.array(apply(variables, scaled(files)).argmax(-1))
+    labels[:4] = (labels[:4] + 1) % 10
+    np.save(tmp_path / "labels.npy", labels)
+    given = ["--labels", str(tmp_path / "labels.npy"), "--budget", "macs=1.0"]
+    assert main(["compress", *files, *given, "--out", str(tmp_path / "out")]) == 0
+    assert "Accuracy: 75.0 %, of the dense network 75.0 %" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert facts["accuracy"] == {"dense": 0.75, "low-rank": 0.75}
+    assert "Accuracy: 75.0&nbsp;%" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_curve_of_a_network_without_classes_is_refused(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jobs.Job, "class_count", 1)
+    assert main(["plan", *files, "--curve", "0.5", "--out", str(tmp_path / "out")]) == 2
+    assert "this network gives one number; leave it out" in capsys.readouterr().err
+
+
+def test_labels_without_a_curve_are_refused_by_plan(files, tmp_path, capsys):
+    assert main(["plan", *files, "--labels", "l.npy", "--out", str(tmp_path / "out")]) == 2
+    assert "--labels is for the networks of --curve" in capsys.readouterr().err
+
+
+def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys, undrawn):
     apply, variables = network(files)
     logits = np.array(apply(variables, scaled(files)))
     labels = logits.argmax(-1)
@@ -122,7 +162,7 @@ def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys):
     np.save(tmp_path / "labels.npy", labels)
     given = ["--curve", "1.0", "--labels", str(tmp_path / "labels.npy")]
     assert main(["plan", *files, *given, "--out", str(tmp_path / "out")]) == 0
-    assert "macs=1.0: 50.00%" in capsys.readouterr().out
+    assert "macs=1.0: Accuracy: 50.0 %, of the dense network 50.0 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,9 @@ def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(f
     lines = read_metrics(tmp_path / "a")
     assert lines[-1]["step"] == 4 and {"distillation", "cross_entropy"} <= set(lines[-1])
     assert Plan.load(tmp_path / "a" / "plan.json") == Plan.load(files / "plan.json")
+    facts = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert set(facts["accuracy"]) == {"dense", "before", "after"} and facts["layers"]
+    assert facts["metrics"][-1]["step"] == 4 and (tmp_path / "a" / "report.html").exists()
     assert main(command(files, tmp_path / "a", *options, "--epochs", "3")) == 0
     assert [line["step"] for line in read_metrics(tmp_path / "a")] == [2, 4, 6]
 

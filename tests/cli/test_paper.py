@@ -49,7 +49,10 @@ def test_the_command_prints_a_table_and_writes_a_report(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Error: none. There are no pretrained weights of this network." in text
     assert "## CIFAR CNN" in text and "times as fast (quartiles" in text
-    assert text.strip().splitlines()[-1] in (tmp_path / "paper" / "report.md").read_text()
+    lines = text.split("## CIFAR CNN")[1].strip().splitlines()
+    report_text = (tmp_path / "paper" / "report.md").read_text()
+    assert all(line in report_text for line in lines if line.startswith(("Weights", "Multiply")))
+    assert (tmp_path / "paper" / "report.html").exists()
     assert [layer["rank"] for layer in found["layers"]] == [10, 51, 51]
     assert [layer["error"] for layer in found["layers"]] == [None] * 3
     assert len(found["speed_up"]) == 3 and min(found["speed_up"]) > 0

@@ -70,8 +70,8 @@ def test_the_report_sets_found_beside_published_figures():
     )
     text = markdown(facts)
     assert "Weights: 2.500 times fewer, in the decomposed layers 3.000 times" in text
-    assert "published: 2.50\n" in text and "Multiply-adds: 1.82 times fewer" in text
-    assert "2 images: 1.50 times as fast (quartiles 1.00 to 2.00)\nThe ranks are ours." in text
+    assert "published: 2.50.\n" in text and "Multiply-adds: 1.82 times fewer." in text
+    assert "2 images: 1.50 times as fast (quartiles 1.00 to 2.00).\nThe ranks are ours." in text
 
 
 def test_errors_are_a_column_where_they_are_known_and_none_elsewhere():

@@ -10,7 +10,7 @@ from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.selectors import latency
 from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.tuning.algorithms import PLAIN
-from lowrank_jax.tuning.latency import layer_seconds
+from lowrank_jax.tuning.latency import layer_seconds, scheme_seconds
 from lowrank_jax.tuning.timer import Timer
 from lowrank_jax.tuning.timer_file import DENSE, TWO
 
@@ -100,3 +100,17 @@ def test_a_latency_budget_covers_products(monkeypatch):
     dense, chosen = plan.total("latency")
     assert chosen <= dense / 2 and set(plan.ranks) == {"layers_0", "layers_2"}
     assert all(scheme.rank < 10 for scheme in plan.ranks.values())
+
+
+def test_times_of_given_factors_stand_beside_the_dense_ones(net):
+    _, trace = net
+    table = {"Conv_0": None, "Conv_1": lr.Separable(6), "head": None}
+    found = scheme_seconds(trace, Made(rounds=2), table)
+    assert found["Conv_0"] == (1.0, 1.0) and found["Conv_1"] == (1.0, 6 / 30)
+    assert found["head"][0] == found["head"][1] > 0
+
+
+def test_a_layer_of_three_convolutions_takes_the_time_of_the_first_and_of_the_others(net):
+    _, trace = net
+    found = scheme_seconds(trace, Made(), {"Conv_1": lr.Tucker(3, inner=6)})
+    assert found["Conv_1"] == (1.0, pytest.approx(1 + 6 / 30))
