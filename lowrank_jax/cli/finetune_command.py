@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, load_variables
-from lowrank_jax.cli.options import new_command, positive, rate, share
+from lowrank_jax.cli.options import new_command, positive, rate, share, shares
 from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -28,6 +28,7 @@ from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
 from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.training.shrinking import last_stage, shrink
 
 SCORED = 4096  # training images whose classes are compared with the labels
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
@@ -42,7 +43,13 @@ def add_command(commands: Any) -> None:
     about = "classes of the images, .npy or .npz, where these have none; needed without a teacher"
     add("--labels", help=about)
     about = "plan.json, by which a dense checkpoint is compressed first; it is then the teacher"
-    add("--plan", type=Path, help=about)
+    ranks = command.add_mutually_exclusive_group()
+    ranks.add_argument("--plan", type=Path, help=about)
+    about = (
+        "falling shares of the macs, such as 0.7,0.5: a dense checkpoint is compressed to each "
+        "and trained there"
+    )
+    ranks.add_argument("--shrink", type=shares, help=about)
     add("--teacher", help="dense checkpoint whose probabilities are targets, too")
     about = "weight of the teacher's probabilities from 0 to 1, the rest is that of the labels"
     add("--distill", type=share, default=0.5, help=about)
@@ -60,16 +67,17 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
+    if args.shrink and (job.model.is_nnx or decomposed_paths(job.variables)):
+        raise ValueError(
+            "--shrink needs a dense checkpoint of a Linen model or of a function; give one, or "
+            "--plan."
+        )
     labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
-    plan = Plan.load(args.plan) if args.plan else None
     args.folder.mkdir(parents=True, exist_ok=True)
-    start = _start(job, plan, args.folder / START)
-    tuned = _trained(
-        job,
-        start,
-        job.images if labels is None else (job.images, labels),
+    data = job.images if labels is None else (job.images, labels)
+    options: dict[str, Any] = dict(
         steps=args.steps,
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -77,16 +85,20 @@ def run(args: argparse.Namespace) -> None:
         loss=wanted,
         teacher=teacher if "teacher" in wanted.needs else None,
         seed=args.seed,
-        folder=args.folder,
         save_every=args.save_every,
-        plan=plan,
     )
+    known = {} if teacher is None else {"dense": teacher}
+    plan: Plan | None
+    if args.shrink:
+        tuned, plan = _shrunk(job, data, options, args)
+    else:
+        plan = Plan.load(args.plan) if args.plan else None
+        known["before"] = _start(job, plan, args.folder / START)
+        tuned = _trained(job, known["before"], data, folder=args.folder, plan=plan, **options)
     save_weights(args.folder / RESULT, job.model.weights(tuned))
     if plan is not None:
         plan.save(args.folder / PLAN)
-    trees = {"dense": teacher, "before": start, "after": tuned}
-    known = {name: tree for name, tree in trees.items() if tree is not None}
-    report = _report(job, labels, known, plan, args)
+    report = _report(job, labels, known | {"after": tuned}, plan, args)
     write_report(args.folder, report)
     print(report.summary)
     print(f"The network is {args.folder / RESULT}.")
@@ -111,7 +123,7 @@ def _report(
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
     training = Training(
         asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
-        metrics=read_metrics(args.folder),
+        metrics=read_metrics(last_stage(args.folder) if args.shrink else args.folder),
         accuracy=accuracy,
         scored=len(part.images),
     )
@@ -132,6 +144,15 @@ def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
     return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
 
 
+def _shrunk(
+    job: Job, data: Any, options: Mapping[str, Any], args: argparse.Namespace
+) -> tuple[Any, Plan]:
+    """The network at the last share of the macs, and its plan."""
+    inputs = job.images[:CALIBRATION]
+    schedule: dict[str, Any] = dict(macs=args.shrink, tune=options, folder=args.folder)
+    return shrink(job.apply, job.variables, inputs, data, **schedule, **job.kwargs)
+
+
 def _trained(job: Job, start: Any, data: Any, teacher: Any, **options: Any) -> Any:
     """The variables after the training."""
     if not job.model.is_nnx:
@@ -146,7 +167,11 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The dense network, where there is one beside the trained one."""
     if args.teacher:
         return load_variables(args.teacher, job.model, job.images[:1], job.kwargs).variables
-    return job.variables if args.plan and not decomposed_paths(job.variables) else None
+    return (
+        job.variables
+        if (args.plan or args.shrink) and not decomposed_paths(job.variables)
+        else None
+    )
 
 
 def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:

@@ -40,11 +40,14 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes a plan, the networks of the curve if shares are given, and a report."""
     if args.labels and not args.curve:
-        raise ValueError("--labels is for the networks of --curve; give shares such as 0.3,0.5.")
+        raise ValueError(
+            "--labels needs --curve, whose networks it scores; give shares such as --curve 0.3,0.5."
+        )
     job = load_job(args)
     if args.curve and job.class_count < 2:
         raise ValueError(
-            "--curve compares classes, and this network gives one number; leave it out."
+            "--curve needs a network that gives classes, and this one gives one number; leave "
+            "--curve out."
         )
     compared = None
     if args.curve:

@@ -14,7 +14,7 @@ from lowrank_jax.training.checkpoints import Checkpoints
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 
-PLAN = "plan.json"
+PLAN, STAGE = "plan.json", "-macs-"
 
 
 def shrink(
@@ -63,11 +63,20 @@ def shrink(
     check_schedule(macs)
     dense, current = variables, variables
     for number, share in enumerate(macs):
-        own = None if folder is None else Path(folder) / f"{number}-macs-{share:g}"
+        own = None if folder is None else Path(folder) / f"{number}{STAGE}{share:g}"
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
         options: dict[str, Any] = {"teacher": dense, **tune, "folder": own, "plan": chosen}
         current = finetune(apply, start, batches, **options, **kwargs)
     return current, chosen
+
+
+def last_stage(folder: str | os.PathLike) -> Path:
+    """The folder of the last stage within that of a run."""
+    return max(Path(folder).glob(f"*{STAGE}*"), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition(STAGE)[0])
 
 
 def check_schedule(macs: Sequence[float]) -> None:

@@ -151,7 +151,7 @@ def test_a_curve_of_a_network_without_classes_is_refused(files, tmp_path, capsys
 
 def test_labels_without_a_curve_are_refused_by_plan(files, tmp_path, capsys):
     assert main(["plan", *files, "--labels", "l.npy", "--out", str(tmp_path / "out")]) == 2
-    assert "--labels is for the networks of --curve" in capsys.readouterr().err
+    assert "--labels needs --curve" in capsys.readouterr().err
 
 
 def test_with_labels_the_curve_is_of_accuracy(files, tmp_path, capsys, undrawn):

@@ -72,6 +72,23 @@ def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(f
     assert [line["step"] for line in read_metrics(tmp_path / "a")] == [2, 4, 6]
 
 
+def test_a_network_shrinks_in_stages_and_a_second_call_has_nothing_to_do(files, tmp_path, capsys):
+    given = command(files, tmp_path, "--shrink", "0.8,0.6", "--steps", "2")
+    assert main(given) == 0
+    result = tmp_path / "variables.npz"
+    first, plan = load_weights(result), Plan.load(tmp_path / "plan.json")
+    dense, low = plan.total("macs")
+    assert low <= 0.6 * dense
+    assert {"0-macs-0.8", "1-macs-0.6"} <= {path.name for path in tmp_path.iterdir()}
+    assert main(given) == 0
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, first, load_weights(tmp_path / "variables.npz"))
+    )
+    small = str(tmp_path / "variables.npz")
+    assert main(command(files, tmp_path, "--shrink", "0.5", "--steps", "2", checkpoint=small)) == 2
+    assert "--shrink needs a dense checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files, tmp_path):
     start = command(files, tmp_path / "a", "--plan", str(files / "plan.json"), "--steps", "1")

@@ -7,7 +7,7 @@ import pytest
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-WHOLE, LOOP = EXAMPLES
+WHOLE, LOOP, STAGES = EXAMPLES
 
 
 def run(example, folder, monkeypatch):
@@ -19,7 +19,9 @@ def run(example, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_the_call_trains_and_keeps_a_checkpoint(tmp_path, monkeypatch):
-    scope = run(WHOLE, tmp_path, monkeypatch)
+    scope = run(WHOLE + STAGES, tmp_path, monkeypatch)
+    dense, low = scope["plan"].total("macs")
+    assert low <= 0.6 * dense
     assert (tmp_path / "run" / "checkpoints" / "000000002").is_dir()
     assert set(scope["tuned"]) == {"params", "batch_stats"}
 
