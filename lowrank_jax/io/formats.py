@@ -40,8 +40,10 @@ def read_msgpack(path: Path) -> dict[str, Any]:
 
 
 def _arrays(value: Any) -> Any:
-    """Numpy arrays for the leaves, whatever the types of the keys."""
+    """Numpy arrays for the leaves; the keys of one mapping are all strings or all ints."""
     if isinstance(value, dict):
+        if len({type(key) for key in value}) > 1:
+            raise ValueError(f"the keys {list(value)} of one mapping are of several types")
         return {key: _arrays(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_arrays(own) for own in value]

@@ -59,6 +59,7 @@ def evaluate(
     if not len(labels):
         raise ValueError("evaluate needs at least one image; give some.")
     count = _count_correct(apply, preprocess)
+    batch_size = min(batch_size, len(labels)) if sharding is None else batch_size
     correct = 0
     for start in range(0, len(labels), batch_size):
         x, y = images[start : start + batch_size], labels[start : start + batch_size]

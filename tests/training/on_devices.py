@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-if sys.argv[1] == "mesh":
+if sys.argv[1:] == ["mesh"]:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
@@ -104,5 +104,5 @@ def in_a_process(number, port):
 
 
 if __name__ == "__main__":
-    known = on_a_mesh() if sys.argv[1] == "mesh" else in_a_process(*map(int, sys.argv[1:]))
+    known = on_a_mesh() if sys.argv[1:] == ["mesh"] else in_a_process(*map(int, sys.argv[1:]))
     print(json.dumps(known))
