@@ -83,3 +83,37 @@ def test_help_begins_with_the_verbs():
     verbs = set(VERBS) - {"reestimate", "from_torch"}
     assert len(text.splitlines()) < 40  # one screen
     assert all(f"\n{verb} " in text for verb in [*verbs, "decompose", "reconstruct", "lowrank"])
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by its call", "by its calibration"])
+@pytest.mark.parametrize(
+    "verb, typo, meant",
+    [
+        ("plan", {"mac": 0.5}, "macs"),
+        ("plan", {"parameter": 0.5}, "parameters"),
+        ("compress", {"sweep": 2}, "sweeps"),
+        ("finetune", {"step": 1}, "steps"),
+        ("finetune", {"batchsize": 8}, "batch_size"),
+        ("fast", {"limitt": 2}, "limit"),
+    ],
+)
+def test_an_argument_that_is_nearly_one_of_the_verb_is_not_given_to_the_model(
+    verb, typo, meant, known
+):
+    variables = Net().init(jax.random.key(0), X, train=False)
+    given = (Net().apply, variables, X)
+    if known and verb in ("plan", "compress"):
+        given = (lr.calibrate(*given, train=False),)
+    [name] = typo
+    with pytest.raises(
+        ValueError, match=f"{verb} has no argument '{name}'; did you mean '{meant}'"
+    ):
+        getattr(lr, verb)(*given, **typo)
+
+
+def test_an_argument_of_the_model_may_be_near_one_of_the_verb():
+    def network(variables, x, limits):
+        return x @ variables["kernel"] + limits
+
+    run = lr.fast(network, {"kernel": np.ones((12, 3), np.float32)}, X, limits=1.0, **FAST)
+    assert run({"kernel": np.ones((12, 3), np.float32)}, X).shape == (4, 3)

@@ -1,6 +1,7 @@
 """Images and labels of the user's own, wherever they are: what `--images` and `--labels` take."""
 
 import dataclasses
+import difflib
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lowrank_jax.cli.prepared import PREFIX, read_folder, read_named
 from lowrank_jax.cli.streams import read_stream
 
 WANTED = "images (batch, ..., channels)"
+KINDS = "give a .npy or .npz file, a folder of pictures, tfds:name/split or package.module:name"
 IMPORTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -37,7 +39,16 @@ def load_examples(path: str, choice: Choice) -> Examples:
         return read_folder(place, choice) if prepared else read_pictures(place, choice)
     if IMPORTED.fullmatch(path) and not place.exists():
         return read_stream(path, choice)
+    if not place.exists():
+        raise FileNotFoundError(f"There is no file or folder {path}; {_near(place)}{KINDS}.")
     return _of_file(path, choice)
+
+
+def _near(place: Path) -> str:
+    """What stands beside a missing path under nearly its name."""
+    beside = [own.name for own in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, beside, n=1)
+    return f"did you mean {place.with_name(near[0])}? Or " if near else ""
 
 
 def _of_file(path: str, choice: Choice) -> Examples:
@@ -85,6 +96,12 @@ def scaled(
                 f"--{name} has {len(values)} values for {images.shape[-1]} channels; give as many, "
                 "or one."
             )
+    if mean is not None and images.dtype == np.uint8 and max(map(abs, mean)) > 1:
+        raise ValueError(
+            f"--mean {','.join(f'{value:g}' for value in mean)} is not allowed for uint8 images, "
+            "which are scaled to [0, 1] first; give means of that scale, such as 0.5, and --std, "
+            "too."
+        )
     floats = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
     shift, scale = (np.asarray(value, np.float32) for value in (mean or 0, std or 1))
     return (floats - shift) / scale

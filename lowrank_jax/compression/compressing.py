@@ -6,6 +6,7 @@ from typing import Any
 from lowrank_jax.calibration.collecting import Calibration, prepared
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
+from lowrank_jax.program.jaxprs import check_options
 from lowrank_jax.tree.decomposing import find_schemes
 
 
@@ -69,6 +70,7 @@ def compress(
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}={value!r} is not allowed; give an int of 0 or more.")
     known = isinstance(source, Calibration)
+    check_options(compress, None if known else source, kwargs)
     job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)  # type: ignore[arg-type]
     run = Reconstruction(job, sweeps, match_means, steps)
     tree = run.fit()

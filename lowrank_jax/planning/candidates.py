@@ -73,8 +73,8 @@ class Candidates:
         dense, least, rest = (cost(measure) for cost in (self.dense, self.least, self.rest))
         if (limit := budget.limit(dense)) >= least:
             return limit - rest
-        one = isinstance(budget.amount, int) and budget.amount == 1
-        hint = " An int is absolute; write 1.0 for the whole network." if one else ""
+        few = isinstance(budget.amount, int) and budget.amount <= 100
+        hint = " An int is absolute; a share is a float, 1.0 for the whole network." if few else ""
         share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that it can be asked for
         raise ValueError(
             f"Budget: {budget} cannot be met; the least possible is {number(least)} ({share:.4f} "

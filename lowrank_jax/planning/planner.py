@@ -24,6 +24,7 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.selectors import total_energy
 from lowrank_jax.planning.spectra import Spectra, check_forms, restrict, spectra
 from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.jaxprs import check_options
 
 if TYPE_CHECKING:
     from lowrank_jax.tuning.timer import Timer
@@ -86,6 +87,7 @@ def plan(
         >>> chosen.ranks["layers_0"].rank, chosen.total("macs")
         (8, (73728, 36864))
     """
+    check_options(plan, None if isinstance(source, Calibration) else source, kwargs)
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
     wanted = None if forms is None else check_forms(forms)
     if not isinstance(source, Calibration):

@@ -1,11 +1,15 @@
 """The program of a forward pass, and the programs inside its equations."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+NEAR = 0.85  # of two names, as difflib measures: above that of trained and training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,36 @@ def check_function(apply: Any, variables: Any = ()) -> None:
             "variables=None is not allowed; give the tree that the function takes first, such as "
             "those of model.init."
         )
+
+
+def check_options(verb: Callable, apply: Any, given: Iterable[str]) -> None:
+    """Refuses an argument that is nearly one of a verb's own, before it goes to the model.
+
+    Args:
+        verb: the function that was called.
+        apply: that gets what the verb does not take.
+        given: names of these arguments.
+
+    Raises:
+        ValueError: the model does not name such an argument, and the verb has one that is near.
+    """
+    options = inspect.signature(verb).parameters.values()
+    own = [option.name for option in options if option.kind is option.KEYWORD_ONLY]
+    for name in given:
+        near = difflib.get_close_matches(name, own, n=1, cutoff=NEAR)
+        if near and not _takes(apply, name):
+            raise ValueError(
+                f"{verb.__name__} has no argument {name!r}; did you mean {near[0]!r}? What the "
+                "verb does not know goes to the model, which does not name it either."
+            )
+
+
+def _takes(apply: Any, name: str) -> bool:
+    """Whether a function, or the module whose method it is, has an argument of this name."""
+    module = getattr(apply, "__self__", None)
+    called = type(module).__call__ if callable(module) else apply
+    options = inspect.signature(called).parameters if callable(called) else {}
+    return name in options or any(own.kind is own.VAR_KEYWORD for own in options.values())
 
 
 def traced(

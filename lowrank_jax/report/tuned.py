@@ -62,7 +62,9 @@ def tuned_report(
 def _reached(training: Training) -> str:
     losses = _losses(training)
     text = ""
-    if losses:
+    if len(losses) == 1:
+        text = f"The mean loss was {losses[0][1]:.4g}."
+    elif losses:
         text = f"The loss went from {losses[0][1]:.4g} to {losses[-1][1]:.4g}."
     if not training.accuracy:
         return text

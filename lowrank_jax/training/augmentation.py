@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.training.losses import probabilities
+
 Augment = Callable[[chex.PRNGKey, tuple], tuple]
 
 
@@ -142,8 +144,7 @@ def _drawn(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Labels as probabilities, the partner of each example, and the share of the first one."""
     order_key, share_key = jax.random.split(key)
-    integer = jnp.issubdtype(labels.dtype, jnp.integer)
-    targets = jax.nn.one_hot(labels, classes) if integer else labels
+    targets = probabilities(labels, (len(labels), classes))
     order = jax.random.permutation(order_key, len(labels))
     return targets, order, jax.random.beta(share_key, alpha, alpha, (len(labels),))
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.program.jaxprs import check_function
+from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.augmentation import Augment
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
@@ -114,6 +114,7 @@ def finetune(
         (9, 2)
     """
     check_function(apply, variables)
+    check_options(finetune, apply, kwargs)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
     wanted = _loss(loss, teacher)

@@ -104,7 +104,8 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         smoothing: the share of each label that all classes get alike (Szegedy et al., 2015, arXiv
             1512.00567).
 
-    Labels are ints (batch, ...), or probabilities of the shape of the logits.
+    Labels are ints (batch, ...), or probabilities of the shape of the logits. An int that is no
+    class makes the loss no number.
 
     Example:
         >>> float(cross_entropy()(outputs=jnp.zeros((2, 4)), labels=jnp.array([0, 3])))
@@ -115,7 +116,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
 
     def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
         logits = outputs.astype(jnp.float32)
-        targets = _probabilities(labels, logits.shape)
+        targets = probabilities(labels, logits.shape)
         return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
 
     return Loss.of(cross_entropy)
@@ -199,11 +200,34 @@ def _arguments(term: Term) -> tuple[str, ...]:
     return tuple(inspect.signature(term).parameters)
 
 
-def _probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Labels as a distribution over the classes."""
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return jax.nn.one_hot(labels, shape[-1])
-    return labels
+def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Labels as a distribution over the classes.
+
+    Args:
+        labels: ints (batch, ...) from 0, or probabilities.
+        shape: of the logits, (batch, ..., classes).
+
+    Returns:
+        Probabilities of that shape. Those of an int that is no class are not numbers: a loss of
+        zero would hide the mistake.
+
+    Raises:
+        ValueError: labels of another shape or type.
+
+    Example:
+        >>> probabilities(jnp.array([1, 3]), (2, 3)).tolist()
+        [[0.0, 1.0, 0.0], [nan, nan, nan]]
+    """
+    ints = jnp.issubdtype(labels.dtype, jnp.integer)
+    if labels.shape != (shape[:-1] if ints else shape):
+        raise ValueError(
+            f"Labels {labels.dtype} {labels.shape} are not allowed for outputs {shape}; give ints "
+            f"{shape[:-1]}, or probabilities {shape}."
+        )
+    if not ints:
+        return labels
+    known = (labels >= 0) & (labels < shape[-1])
+    return jnp.where(known[..., None], jax.nn.one_hot(labels, shape[-1]), jnp.nan)
 
 
 def _relative_error(y: jax.Array, t: jax.Array) -> jax.Array:

@@ -165,7 +165,8 @@ class _Loop:
         raise FloatingPointError(
             f"Step {number}: the loss is {float(metrics['loss']):.3g}; the first that is not "
             f"finite, in its value or its gradient, is {names[which]}. {self._last()}. Lower the "
-            "learning rate, or look at the data of this step."
+            "learning rate, or look at the data of this step: labels are ints from 0 to the number "
+            "of classes less 1."
         )
 
     def _last(self) -> str:

@@ -111,10 +111,23 @@ def resolve(
         known = _traced(layers, measure)
     else:
         known = _stored(layers, axes, measure, units or {})
+    if table is not rules:
+        _check_network(table, known)
     schemes: dict[str, Scheme | None] = {}
     for key, value in table.items():
         schemes |= _apply(key, value, [known[path] for path in _decided(key, known, schemes)])
     return {path: scheme for path in known if (scheme := schemes.get(path))}
+
+
+def _check_network(plan: Mapping[str, Rule], known: Collection[str]) -> None:
+    """Refuses a plan most of whose layers the network has not."""
+    missing = [path for path in plan if path not in known]
+    if 2 * len(missing) > len(plan):
+        raise ValueError(
+            f"The plan is of another network: {len(missing)} of its {len(plan)} layers, such as "
+            f"{missing[0]!r}, are not in this one, which has {', '.join(list(known)[:4])}. Give "
+            "the network of the plan, or make a plan for this one."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

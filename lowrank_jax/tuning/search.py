@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import candidate_options
+from lowrank_jax.program.jaxprs import check_options
 from lowrank_jax.tuning.autotune import Autotuner, Timers
 from lowrank_jax.tuning.candidate import Candidate, Configuration, batch_of
 from lowrank_jax.tuning.device import Device
@@ -77,6 +78,7 @@ def fast(
         (4, 8, 8, 16)
     """
     _check(rounds, limit)
+    check_options(fast, apply, kwargs)
     inputs = jax.tree.map(jnp.asarray, inputs)
     sizes = [size for size in slices if 0 < size < batch_of(inputs)]
     given = (None if freeze else variables, inputs)

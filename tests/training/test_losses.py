@@ -89,3 +89,16 @@ def test_a_loss_has_the_name_by_which_it_is_asked_for(name):
 def test_what_is_no_loss_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("labels", [[5, 0, 1, 2, 3, 0], [-1, 0, 1, 2, 3, 0], [4] * 6])
+def test_a_label_that_is_no_class_makes_no_loss_of_zero(labels):
+    assert jnp.isnan(jax.jit(cross_entropy())(outputs=LOGITS, labels=jnp.array(labels)))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((6, 5), float), ((6,), float), ((6, 4), int), ((5,), int)]
+)
+def test_labels_of_another_shape_are_refused_by_name(shape, dtype):
+    with pytest.raises(ValueError, match=r"^Labels .* not allowed for outputs \(6, 4\); give ints"):
+        cross_entropy()(outputs=LOGITS, labels=jnp.zeros(shape, dtype))

@@ -201,3 +201,15 @@ def test_tables_that_cannot_be_are_refused(rules, message):
 def test_rules_that_do_not_fit_the_program_are_refused(rules, layers, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(rules, layers(), **options)
+
+
+def test_a_plan_of_another_network_says_so():
+    plan = Plan(
+        choices=tuple(
+            Choice(path=path, scheme=Separable(1), parameters=(9, 6), macs=(9, 6), bytes=(9, 6))
+            for path in ("other/0", "other/1")
+        ),
+        selector="fixed",
+    )
+    with pytest.raises(ValueError, match=r"another network: 2 of its 2 layers, such as 'other/0'"):
+        resolve(plan, {"stem": (3, 3, 3, 8)})
