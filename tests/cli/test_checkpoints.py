@@ -146,7 +146,7 @@ def test_with_labels_compress_sets_both_accuracies_beside_each_other(
 def test_a_curve_of_a_network_without_classes_is_refused(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs.Job, "class_count", 1)
     assert main(["plan", *files, "--curve", "0.5", "--out", str(tmp_path / "out")]) == 2
-    assert "this network gives one number; leave it out" in capsys.readouterr().err
+    assert "this one gives one number; leave --curve out" in capsys.readouterr().err
 
 
 def test_labels_without_a_curve_are_refused_by_plan(files, tmp_path, capsys):

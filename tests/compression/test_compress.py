@@ -287,7 +287,7 @@ def test_factors_have_the_type_of_the_kernel(dtype):
     chex.assert_type(jax.tree.leaves(small["params"]), jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize("count", [1, 4, 16, 48])
+@pytest.mark.parametrize("count", [1, 16])
 def test_few_images_are_never_worse_than_plain_factors(count):
     variables = trained(Net(), images())
     plain = decompose(variables, {path: scheme(path, rank) for path, rank in CUT.items()})

@@ -21,11 +21,17 @@ from lowrank_jax import decompose, load_weights, save_weights
 from lowrank_jax.nnx import functional, rebuilt
 
 FILES = (".npz", ".safetensors", ".msgpack")
-KEYS = st.integers(-3, 12) | st.text(string.ascii_letters + "_.", min_size=1, max_size=4)
+INTS = st.integers(-3, 12)
+NAMES = st.text(string.ascii_letters + "_.", min_size=1, max_size=4)
 LEAVES = st.integers(0, 3).map(lambda n: np.arange(n, dtype=np.float32))
-TREES = st.dictionaries(
-    KEYS, st.recursive(LEAVES, lambda own: st.dictionaries(KEYS, own, min_size=1), max_leaves=5)
-)
+
+
+def mappings(values, **options):
+    """Keys of one type, as a tree of JAX has them."""
+    return st.dictionaries(INTS, values, **options) | st.dictionaries(NAMES, values, **options)
+
+
+TREES = mappings(st.recursive(LEAVES, lambda own: mappings(own, min_size=1), max_leaves=5))
 
 
 class State(TrainState):

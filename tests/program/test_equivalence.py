@@ -18,7 +18,7 @@ from lowrank_jax.factorization.forms import FORMS, SCHEMES
 from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.program.jaxprs import programs
 
-many = settings(max_examples=50)
+many = settings(max_examples=25)
 SPATIAL = {1: "W", 2: "HW", 3: "DHW"}
 FIRST = [first for first, form in FORMS.items() if form.spatial]
 MATRICES = ["IO", "JIO", "IPO", "JIPO", "KJIO"]
@@ -214,7 +214,7 @@ def test_a_convolution_runs_as_with_the_reconstructed_kernel_and_as_the_trace_sa
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(convolutions(), st.data())
 def test_factors_of_any_layout_and_groups_give_what_their_product_gives(case, data):
     """Factors that were made without a trace may not be those that the program can run."""

@@ -167,8 +167,8 @@ def killed(home, kills):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_no_bit_of_the_result(kills, tmp_path):
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_bit_of_the_result(tmp_path, kills=20):
     *found, end = killed(tmp_path, kills)
     assert len(found) == kills and all(kill["killed"] for kill in found)
     assert all(kill["lost"] <= 4 for kill in found)  # steps between two checkpoints
