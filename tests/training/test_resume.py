@@ -19,6 +19,7 @@ from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.signals import TERMINATED
 
 DRIVER = Path(__file__).with_name("killed_run.py")
+KILLS = 20
 OPTIONS = dict(steps=8, batch_size=16, save_every=3, average=0.9)
 
 
@@ -168,8 +169,8 @@ def killed(home, kills):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 @pytest.mark.slow
-def test_kills_at_random_moments_change_no_bit_of_the_result(tmp_path, kills=20):
-    *found, end = killed(tmp_path, kills)
-    assert len(found) == kills and all(kill["killed"] for kill in found)
+def test_kills_at_random_moments_change_no_bit_of_the_result(tmp_path):
+    *found, end = killed(tmp_path, KILLS)
+    assert len(found) == KILLS and all(kill["killed"] for kill in found)
     assert all(kill["lost"] <= 4 for kill in found)  # steps between two checkpoints
     assert end == {"equal": True, "left": []}
