@@ -65,6 +65,11 @@ def batches_of(given: Any, size: int = 128, seed: int = 0) -> Batches:
     return _Streamed(given)
 
 
+def _example(batch: Any) -> tuple:
+    """A batch as arrays; PyTorch's loaders give a list (inputs, labels)."""
+    return as_arguments(tuple(batch) if isinstance(batch, list) else batch)
+
+
 def positive(name: str, value: Any) -> int:
     """The value of an argument, if it is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -134,7 +139,7 @@ class _Listed:
 
     def after(self, step: int) -> Iterator[tuple]:
         for number in itertools.count(step):
-            yield as_arguments(self.batches[number % len(self.batches)])
+            yield _example(self.batches[number % len(self.batches)])
 
 
 class _Streamed:
@@ -155,7 +160,7 @@ class _Streamed:
                 "These batches cannot be had by their numbers: the first %d are read and dropped.",
                 step,
             )
-        return map(as_arguments, itertools.islice(self._all(), step, None))
+        return map(_example, itertools.islice(self._all(), step, None))
 
     def _all(self) -> Iterator:
         """All batches, again and again where that is possible."""

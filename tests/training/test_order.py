@@ -62,3 +62,9 @@ def test_arrays_may_be_nested():
     tokens = {"ids": np.arange(6), "mask": np.ones((6, 2))}
     batch = next(batches_of((tokens, np.arange(6)), 3).after(0))
     assert batch[0]["ids"].tolist() == batch[1].tolist() and batch[0]["mask"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("of", [list, iter], ids=["list", "stream"])
+def test_a_batch_may_be_a_list_as_loaders_of_pytorch_give(of):
+    batches = [[np.zeros((2, 3)), np.arange(2)], [np.zeros((2, 3)), np.arange(2) + 2]]
+    assert first(batches_of(of(batches)), 2) == [[0, 1], [2, 3]]
