@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     """Adds `demo` and `cifar10` to the subcommands of ``lowrank-jax``."""
     about = "compress, tune and measure the embedded network on the embedded CIFAR-10 sample"
     demo = new_command(commands, "demo", about, run_demo)
-    _add_options(demo, "lowrank-jax-demo", epochs=2)
+    _add_options(demo, "lowrank-jax-demo", epochs=1)
     about = "train on CIFAR-10 from TensorFlow Datasets, compress, tune and measure"
     cifar10 = new_command(commands, "cifar10", about, run_cifar10)
     _add_options(cifar10, "lowrank-jax-cifar10", epochs=5)
