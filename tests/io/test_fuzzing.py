@@ -14,7 +14,7 @@ from lowrank_jax import Plan, calibrate, plan
 from lowrank_jax.calibration.collecting import Calibration
 from lowrank_jax.io.weights import load_weights, save_weights
 
-MUTATIONS = 300
+MUTATIONS = 150
 ERROR = 2**16  # bytes of an error with its traceback
 TREE = {
     "params": {
