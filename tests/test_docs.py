@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GENERATED = ("api", "pictures")  # folders that the build writes
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name not in GENERATED)
-TEXTS = {path: path.read_text() for path in [*PAGES, ROOT / "CONTRIBUTING.md"]}
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "README.md", "RESULTS.md")]
+TEXTS = {path: path.read_text() for path in [*PAGES, *OTHERS]}
 TESTED = {  # pages whose Python runs in a test, and not in the build
+    "README.md": "test_readme.py",
     "schemes.md": "factorization/test_schemes.py",
     "training.md": "training/test_docs.py",
 }

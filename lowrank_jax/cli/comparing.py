@@ -13,7 +13,6 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.spectra import Spectra, spectra
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.tracing import trace
-from lowrank_jax.program.transform import lowrank
 from lowrank_jax.report.scores import Images, Score
 from lowrank_jax.report.times import Times
 
@@ -107,9 +106,8 @@ def times(job: Job, small: Any, plan: Plan, batch: int) -> Times:
     program = trace(job.apply, job.variables, images, **job.kwargs)
     table = {choice.path: choice.scheme for choice in plan}
     layers = scheme_seconds(program, Timer(default_options()), table)
-    apply = lowrank(functools.partial(job.apply, **job.kwargs))
     networks = {"dense": job.variables, "low-rank": small}
-    programs = {name: compile_fastest(apply, tree, images) for name, tree in networks.items()}
+    programs = {name: compile_fastest(job.call, tree, images) for name, tree in networks.items()}
     return Times(network=throughput(programs, items=batch), layers=layers)
 
 
@@ -117,6 +115,5 @@ def plain_spectra(job: Job, plan: Plan) -> Spectra:
     """Singular values of the kernels that a plan decomposes, where nothing was calibrated."""
     if not plan.ranks:
         return Spectra({})
-    program = trace(job.apply, job.variables, job.images[:1], **job.kwargs)
     forms = {scheme.first for scheme in plan.ranks.values()}
-    return spectra(job.variables, program, plan.ranks, forms=forms)
+    return spectra(job.variables, job.trace, plan.ranks, forms=forms)

@@ -62,10 +62,10 @@ def _of_file(path: str, choice: Choice) -> Examples:
 
 def _arrays(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     """The images of a file, and the labels that a .npz file may have beside them."""
-    if Path(path).suffix.lower() == ".npz" and Path(path).is_file():
+    if Path(path).suffix.lower() == ".npz":
         arrays = load_entries(path, WANTED)
-        if len(arrays) > 1:
-            return pair_of(arrays, path)
+        one = next(iter(arrays.values())) if len(arrays) == 1 else None
+        return pair_of(arrays, path) if one is None else (one, None)
     return load_array(path, IMAGES, WANTED), None
 
 

@@ -77,16 +77,9 @@ def run(args: argparse.Namespace) -> None:
     wanted = _loss(labels, teacher, args)
     args.folder.mkdir(parents=True, exist_ok=True)
     data = job.images if labels is None else (job.images, labels)
-    options: dict[str, Any] = dict(
-        steps=args.steps,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        loss=wanted,
-        teacher=teacher if "teacher" in wanted.needs else None,
-        seed=args.seed,
-        save_every=args.save_every,
-    )
+    names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options |= {"loss": wanted, "teacher": teacher if "teacher" in wanted.needs else None}
     known = {} if teacher is None else {"dense": teacher}
     plan: Plan | None
     if args.shrink:

@@ -14,16 +14,16 @@ def setting(args: argparse.Namespace, model: Model) -> Setting:
         args: of the command.
         model: that it names.
     """
-    labels, (module, _, name) = getattr(args, "labels", None), model.path.partition(":")
+    labels = getattr(args, "labels", None)
     return Setting(
         subject=f"{args.model}, {args.checkpoint}, with {args.images}",
         checkpoint=args.checkpoint,
         options=_options(args),
         count=["--count", str(args.count)] if args.count else [],
         labels=["--labels", str(labels)] if labels else [],
-        imports=f"from {module} import {name}",
+        imports=model.imports,
         model=model.expression if model.module else "",
-        apply="" if model.is_nnx else model.expression + ".apply" * bool(model.module),
+        apply=model.function,
         call="".join(f", {name}={value!r}" for name, value in args.model_kwargs.items()),
     )
 

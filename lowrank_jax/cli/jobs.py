@@ -29,6 +29,7 @@ from lowrank_jax.cli.options import (
 )
 from lowrank_jax.nnx.forms import functional
 from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.tracing import trace
 from lowrank_jax.program.transform import lowrank
 
@@ -74,10 +75,19 @@ class Job:
             return None
         return checked(self.examples, images, self.class_count)
 
+    @property
+    def call(self) -> Callable:
+        """The network as a function of a dense or decomposed tree and images."""
+        return lowrank(functools.partial(self.apply, **self.kwargs))
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """The program for one image."""
+        return trace(self.apply, self.variables, self.images[:1], **self.kwargs)
+
     def amount(self) -> Amount | None:
         """Whether the images are enough for a fit."""
-        seen = trace(self.apply, self.variables, self.images[:1], **self.kwargs)
-        return Amount.of(seen, len(self.images))
+        return Amount.of(self.trace, len(self.images))
 
     def calibrate(self) -> Calibration:
         """The one pass over the images that plans and fits share."""
@@ -85,8 +95,7 @@ class Job:
 
     def outputs(self, variables: Any) -> Iterator[np.ndarray]:
         """The outputs of a dense or decomposed network, batch by batch."""
-        apply = lowrank(functools.partial(self.apply, **self.kwargs))
-        program = jax.jit(apply, compiler_options=default_options())
+        program = jax.jit(self.call, compiler_options=default_options())
         for start in range(0, len(self.images), BATCH):
             yield np.asarray(program(variables, self.images[start : start + BATCH]))
 
@@ -97,8 +106,7 @@ class Job:
     @property
     def class_count(self) -> int:
         """Of the network's outputs."""
-        call = lowrank(functools.partial(self.apply, **self.kwargs))
-        return jax.eval_shape(call, self.variables, self.images[:1]).shape[-1]
+        return jax.eval_shape(self.call, self.variables, self.images[:1]).shape[-1]
 
 
 def add_network_options(command: argparse.ArgumentParser, count: int | None = None) -> None:

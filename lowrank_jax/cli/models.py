@@ -77,6 +77,19 @@ class Model:
         return {"/".join(map(str, path)) for path in every if path not in kept}
 
     @property
+    def imports(self) -> str:
+        """The line of Python that imports it."""
+        module, _, name = self.path.partition(":")
+        return f"from {module} import {name}"
+
+    @property
+    def function(self) -> str:
+        """Python of its function of (variables, images); "" of a module of NNX."""
+        if self.is_nnx:
+            return ""
+        return self.expression if self.module is None else f"{self.expression}.apply"
+
+    @property
     def is_nnx(self) -> bool:
         """Whether it is a module of NNX."""
         return isinstance(self.module, nnx.Module)

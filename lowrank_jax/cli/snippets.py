@@ -35,15 +35,13 @@ def planning_lines(model: Model, kwargs: Mapping[str, Any], source: str, plan: P
 
 
 def _lines(model: Model, kwargs: Mapping[str, Any], variables: str) -> str:
-    module, _, name = model.path.partition(":")
-    imports = ["import lowrank_jax as lr", f"from {module} import {name}"]
+    imports = ["import lowrank_jax as lr", model.imports]
     options = [f"{key}={value!r}" for key, value in kwargs.items()]
     if model.is_nnx:
         lines = [*imports, *_of_nnx(model.expression, variables, options)]
     else:
-        apply = model.expression if model.module is None else f"{model.expression}.apply"
         given = ", ".join([variables, "images", *options])
-        lines = [*imports, f"outputs = lr.lowrank({apply})({given})"]
+        lines = [*imports, f"outputs = lr.lowrank({model.function})({given})"]
     return INTRODUCTION + "\n".join(f"  {line}" for line in lines)
 
 

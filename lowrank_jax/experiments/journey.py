@@ -73,9 +73,14 @@ class Journey:
     machine: str
 
     @property
+    def last(self) -> str:
+        """The name of the last stage, at the ranks that the plan chose."""
+        return PLANNED_TUNED if PLANNED_TUNED in self.stages else PLANNED
+
+    @property
     def result(self) -> Stage:
-        """The last network at the ranks that the plan chose."""
-        return self.stages[PLANNED_TUNED if PLANNED_TUNED in self.stages else PLANNED]
+        """The last network."""
+        return self.stages[self.last]
 
 
 def run(
@@ -136,22 +141,18 @@ def run(
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Walk:
     """Adds one stage after the other."""
 
-    def __init__(
-        self,
-        model: NIN,
-        dense: Variables,
-        data: Dataset,
-        test: Dataset,
-        recipe: Recipe,
-        log: Log,
-        folder: Path | None,
-    ) -> None:
-        self.model, self.dense, self.data, self.test = model, dense, data, test
-        self.recipe, self.log, self.folder = recipe, log, folder
-        self.stages: dict[str, Stage] = {}
+    model: NIN
+    dense: Variables
+    data: Dataset
+    test: Dataset
+    recipe: Recipe
+    log: Log
+    folder: Path | None
+    stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
 
     def add(
         self, name: str, chosen: Plan | None, tree: Variables, curve: Sequence[float] = ()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lowrank_jax.planning.plans import Choice, Plan
-from lowrank_jax.report.drawing import AFTER, BEFORE, legend_below, new_figure, short
+from lowrank_jax.report.drawing import AFTER, BEFORE, grouped_bars, new_figure
 from lowrank_jax.report.record import Json, Picture, Section, Table
 from lowrank_jax.report.tables import Pair, count, seconds, share
 
@@ -127,7 +127,7 @@ def _times(pair: Pair | None) -> list[str]:
     return [seconds(pair[0]), seconds(pair[1]), share(pair)] if pair else [""] * 3
 
 
-def total(layers: Sequence[LayerCost], measure: str) -> Pair:
+def total(layers: Sequence[object], measure: str) -> Pair:
     """A cost of all layers together, dense and low-rank; of the time, those that were measured."""
     pairs = [pair for layer in layers if (pair := getattr(layer, measure))]
     return sum(dense for dense, _ in pairs), sum(low for _, low in pairs)
@@ -159,20 +159,14 @@ def bars(layers: Sequence[LayerCost], measure: str) -> Picture:
 
 def _draw_bars(layers: Sequence[LayerCost], measure: str) -> "Figure":
     figure, [axis] = new_figure(0.9 + 0.3 * len(layers))
-    places = range(len(layers))
-    for shift, index, colour, label in ((-0.2, 0, BEFORE, "before"), (0.2, 1, AFTER, "after")):
-        values = [getattr(layer, measure)[index] for layer in layers]
-        own = [place + shift for place in places]
-        axis.barh(own, values, height=0.38, color=colour, label=label)
-    axis.set_yticks(places, [short(layer.path) for layer in layers])
-    axis.invert_yaxis()
+    before, after = zip(*(getattr(layer, measure) for layer in layers), strict=True)
+    both = {"before": (BEFORE, before), "after": (AFTER, after)}
+    grouped_bars(axis, [layer.path for layer in layers], both)
     axis.xaxis.set_major_formatter(lambda value, _: _tick(value, measure))
-    axis.locator_params(axis="x", nbins=4)
     axis.grid(axis="x")
     axis.set_axisbelow(True)
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
-    legend_below(axis, columns=2)
     return figure
 
 

@@ -123,6 +123,25 @@ def new_figure(height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure,
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def grouped_bars(axis: "Axes", names: Sequence[str], bars: Mapping[str, tuple]) -> None:
+    """Bars for each name, under each other in the order of the names.
+
+    Args:
+        axis: on which they are drawn.
+        names: of the groups, such as layers.
+        bars: label to the colour and the values, one for each name.
+    """
+    places, step = range(len(names)), 0.8 / len(bars)
+    for index, (label, (colour, values)) in enumerate(bars.items()):
+        shift = step * (index - (len(bars) - 1) / 2)
+        own = [place + shift for place in places]
+        axis.barh(own, values, height=0.95 * step, color=colour, label=label)
+    axis.set_yticks(places, [short(name) for name in names])
+    axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=4)
+    legend_below(axis, columns=len(bars))
+
+
 def legend_below(axis: "Axes", columns: int) -> None:
     """A legend under the axis and its ticks, where it hides nothing."""
     axis.legend(

@@ -20,6 +20,9 @@ from lowrank_jax.report.planned import plan_highlights
 from lowrank_jax.report.record import Highlight, Picture, Report, Section, Table
 from lowrank_jax.report.spectra import spectra_section
 from lowrank_jax.report.tables import markdown_table, percent
+from lowrank_jax.report.times import speed_highlight, time_facts
+
+FASTEST = ("low-rank, fast", "dense, fast")  # of the times
 
 
 def journey_report(journey: Journey, title: str, out: Path) -> Report:
@@ -58,14 +61,11 @@ def _fewer(plan: Plan, measure: str) -> str:
 
 def _highlights(journey: Journey) -> list[Highlight]:
     plan, note = journey.planned, f"dense {percent(journey.stages[DENSE].accuracy)}"
-    found = [
+    return [
         Highlight(label="test accuracy", value=percent(journey.result.accuracy), note=note),
         *plan_highlights(plan),
+        speed_highlight(journey.times, *FASTEST),
     ]
-    _, median, _ = _speed_up(journey)
-    _, rate, _ = journey.times.rate("low-rank, fast")
-    value, note = f"{median:.2f}\N{MULTIPLICATION SIGN}", f"{rate:,.0f} images/s"
-    return [*found, Highlight(label="speed", value=value, note=note)]
 
 
 def _sections(journey: Journey) -> list[Section]:
@@ -147,17 +147,13 @@ def markdown(journey: Journey) -> str:
 
 
 def _speed(journey: Journey) -> str:
-    low, median, high = _speed_up(journey)
+    low, median, high = journey.times.ratio(*FASTEST)
     passes = len(journey.times.seconds["dense"])
     return (
         f"With lowrank_jax.fast the low-rank network runs {median:.2f} times the images/s of the "
         f"dense one (quartiles {low:.2f} to {high:.2f}; batch {journey.times.items}, {passes} "
         "passes of each in turn)."
     )
-
-
-def _speed_up(journey: Journey) -> tuple[float, float, float]:
-    return journey.times.ratio("low-rank, fast", "dense, fast")
 
 
 def _sure(journey: Journey) -> str:
@@ -196,18 +192,11 @@ def layer_rows(journey: Journey) -> list[tuple[str, ...]]:
 
 def figures(journey: Journey) -> dict:
     """The figures as plain data."""
-    names = ("low", "median", "high")
-    times = {
-        name: dict(zip(names, journey.times.rate(name), strict=True))
-        for name in journey.times.seconds
-    }
     return {
         "images": journey.images,
         "tests": journey.tests,
         "stages": {name: _facts(stage) for name, stage in journey.stages.items()},
-        "batch_size": journey.times.items,
-        "images_per_second": times,
-        "speed_up": dict(zip(names, _speed_up(journey), strict=True)),
+        **time_facts(journey.times, *FASTEST),
     }
 
 
@@ -254,8 +243,7 @@ def _cost(journey: Journey, stage: Stage, measure: str) -> str:
 
 def _rates(journey: Journey, name: str) -> tuple[str, str]:
     """Images per second, of the stages that were timed."""
-    last = [*journey.stages][-1]
-    run = {DENSE: "dense", last: "low-rank"}.get(name)
+    run = {DENSE: "dense", journey.last: "low-rank"}.get(name)
     if run is None:
         return "", ""
     plain, found = (journey.times.rate(key)[1] for key in (run, f"{run}, fast"))

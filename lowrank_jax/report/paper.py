@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.models.published import Published
 from lowrank_jax.program.kernel_use import KernelUse
-from lowrank_jax.report.costs import LayerCost, layers_section
+from lowrank_jax.report.costs import LayerCost, layers_section, total
 from lowrank_jax.report.record import Report, Section, Table
 from lowrank_jax.report.tables import as_costs, markdown_table
 from lowrank_jax.tree.rules import resolve
@@ -98,12 +98,6 @@ def factor(layers: Sequence[LayerFacts], measure: str) -> float:
     """
     dense, low = total(layers, measure)
     return dense / low
-
-
-def total(layers: Sequence[LayerFacts], measure: str) -> tuple[int, int]:
-    """Parameters or macs of some layers, dense and low-rank."""
-    pairs = [getattr(layer, measure) for layer in layers]
-    return sum(dense for dense, _ in pairs), sum(low for _, low in pairs)
 
 
 def markdown(found: NetworkFacts) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_jax.experiments.journey import CLOSED, FITTED, TUNED, Journey
 from lowrank_jax.experiments.journey import DENSE as START
-from lowrank_jax.report.drawing import legend_below, new_figure, short
+from lowrank_jax.report.drawing import grouped_bars, legend_below, new_figure
 from lowrank_jax.report.tables import count
 
 if TYPE_CHECKING:
@@ -29,15 +29,9 @@ def draw_costs(journey: Journey, measures: Sequence[str] = ("parameters", "macs"
             "given": (LIGHT, [getattr(choice, measure)[1] for choice in journey.given]),
             "planned": (LOWRANK, [getattr(choice, measure)[1] for choice in journey.planned]),
         }
-        for index, (label, (color, values)) in enumerate(lines.items()):
-            places = [place + 0.27 * (index - 1) for place in range(len(names))]
-            axis.barh(places, values, 0.25, color=color, label=label)
-        axis.set_yticks(range(len(names)), [short(name) for name in names])
-        axis.invert_yaxis()
+        grouped_bars(axis, names, lines)
         axis.set_title("Multiply-adds" if measure == "macs" else "Weights", loc="left")
         axis.xaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
-        axis.locator_params(axis="x", nbins=4)
-        legend_below(axis, columns=3)
     return figure
 
 

@@ -31,22 +31,27 @@ class Times:
 
     def highlight(self) -> Highlight:
         """The same as a large figure."""
-        _, median, _ = self.network.ratio("low-rank", "dense")
-        _, rate, _ = self.network.rate("low-rank")
-        return Highlight(
-            label="speed",
-            value=f"{median:.2f}\N{MULTIPLICATION SIGN}",
-            note=f"{rate:,.0f} images/s",
-        )
+        return speed_highlight(self.network, "low-rank", "dense")
 
     def facts(self) -> dict[str, Json]:
         """The same as plain data."""
-        rates = {name: _quartiles(self.network.rate(name)) for name in self.network.seconds}
-        return {
-            "batch_size": self.network.items,
-            "images_per_second": rates,
-            "speed_up": _quartiles(self.network.ratio("low-rank", "dense")),
-        }
+        return time_facts(self.network, "low-rank", "dense")
+
+
+def speed_highlight(times: Throughput, low: str, dense: str) -> Highlight:
+    """How many times as fast one program is as another, as a large figure."""
+    (_, median, _), (_, rate, _) = times.ratio(low, dense), times.rate(low)
+    value, note = f"{median:.2f}\N{MULTIPLICATION SIGN}", f"{rate:,.0f} images/s"
+    return Highlight(label="speed", value=value, note=note)
+
+
+def time_facts(times: Throughput, low: str, dense: str) -> dict[str, Json]:
+    """The rates of all programs, and how many times as fast one is as another, as plain data."""
+    return {
+        "batch_size": times.items,
+        "images_per_second": {name: _quartiles(times.rate(name)) for name in times.seconds},
+        "speed_up": _quartiles(times.ratio(low, dense)),
+    }
 
 
 def _quartiles(values: tuple[float, float, float]) -> dict[str, Json]:

@@ -6,7 +6,8 @@ import functools
 import pytest
 
 from lowrank_jax.models.published import PUBLISHED
-from lowrank_jax.report.paper import LayerFacts, NetworkFacts, factor, layer_facts, markdown, total
+from lowrank_jax.report.costs import total
+from lowrank_jax.report.paper import LayerFacts, NetworkFacts, factor, layer_facts, markdown
 
 CIFAR_CNN = ((3, 96, 10), (96, 128, 51), (128, 256, 51))  # C, N and K of 5x5 convolutions
 OURS = {"GoogLeNet": 1 / 2.84, "ImageNet NIN": 0.5, "ResNet-18": 0.5}
