@@ -329,7 +329,7 @@ def test_a_budget_below_what_is_possible_says_the_least(select):
         ValueError, match=rf"cannot be met; the least possible is {least} \(0\.\d+ of the dense"
     ):
         select(found, Budget("parameters", least - 1))
-    with pytest.raises(ValueError, match=r"An int is absolute; write 1\.0 for the whole network"):
+    with pytest.raises(ValueError, match=r"An int is absolute; a share is a float, 1\.0 for"):
         select(found, Budget("parameters", 1))
 
 
