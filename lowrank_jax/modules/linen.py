@@ -15,7 +15,8 @@ from lowrank_jax.factorization.layout import AXES
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.program.transform import lowrank
 
-OWN = ("rank", "kernel_init", "first", "parent", "name")  # fields that nn.Conv has not, or not so
+# Fields that nn.Conv has not, or not so.
+OWN = ("rank", "kernel_init", "first_init", "first", "parent", "name")
 
 
 class SeparableConv(nn.Module):
@@ -34,7 +35,11 @@ class SeparableConv(nn.Module):
         rank: channels between the two convolutions, per group; 1 to min(h * c, w * n / groups).
         strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, dtype,
             param_dtype, precision, bias_init, promote_dtype: as in `nn.Conv`.
-        kernel_init: initialiser of both factors.
+        kernel_init: initialiser of the second factor, such as `nn.initializers.he_normal()` before
+            a ReLU. With the other one's default the outputs have the variance that an `nn.Conv`
+            with this initialiser gives them.
+        first_init: initialiser of the first factor; the default keeps the variance, since nothing
+            but the second one follows.
         first: "vertical", or "horizontal" where the horizontal convolution comes first.
 
     Example:
@@ -58,6 +63,7 @@ class SeparableConv(nn.Module):
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    first_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     promote_dtype: PromoteDtypeFn = nn.dtypes.promote_dtype
     first: str = "vertical"
@@ -84,9 +90,10 @@ class SeparableConv(nn.Module):
         return self.param("kernel", self._factors, scheme, shape)
 
     def _factors(self, key: jax.Array, scheme: Separable, shape: tuple[int, ...]) -> dict:
-        keys = factor_keys(self.first, scheme.axes, len(shape))
-        pairs = zip(keys, jax.random.split(key), scheme.shapes(shape), strict=True)
-        return {name: self.kernel_init(own, part, self.param_dtype) for name, own, part in pairs}
+        names = factor_keys(self.first, scheme.axes, len(shape))
+        inits, keys = (self.first_init, self.kernel_init), jax.random.split(key)
+        parts = zip(names, inits, keys, scheme.shapes(shape), strict=True)
+        return {name: init(own, part, self.param_dtype) for name, init, own, part in parts}
 
     def _dense(self) -> nn.Conv:
         """The dense layer of these arguments, whose program runs with the factors."""

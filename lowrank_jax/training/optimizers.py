@@ -6,13 +6,11 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.names import names_of
-from lowrank_jax.tree.decomposing import reconstruct
 
 LOG = logging.getLogger("lowrank_jax")
 
@@ -48,39 +46,6 @@ def one_cycle_sgd(
         weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     )
     return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
-
-
-def frobenius_decay(weight: float) -> optax.GradientTransformation:
-    """Weight decay on the product of two factors, in place of the factors themselves.
-
-    Adds the gradient of weight / 2 times the squared Frobenius norm of each kernel that factors
-    stand for (Khodak et al., 2021, arXiv 2105.01029). Other parameters do not decay.
-
-    Args:
-        weight: of the decay, 0 or more.
-
-    Raises:
-        ValueError: the weight is not allowed.
-
-    Example:
-        >>> pair = {"left_factor": np.ones((4, 1)), "right_factor": np.ones((1, 3))}
-        >>> tx, params = frobenius_decay(0.1), {"dense": pair, "bias": np.ones(3)}
-        >>> updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
-        >>> round(float(updates["dense"]["left_factor"][0, 0]), 3), float(updates["bias"][0])
-        (0.3, 0.0)
-    """
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"weight={weight!r} is not allowed; give a number of 0 or more.")
-
-    def penalty(params: chex.ArrayTree) -> jax.Array:
-        kernels = jax.tree.leaves(params, is_leaf=is_factors)
-        products = [reconstruct(kernel) for kernel in kernels if is_factors(kernel)]
-        return weight / 2 * sum((jnp.sum(w**2) for w in products), jnp.zeros(()))
-
-    def decayed(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> chex.ArrayTree:
-        return jax.tree.map(jnp.add, updates, jax.grad(penalty)(params))
-
-    return optax.stateless(decayed)
 
 
 def carry_optimizer(

@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-WHOLE, LOOP, STAGES = EXAMPLES
+WHOLE, LOOP, BLOCK, STAGES = EXAMPLES
 
 
 def run(example, folder, monkeypatch):
@@ -31,3 +33,11 @@ def test_the_loop_trains_and_carries_its_moments(tmp_path, monkeypatch):
     assert scope["state"].step == 2
     assert scope["moments"][0].mu["params"]["layers_2"]["bias"].any()
     assert not scope["moments"][0].mu["params"]["layers_0"]["kernel"]["left_factor"].any()
+
+
+def test_the_block_from_scratch_has_one_normalisation_and_two_factors(tmp_path, monkeypatch):
+    block = run(LOOP.split("\n\nmodel")[0] + "\n" + BLOCK, tmp_path, monkeypatch)["Block"](8, 2)
+    outputs, variables = block.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+    assert outputs.shape == (2, 8, 8, 8) and outputs.min() >= 0
+    assert set(variables["params"]) == {"BatchNorm_0", "SeparableConv_0"}
+    assert set(variables["params"]["SeparableConv_0"]) == {"kernel"}

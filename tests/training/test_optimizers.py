@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax import decompose, reconstruct
-from lowrank_jax.training import TrainState, carry_optimizer, frobenius_decay, one_cycle_sgd
+from lowrank_jax import decompose
+from lowrank_jax.training import TrainState, carry_optimizer, one_cycle_sgd
 
 
 def ones(tree):
@@ -59,23 +59,6 @@ def test_moments_of_layers_that_stay_are_carried_and_those_of_factors_start_anew
     chex.assert_trees_all_equal({n: before[n] for n in kept}, {n: after[n] for n in kept})
     assert all(not after[name].any() for name in set(after) - kept)
     assert caplog.messages == ["The optimiser starts anew for Conv_0."]
-
-
-def test_the_product_of_factors_decays_as_a_dense_kernel_does(small):
-    def squares(kernel):
-        return 0.5 * 0.3 * jnp.sum(reconstruct(kernel) ** 2)
-
-    params = small["params"]
-    tx = frobenius_decay(0.3)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    wanted = jax.grad(squares)(params["Conv_0"]["kernel"])
-    chex.assert_trees_all_close(updates["Conv_0"]["kernel"], wanted, rtol=1e-5)
-    assert not updates["Dense_0"]["kernel"].any()
-
-
-def test_a_decay_below_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"weight=-0\.1 is not allowed"):
-        frobenius_decay(-0.1)
 
 
 def test_a_carried_state_trains_on(dense):

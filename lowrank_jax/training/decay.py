@@ -1,0 +1,167 @@
+"""Penalties on the weights of low-rank networks, as optax transformations.
+
+Each adds the gradient of a penalty to the updates. It stands before the optimiser in `optax.chain`,
+where the updates are still gradients.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.factorization.factors import is_factors, read_factors
+from lowrank_jax.factorization.layout import to_pair
+from lowrank_jax.factorization.scheme import Scheme, spectrum
+from lowrank_jax.tree.decomposing import reconstruct
+from lowrank_jax.tree.paths import named_leaves
+from lowrank_jax.tree.rules import Rules, resolve
+
+
+def frobenius_decay(weight: float) -> optax.GradientTransformation:
+    """Weight decay on the product of two factors, in place of the factors themselves.
+
+    Adds the gradient of weight / 2 times the squared Frobenius norm of each kernel that factors
+    stand for (Khodak et al., 2021, arXiv 2105.01029). Other parameters do not decay.
+
+    Args:
+        weight: of the decay, 0 or more.
+
+    Raises:
+        ValueError: the weight is not allowed.
+
+    Example:
+        >>> import numpy as np
+        >>> pair = {"left_factor": np.ones((4, 1)), "right_factor": np.ones((1, 3))}
+        >>> tx, params = frobenius_decay(0.1), {"dense": pair, "bias": np.ones(3)}
+        >>> updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+        >>> round(float(updates["dense"]["left_factor"][0, 0]), 3), float(updates["bias"][0])
+        (0.3, 0.0)
+    """
+
+    def penalty(params: chex.ArrayTree) -> jax.Array:
+        return _sum(jnp.sum(_wide(reconstruct(node)) ** 2) / 2 for node in _factors(params))
+
+    return _decay(weight, penalty)
+
+
+def orthogonal_decay(weight: float) -> optax.GradientTransformation:
+    """Pulls the components of each pair of factors apart until they are orthogonal.
+
+    Adds the gradient of weight times the mean squared cosine between two components of one factor,
+    columns of the first and rows of the second, summed over the factors. That is the penalty of SVD
+    training (Yang et al., 2020, arXiv 2004.09031) without regard to the components' length, which
+    carries the singular values here. At zero the components are those of an SVD, and the smallest
+    one is the one to leave out.
+
+    Args:
+        weight: of the penalty, 0 or more.
+
+    Raises:
+        ValueError: the weight is not allowed.
+
+    Example:
+        >>> import numpy as np
+        >>> first = np.array([[1.0, 1.0], [0.0, 1.0]])
+        >>> pair = {"left_factor": first, "right_factor": np.eye(2)}
+        >>> tx, params = orthogonal_decay(1.0), {"dense": pair}
+        >>> updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+        >>> updates["dense"]["left_factor"].round(3).tolist()
+        [[0.0, 0.25], [0.5, -0.25]]
+        >>> updates["dense"]["right_factor"].tolist()
+        [[0.0, 0.0], [0.0, 0.0]]
+    """
+
+    def penalty(params: chex.ArrayTree) -> jax.Array:
+        parts = (part for node in _factors(params) for part in _components(node))
+        return _sum(map(_mean_squared_cosine, parts))
+
+    return _decay(weight, penalty)
+
+
+def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
+    """Shrinks the singular values of dense kernels, so that lower ranks do later.
+
+    Adds the gradient of weight times the nuclear norm, the sum of the singular values, of the
+    matrix that each rule's scheme decomposes (trained rank pruning: Xu et al., 2019, arXiv
+    1910.04576). The ranks of the rules do not matter. A kernel that stands as factors is left out:
+    the decay of the factors themselves bounds its nuclear norm.
+
+    Args:
+        weight: of the penalty, 0 or more.
+        rules: a plan, or a table of paths or patterns, as `decompose` takes.
+
+    Raises:
+        ValueError: the weight is not allowed; at the first update, a rule that does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from lowrank_jax import Matrix
+        >>> tx, params = nuclear_decay(0.1, {"dense": Matrix(1)}), {"dense": np.diag([3.0, 2.0])}
+        >>> updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+        >>> (10 * updates["dense"]).round(3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    def penalty(params: chex.ArrayTree) -> jax.Array:
+        kernels = named_leaves(params)
+        dense = {path: x.shape for path, x in kernels.items() if not is_factors(x)}
+        schemes = resolve(rules, dense)
+        return _sum(_nuclear_norm(kernels[path], scheme) for path, scheme in schemes.items())
+
+    return _decay(weight, penalty)
+
+
+def _decay(
+    weight: float, penalty: Callable[[chex.ArrayTree], jax.Array]
+) -> optax.GradientTransformation:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight={weight!r} is not allowed; give a number of 0 or more.")
+
+    def decayed(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> chex.ArrayTree:
+        return jax.tree.map(lambda u, g: u + weight * g, updates, jax.grad(penalty)(params))
+
+    return optax.stateless(decayed)
+
+
+def _factors(params: chex.ArrayTree) -> list[chex.ArrayTree]:
+    """The nodes of a tree that stand for kernels."""
+    return [node for node in jax.tree.leaves(params, is_leaf=is_factors) if is_factors(node)]
+
+
+def _components(node: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
+    """The components of two factors, (..., groups, K, entries) each."""
+    pair, axes, first = read_factors(node, "factors")
+    one, two = (to_pair(_wide(reconstruct(factor)), axes, first) for factor in pair)
+    rank, outputs = two.shape[-2:]
+    groups = one.shape[-1] // rank
+    left = one.reshape(*one.shape[:-1], groups, rank)  # (..., a, b, c, g, K)
+    right = two.reshape(*two.shape[:-1], groups, outputs // groups)  # (..., a, b, K, g, n/g)
+    left = jnp.moveaxis(left, (-2, -1), (-5, -4))
+    right = jnp.moveaxis(right, (-2, -3), (-5, -4))
+    one, two = (part.reshape(*part.shape[:-3], -1) for part in (left, right))
+    return one, two
+
+
+def _mean_squared_cosine(components: jax.Array) -> jax.Array:
+    """The mean over all pairs of components, summed over the groups; a pair of the same is zero."""
+    squares = jnp.sum(components**2, -1, keepdims=True)
+    # A component of zeros has no direction: its cosines are zeros, not 0 / 0.
+    unit = components / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    cosines = jnp.einsum("...ie,...je->...ij", unit, unit, precision=jax.lax.Precision.HIGHEST)
+    others = 1 - jnp.eye(cosines.shape[-1])
+    return jnp.sum(jnp.mean((cosines * others) ** 2, (-2, -1)))
+
+
+def _nuclear_norm(kernel: jax.Array, scheme: Scheme) -> jax.Array:
+    return jnp.sum(spectrum(kernel, scheme.groups, scheme.axes, scheme.first))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    return sum(parts, jnp.zeros(()))
