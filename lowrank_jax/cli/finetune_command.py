@@ -24,11 +24,11 @@ from lowrank_jax.report.planned import Networks
 from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
-from lowrank_jax.training.features import decomposed_paths
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import Loss, cross_entropy, distillation
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.shrinking import last_stage, shrink
+from lowrank_jax.tree.paths import factored_leaves
 
 SCORED = 4096  # training images whose classes are compared with the labels
 START, RESULT, PLAN = "start.npz", "variables.npz", "plan.json"
@@ -67,7 +67,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
-    if args.shrink and (job.model.is_nnx or decomposed_paths(job.variables)):
+    if args.shrink and (job.model.is_nnx or factored_leaves(job.variables)):
         raise ValueError(
             "--shrink needs a dense checkpoint of a Linen model or of a function; give one, or "
             "--plan."
@@ -131,7 +131,7 @@ def _accuracy(job: Job, tree: Any, labels: np.ndarray) -> float:
 
 def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
     """The dense and the trained network; None where the dense one or the plan is not known."""
-    if plan is None or decomposed_paths(job.variables):
+    if plan is None or factored_leaves(job.variables):
         return None
     values = plain_spectra(job, plan)
     return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
@@ -161,9 +161,7 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     if args.teacher:
         return load_variables(args.teacher, job.model, job.images[:1], job.kwargs).variables
     return (
-        job.variables
-        if (args.plan or args.shrink) and not decomposed_paths(job.variables)
-        else None
+        job.variables if (args.plan or args.shrink) and not factored_leaves(job.variables) else None
     )
 
 
@@ -183,7 +181,7 @@ def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
 
 def _start(job: Job, plan: Plan | None, path: Path) -> Any:
     """The network before training; a run that goes on has it in its folder."""
-    if plan is None or decomposed_paths(job.variables):
+    if plan is None or factored_leaves(job.variables):
         return job.variables
     if path.exists():
         return jax.tree.map(jax.numpy.asarray, load_weights(path))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.cli.options import new_command, positive
-from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
@@ -18,7 +17,7 @@ from lowrank_jax.program.transform import lowrank
 from lowrank_jax.report.paper import NetworkFacts, layer_facts, markdown, paper_report
 from lowrank_jax.report.writing import write_report
 from lowrank_jax.tree.decomposing import decompose, reconstruct
-from lowrank_jax.tree.paths import named_leaves
+from lowrank_jax.tree.paths import factored_leaves, named_leaves
 from lowrank_jax.tuning.timing import compile_fastest, throughput
 
 
@@ -75,8 +74,7 @@ def network_facts(
 def kernel_errors(dense: Any, small: Any) -> dict[str, float]:
     """Relative Frobenius error of every kernel that has factors in the smaller tree."""
     given, merged = named_leaves(dense), named_leaves(reconstruct(small))
-    paths = [path for path, leaf in named_leaves(small).items() if is_factors(leaf)]
-    return {path: _error(given[path], merged[path]) for path in paths}
+    return {path: _error(given[path], merged[path]) for path in factored_leaves(small)}
 
 
 def _error(kernel: jax.Array, merged: jax.Array) -> float:

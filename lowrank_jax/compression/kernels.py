@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.network import Network
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.provenance import Source
@@ -91,8 +92,3 @@ class Factors:
         """The two arrays of a layer that run while others are fitted."""
         one, two = self._pairs[path]
         return jnp.asarray(one), jnp.asarray(two)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """In float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
-from lowrank_jax.compression.kernels import wide
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored

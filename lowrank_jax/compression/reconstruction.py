@@ -13,7 +13,7 @@ from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import Descent
-from lowrank_jax.compression.kernels import Factors, Parts, Slice, wide
+from lowrank_jax.compression.kernels import Factors, Parts, Slice
 from lowrank_jax.compression.notes import (
     drifted_mean,
     fit_note,
@@ -34,6 +34,7 @@ from lowrank_jax.compression.outline import (
 from lowrank_jax.compression.segments import Live, Segments, Values
 from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.factorization.fitting import Fit, fit_layer
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.progress import Progress

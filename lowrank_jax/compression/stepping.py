@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from lowrank_jax.calibration.inputs import Inputs, images
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.descent import Descent, Loss, descend
-from lowrank_jax.compression.kernels import Parts, Slice, wide
+from lowrank_jax.compression.kernels import Parts, Slice
 from lowrank_jax.compression.segments import Values
+from lowrank_jax.factorization.factors import wide
 
 BATCH = 64  # images of a step
 

@@ -20,6 +20,7 @@ from lowrank_jax.factorization.layout import (
     AXES,
     INPUTS,
     OUTPUTS,
+    Array,
     fit_axes,
     only,
     sizes_of,
@@ -180,6 +181,16 @@ def as_kernel(kernel: Any, where: str) -> Any:
     if isinstance(kernel, np.ndarray):
         return kernel.astype(kernel.dtype.newbyteorder("="), copy=False)
     return kernel
+
+
+def wide(x: Array) -> Array:
+    """In float32 or wider.
+
+    Example:
+        >>> wide(np.ones(2, np.float16)).dtype, wide(np.ones(2)).dtype
+        (dtype('float32'), dtype('float64'))
+    """
+    return x.astype(jax.numpy.promote_types(x.dtype, np.float32))
 
 
 def check_array(kernel: Any, where: str) -> None:

@@ -16,6 +16,7 @@ from lowrank_jax.factorization.factors import (
     factor_keys,
     is_factors,
     read_factors,
+    wide,
 )
 from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
 from lowrank_jax.factorization.layout import (
@@ -310,5 +311,5 @@ def spectrum(
         [6, 0, 0, 0, 0, 0]
     """
     kernel = as_kernel(kernel, "spectrum")
-    wide = gathered(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    return jnp.linalg.svd(to_matrix(to_pair(wide, axes, first), groups), compute_uv=False)
+    spread = to_pair(wide(gathered(kernel)), axes, first)
+    return jnp.linalg.svd(to_matrix(spread, groups), compute_uv=False)

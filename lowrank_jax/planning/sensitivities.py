@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.factorization.layout import from_matrix, from_pair, to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.planning.spectra import known_use
@@ -109,8 +110,7 @@ def _bases(
 
 
 def _basis(kernel: np.ndarray, use: KernelUse, first: str) -> Basis:
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    matrix = to_matrix(to_pair(wide, use.axes, first), use.scheme(1, first).groups)
+    matrix = to_matrix(to_pair(wide(kernel), use.axes, first), use.scheme(1, first).groups)
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     return u, s, v
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.factorization.factors import is_factors, read_factors
+from lowrank_jax.factorization.factors import read_factors, wide
 from lowrank_jax.factorization.layout import to_pair
 from lowrank_jax.factorization.scheme import Scheme, spectrum
-from lowrank_jax.tree.decomposing import reconstruct
-from lowrank_jax.tree.paths import named_leaves
-from lowrank_jax.tree.rules import Rules, resolve
+from lowrank_jax.tree.decomposing import find_schemes, reconstruct
+from lowrank_jax.tree.paths import factored_leaves, named_leaves
+from lowrank_jax.tree.rules import Rules
 
 
 def frobenius_decay(weight: float) -> optax.GradientTransformation:
@@ -42,7 +42,8 @@ def frobenius_decay(weight: float) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        return _sum(jnp.sum(_wide(reconstruct(node)) ** 2) / 2 for node in _factors(params))
+        kernels = map(reconstruct, factored_leaves(params).values())
+        return _sum(jnp.sum(wide(kernel) ** 2) / 2 for kernel in kernels)
 
     return _decay(weight, penalty)
 
@@ -75,8 +76,8 @@ def orthogonal_decay(weight: float) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        parts = (part for node in _factors(params) for part in _components(node))
-        return _sum(map(_mean_squared_cosine, parts))
+        pairs = map(_components, factored_leaves(params).values())
+        return _sum(_mean_squared_cosine(part) for pair in pairs for part in pair)
 
     return _decay(weight, penalty)
 
@@ -86,12 +87,12 @@ def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
 
     Adds the gradient of weight times the nuclear norm, the sum of the singular values, of the
     matrix that each rule's scheme decomposes (trained rank pruning: Xu et al., 2019, arXiv
-    1910.04576). The ranks of the rules do not matter. A kernel that stands as factors is left out:
-    the decay of the factors themselves bounds its nuclear norm.
+    1910.04576). The ranks of the rules do not matter. A pattern leaves out what stands as factors,
+    whose own decay bounds the nuclear norm.
 
     Args:
         weight: of the penalty, 0 or more.
-        rules: a plan, or a table of paths or patterns, as `decompose` takes.
+        rules: a plan, or a table of paths or patterns, as `decompose` takes without a trace.
 
     Raises:
         ValueError: the weight is not allowed; at the first update, a rule that does not fit.
@@ -106,9 +107,7 @@ def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        kernels = named_leaves(params)
-        dense = {path: x.shape for path, x in kernels.items() if not is_factors(x)}
-        schemes = resolve(rules, dense)
+        kernels, schemes = named_leaves(params), find_schemes(params, rules)
         return _sum(_nuclear_norm(kernels[path], scheme) for path, scheme in schemes.items())
 
     return _decay(weight, penalty)
@@ -126,15 +125,10 @@ def _decay(
     return optax.stateless(decayed)
 
 
-def _factors(params: chex.ArrayTree) -> list[chex.ArrayTree]:
-    """The nodes of a tree that stand for kernels."""
-    return [node for node in jax.tree.leaves(params, is_leaf=is_factors) if is_factors(node)]
-
-
 def _components(node: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
     """The components of two factors, (..., groups, K, entries) each."""
     pair, axes, first = read_factors(node, "factors")
-    one, two = (to_pair(_wide(reconstruct(factor)), axes, first) for factor in pair)
+    one, two = (to_pair(wide(reconstruct(factor)), axes, first) for factor in pair)
     rank, outputs = two.shape[-2:]
     groups = one.shape[-1] // rank
     left = one.reshape(*one.shape[:-1], groups, rank)  # (..., a, b, c, g, K)
@@ -157,10 +151,6 @@ def _mean_squared_cosine(components: jax.Array) -> jax.Array:
 
 def _nuclear_norm(kernel: jax.Array, scheme: Scheme) -> jax.Array:
     return jnp.sum(spectrum(kernel, scheme.groups, scheme.axes, scheme.first))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:

@@ -6,12 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.interpreter import Found, bind
 from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.transform import LowRank, with_notes
-from lowrank_jax.tree.paths import named_leaves
 
 Layers = Mapping["Place", jax.Array]
 
@@ -59,8 +57,3 @@ def with_layers(apply: Callable, paths: Collection[str]) -> Callable:
         (24.0, {'dense': (4, 2)})
     """
     return with_notes(apply, _Noted(frozenset(paths)), paths)
-
-
-def decomposed_paths(tree: Any) -> list[str]:
-    """The paths of the layers that have factors in a tree."""
-    return [path for path, leaf in named_leaves(tree).items() if is_factors(leaf)]

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.training.augmentation import Augment
-from lowrank_jax.training.features import Layers, decomposed_paths
+from lowrank_jax.training.features import Layers
 from lowrank_jax.training.forward import Forward
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.partition import joined
 from lowrank_jax.training.state import TrainState
+from lowrank_jax.tree.paths import factored_leaves
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -145,7 +146,7 @@ def _matched_layers(loss: Loss, state: TrainState) -> list[str]:
     """The paths of the layers whose outputs the loss needs."""
     if "layers" not in loss.needs:
         return []
-    if found := decomposed_paths(state.variables):
+    if found := list(factored_leaves(state.variables)):
         return found
     raise ValueError(
         "The loss needs the outputs of decomposed layers, and no layer of the network is "

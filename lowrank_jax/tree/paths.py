@@ -20,6 +20,18 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return dict(zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_factors), strict=True))
 
 
+def factored_leaves(tree: Any) -> dict[str, Any]:
+    """Path of every layer that has factors in a tree to their node.
+
+    Example:
+        >>> import numpy as np
+        >>> pair = {"left_factor": np.ones((4, 1)), "right_factor": np.ones((1, 3))}
+        >>> list(factored_leaves({"dense": pair, "bias": np.ones(3)}))
+        ['dense']
+    """
+    return {name: leaf for name, leaf in named_leaves(tree).items() if is_factors(leaf)}
+
+
 def map_named(change: Callable[[str, Any], Any], tree: Any) -> Any:
     """A tree whose leaves are a function of their names and of what they were.
 

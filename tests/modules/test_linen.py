@@ -207,15 +207,17 @@ class Deep(nn.Module):
 
     rank: int
     groups: int
-    init: nn.initializers.Initializer
-    follow: Callable = staticmethod(lambda x: x)
+    kernel_init: nn.initializers.Initializer
+    follow: Callable
 
     @nn.compact
     def __call__(self, x):
         sizes, options = ((64, (3, 3), self.rank), {"feature_group_count": self.groups})
         for _ in range(20):
             # Around the edges, since zeros there would take variance away.
-            layer = SeparableConv(*sizes, kernel_init=self.init, padding="CIRCULAR", **options)
+            layer = SeparableConv(
+                *sizes, kernel_init=self.kernel_init, padding="CIRCULAR", **options
+            )
             x = self.follow(layer(x))
         return x
 
@@ -226,11 +228,9 @@ class Deep(nn.Module):
                      (nn.initializers.he_normal(), nn.relu)], ids=["linear", "ReLU"]
 )  # fmt: skip
 def test_activations_keep_their_scale_through_twenty_layers(init, follow, rank, groups):
-    x = normal((2, 8, 8, 64))
-    outputs = [
-        Deep(rank, groups, init, follow).init_with_output(jax.random.key(seed), x)[0]
-        for seed in range(4)
-    ]
+    x, model = normal((2, 8, 8, 64)), Deep(rank, groups, init, follow)
+    keys = jax.vmap(jax.random.key)(jnp.arange(4))
+    outputs = jax.vmap(lambda key: model.init_with_output(key, x)[0])(keys)
     # A layer whose factors both had the gain for a ReLU would double the mean square: 1e6 in all.
     # That of one random layer differs from its expectation by a tenth or two, and the logarithm is
     # smaller on average where it does.

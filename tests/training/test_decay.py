@@ -10,6 +10,7 @@ import pytest
 from lowrank_jax import Channel, Matrix, Separable, Tucker, decompose, reconstruct
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.training import frobenius_decay, nuclear_decay, orthogonal_decay
+from lowrank_jax.tree.paths import factored_leaves, named_leaves
 
 SCHEMES = {
     "vertical": (Separable(3), (3, 3, 4, 8)),
@@ -140,3 +141,11 @@ def test_factors_that_nuclear_decay_is_asked_for_are_left_out():
     params = decompose({"conv": normal((3, 3, 4, 8)), "dense": normal((4, 8))}, {"conv": 2})
     found = update(nuclear_decay(1.0, {"dense": Matrix(1)}), params)
     assert is_factors(found["conv"]) and not any(x.any() for x in jax.tree.leaves(found["conv"]))
+
+
+def test_a_pattern_of_nuclear_decay_means_the_layers_that_decompose_would_cut():
+    params = {"conv": normal((3, 3, 4, 8)), "stack": {"bias": normal((3, 8)), "scale": normal(8)}}
+    cut = decompose(params, {".*": 0.5})
+    found = update(nuclear_decay(1.0, {".*": 0.5}), params)
+    decayed = {path for path, leaf in named_leaves(found).items() if leaf.any()}
+    assert decayed == set(factored_leaves(cut)) == {"conv"}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.program.jaxprs import opened, programs
 from lowrank_jax.program.rewriting import Part, rewritten
 
@@ -85,9 +86,9 @@ class Pool:
         operation, start = (jax.lax.max, -jnp.inf) if self.kind == "max" else (jax.lax.add, 0.0)
         if algorithm == "window":
             return jax.lax.reduce_window(x, start, operation, *where)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        own = wide(x)
         edges = [(before, after, 0) for before, after in self.padding]
-        padded = jax.lax.pad(wide, jnp.asarray(start, wide.dtype), edges)
+        padded = jax.lax.pad(own, jnp.asarray(start, own.dtype), edges)
         return functools.reduce(operation, self._slices(padded)).astype(x.dtype)
 
     def _slices(self, padded: jax.Array) -> Iterator[jax.Array]:
