@@ -38,12 +38,23 @@ class Whole(Rule):
 
 
 def whole_moments(apply, variables, x):
-    """Those of the only layer."""
+    """Those of each layer by the path of its kernel."""
     network = Network(apply, variables)
     traced = network.program((x,))
-    pairs = zip(traced.sources, network.leaves((x,)), strict=True)
-    values = [leaf if s is None else Kernel.dense(s, leaf) for s, leaf in pairs]
-    ((_, sums),) = interpret(traced.program.closed, values, Whole())[1].items()
+    pairs = list(zip(traced.sources, network.leaves((x,)), strict=True))
+
+    @jax.jit
+    def run(leaves):
+        values = [
+            leaf if s is None else Kernel.dense(s, leaf)
+            for (s, _), leaf in zip(pairs, leaves, strict=True)
+        ]
+        return interpret(traced.program.closed, values, Whole())[1]
+
+    return {path: moments_of(sums) for path, sums in run([leaf for _, leaf in pairs]).items()}
+
+
+def moments_of(sums):
     one = {name: np.asarray(value, np.float64)[0] for name, value in sums.items()}
     return Moments(count=int(one.pop("count")), **one)
 
@@ -73,58 +84,81 @@ def assert_predicts(strips, kernel, outputs, groups=1):
         np.testing.assert_allclose(mean, strips.y[g] / strips.count, atol=1e-4)
 
 
-LAYERS = [
-    (nn.Conv(6, (3, 3)), (5, 7, 8, 4)),
-    (nn.Conv(6, (2, 4), strides=(2, 1)), (5, 7, 8, 4)),
-    (nn.Conv(6, (3, 3), padding="VALID", kernel_dilation=(1, 2)), (5, 7, 8, 4)),
-    (nn.Conv(6, (3, 3), padding="CIRCULAR"), (5, 7, 8, 4)),
-    (nn.Conv(6, (3, 3), padding=((1, 2), (0, 1)), strides=2), (5, 7, 8, 4)),
-    (nn.Conv(6, (3, 3), feature_group_count=2), (5, 7, 8, 4)),
-    (nn.Conv(6, (3, 3), padding=((2, 1), (0, 2)), input_dilation=2), (5, 5, 4, 4)),
-    (nn.Conv(6, (3,)), (5, 9, 4)),
-    (nn.Conv(6, (2, 3, 2)), (3, 4, 5, 4, 4)),
-    (nn.ConvTranspose(6, (3, 3), strides=(2, 2)), (4, 4, 4, 3)),
-    (nn.ConvTranspose(6, (4, 3), transpose_kernel=False), (4, 4, 4, 3)),
-    (nn.Dense(6), (30, 4)),
-    (nn.Dense(6), (5, 7, 4)),
-    (nn.DenseGeneral(6, axis=(-2, -1)), (5, 7, 2, 3)),
-    (nn.DenseGeneral(6, axis=(1, -1)), (5, 3, 7, 2)),
-    (nn.Einsum((6, 4), "bld,hd->blh"), (5, 7, 4)),
-    (nn.DenseGeneral((2, 3)), (5, 7, 4)),
-]
+LAYERS = {
+    "same": (nn.Conv(6, (3, 3)), (5, 7, 8, 4)),
+    "strides": (nn.Conv(6, (2, 4), strides=(2, 1)), (5, 7, 8, 4)),
+    "dilated kernel": (nn.Conv(6, (3, 3), padding="VALID", kernel_dilation=(1, 2)), (5, 7, 8, 4)),
+    "circular": (nn.Conv(6, (3, 3), padding="CIRCULAR"), (5, 7, 8, 4)),
+    "uneven padding": (nn.Conv(6, (3, 3), padding=((1, 2), (0, 1)), strides=2), (5, 7, 8, 4)),
+    "groups": (nn.Conv(6, (3, 3), feature_group_count=2), (5, 7, 8, 4)),
+    "dilated input": (nn.Conv(6, (3, 3), padding=((2, 1), (0, 2)), input_dilation=2), (5, 5, 4, 4)),
+    "one axis": (nn.Conv(6, (3,)), (5, 9, 4)),
+    "three axes": (nn.Conv(6, (2, 3, 2)), (5, 4, 5, 4, 4)),
+    "transposed": (nn.ConvTranspose(6, (3, 3), strides=(2, 2)), (5, 4, 4, 3)),
+    "transposed, not flipped": (nn.ConvTranspose(6, (4, 3), transpose_kernel=False), (5, 4, 4, 3)),
+    "dense": (nn.Dense(6), (5, 4)),
+    "dense on rows": (nn.Dense(6), (5, 7, 4)),
+    "joined axes": (nn.DenseGeneral(6, axis=(-2, -1)), (5, 7, 2, 3)),
+    "apart axes": (nn.DenseGeneral(6, axis=(1, -1)), (5, 3, 7, 2)),
+    "einsum": (nn.Einsum((6, 4), "bld,hd->blh"), (5, 7, 4)),
+    "heads": (nn.DenseGeneral((2, 3)), (5, 7, 4)),
+}
 
 
-@pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda case: str(case)[:60])
-def test_the_moments_predict_the_covariance_of_the_outputs(layer, shape):
-    x = normal(*shape)
-    variables = layer.init(jax.random.key(1), x)
-    found = calibrate(layer.apply, variables, x)
+def apply_each(params, inputs):
+    return {
+        name: layer.apply({"params": params[name]}, inputs[name])
+        for name, (layer, _) in LAYERS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def each():
+    """Parameters, inputs and outputs of every layer, so that one program runs them all."""
+    inputs = {name: normal(*shape) for name, (_, shape) in LAYERS.items()}
+
+    @jax.jit
+    def init(key):
+        return {
+            name: layer.init(key, inputs[name])["params"] for name, (layer, _) in LAYERS.items()
+        }
+
+    params = init(jax.random.key(1))
+    return params, inputs, jax.jit(apply_each)(params, inputs)
+
+
+def matrices(name, params, outputs):
+    """The kernel as (inputs, groups, 6 / groups) and the outputs of a layer in such rows."""
+    layer, _ = LAYERS[name]
+    kernel = params[name]["kernel"]
+    rows = (kernel.T if isinstance(layer, nn.Einsum) else kernel).reshape(-1, 6)
     groups = getattr(layer, "feature_group_count", 1)
-    kernel, outputs = variables["params"]["kernel"], layer.apply(variables, x)
-    if isinstance(layer, nn.Einsum):
-        kernel = kernel.T
-    if outputs.shape[-1] != 6:
-        outputs = outputs.reshape(*outputs.shape[:-2], 6)
-    assert_predicts(total(found, "kernel"), kernel, outputs, groups)
+    return by_groups(rows, groups), by_groups(outputs[name].reshape(-1, 6), groups)
 
 
-@pytest.mark.parametrize("layer, shape", LAYERS, ids=lambda case: str(case)[:60])
-def test_the_moments_of_whole_patches_predict_the_outputs(layer, shape):
-    x = normal(*shape)
-    variables = layer.init(jax.random.key(1), x)
-    groups, kernel = getattr(layer, "feature_group_count", 1), variables["params"]["kernel"]
-    kernel = by_groups(
-        (kernel.T if isinstance(layer, nn.Einsum) else kernel).reshape(-1, 6), groups
-    )
-    moments = whole_moments(layer.apply, variables, x)
-    outputs = by_groups(np.asarray(layer.apply(variables, x)).reshape(-1, 6), groups)
-    assert moments.count == len(outputs)
-    for g in range(groups):
-        wanted = np.cov(outputs[:, g].T, bias=True)
-        own = kernel[:, g].T @ moments.covariance[g] @ kernel[:, g]
-        np.testing.assert_allclose(own, wanted, atol=1e-4)
-        np.testing.assert_allclose(kernel[:, g].T @ moments.cross[g], wanted, atol=1e-4)
-        np.testing.assert_allclose(moments.variance[g], np.diag(wanted), atol=1e-4)
+def test_the_moments_predict_the_covariance_of_the_outputs(each):
+    params, inputs, outputs = each
+    found = calibrate(apply_each, params, inputs)
+    for name in LAYERS:
+        kernel, flat = matrices(name, params, outputs)
+        assert_predicts(
+            total(found, name), kernel.reshape(-1, 6), flat.reshape(-1, 6), flat.shape[1]
+        )
+
+
+def test_the_moments_of_whole_patches_predict_the_outputs(each):
+    params, inputs, outputs = each
+    found = whole_moments(apply_each, params, inputs)
+    for name in LAYERS:
+        kernel, flat = matrices(name, params, outputs)
+        moments = found[name]
+        assert moments.count == len(flat)
+        for g in range(flat.shape[1]):
+            wanted = np.cov(flat[:, g].T, bias=True)
+            own = kernel[:, g].T @ moments.covariance[g] @ kernel[:, g]
+            np.testing.assert_allclose(own, wanted, atol=1e-4)
+            np.testing.assert_allclose(kernel[:, g].T @ moments.cross[g], wanted, atol=1e-4)
+            np.testing.assert_allclose(moments.variance[g], np.diag(wanted), atol=1e-4)
 
 
 def test_strips_of_inputs_that_are_alike_everywhere_have_the_covariance_of_the_channels():
@@ -151,7 +185,7 @@ def test_strips_of_other_inputs_have_on_the_average_their_share_of_the_patches()
     layer, x = nn.Conv(4, (3, 3)), normal(64, 8, 8, 3)
     variables = layer.init(jax.random.key(0), x)
     found = total(calibrate(layer.apply, variables, x), "kernel")
-    whole = whole_moments(layer.apply, variables, x)
+    whole = whole_moments(layer.apply, variables, x)["kernel"]
     for first in ("vertical", "horizontal", "pointwise"):
         strip, offset = (np.trace(m[first][0]) for m in (found.strips, found.offsets))
         assert offset == pytest.approx(np.trace(whole.xx[0]), rel=1e-4)
