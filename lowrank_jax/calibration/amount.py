@@ -55,11 +55,15 @@ class Amount:
         """Images with which there are `ENOUGH` samples for each input."""
         return math.ceil(ENOUGH * self.inputs * self.images / self.samples)
 
+    @property
+    def enough(self) -> bool:
+        """Whether there are so many."""
+        return self.images >= self.wanted
+
     def __str__(self) -> str:
-        enough = self.images >= self.wanted
-        advice = "enough" if enough else f"{self.wanted:,} images or more are recommended"
+        advice = "enough" if self.enough else f"{self.wanted:,} images or more are recommended"
         return (
             f"{self.images:,} images give {self.samples:,} samples for the {self.inputs:,} inputs "
             f"of the widest layer, {self.path}: {self.samples / self.inputs:.2g} for each"
-            f"{', which is ' if enough else '; '}{advice}."
+            f"{', which is ' if self.enough else '; '}{advice}."
         )

@@ -73,8 +73,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{chosen}\n{score}")
     if not chosen.ranks:
         print("There is nothing to do: the whole network is within the budget.")
-    if amount := compared.fitted.amount():
-        print(amount)
     result = args.out / "variables.npz"
     print(f"It took {elapsed:.0f} s. The compressed checkpoint is {result}.")
     print(f"The report is {args.out / 'report.html'}.")

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from lowrank_jax.calibration.amount import Amount
 from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.cli.checkpoints import Found, find_variables
 from lowrank_jax.cli.choice import Choice, Examples
@@ -84,10 +83,6 @@ class Job:
     def trace(self) -> Trace:
         """The program for one image."""
         return trace(self.apply, self.variables, self.images[:1], **self.kwargs)
-
-    def amount(self) -> Amount | None:
-        """Whether the images are enough for a fit."""
-        return Amount.of(self.trace, len(self.images))
 
     def calibrate(self) -> Calibration:
         """The one pass over the images that plans and fits share."""

@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
             _save(folder, point, job)
         write_report(folder, report)
     print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}.")
-    if amount := fitted.amount():
-        print(amount)
     print(planning_lines(job.model, job.kwargs, job.source, args.out / "plan.json"))
 
 

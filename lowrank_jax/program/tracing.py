@@ -16,6 +16,12 @@ from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.survey import Found, Survey
 
+HINT = (
+    "The function did not run while lowrank_jax.trace followed it. Give inputs of the shape that "
+    "the model is for, the variables of this very model, and the arguments of its call for "
+    "evaluation, as in trace(model.apply, variables, inputs, train=False)."
+)
+
 
 def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     """Lists every convolution and matrix product of a forward pass; nothing is computed.
@@ -37,6 +43,9 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     Returns:
         One entry for each kernel and each geometry that it is used with, in program order.
 
+    Raises:
+        Exception: the function's own, with a note, where it does not run on the arguments.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
@@ -45,7 +54,11 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> trace(model.apply, variables, images).macs
         36864
     """
-    program, leaves, arrays = traced(apply, variables, args, kwargs)
+    try:
+        program, leaves, arrays = traced(apply, variables, args, kwargs)
+    except Exception as error:
+        error.add_note(HINT)
+        raise
     own = [path[2:] for path, _ in leaves if path[0].idx == 0 and path[1].idx == 0]
     names = dict(enumerate(names_of(own)))
     sources = [

@@ -1,5 +1,6 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
 
+WINDOW = 11  # the largest that the networks of the field have
 NO_MATRICES = ("bias", "scale", "embedding", "mean", "var")
 
 
@@ -175,9 +177,26 @@ def find_schemes(
             check_kernel(path, leaves[path])
     shapes = {name: leaf.shape for name, leaf in leaves.items() if _is_kernel(name, leaf)}
     schemes = resolve(given, shapes if trace is None else trace, axes=axes, units=units)
-    for path in schemes:
-        check_kernel(path, find_leaf(path, leaves))
+    for path, scheme in schemes.items():
+        kernel = check_kernel(path, find_leaf(path, leaves))
+        if trace is None and scheme.axes == "HWIO":
+            _tell_other_layout(path, kernel.shape)
     return schemes
+
+
+def _tell_other_layout(path: str, shape: tuple[int, ...]) -> None:
+    """Warns of a kernel whose last two axes are a window's, and whose first two are none's."""
+    if len(shape) < 4:
+        return
+    high, wide, inputs, outputs = shape[-4:]
+    square = inputs == outputs and inputs % 2 == 1 and 3 <= inputs <= WINDOW
+    if square and high * wide > inputs * outputs and (high != wide or high > WINDOW):
+        warnings.warn(
+            f"{path}: the kernel of shape {shape} is read as (height, width, inputs, outputs), "
+            "and looks like (outputs, inputs, height, width), the layout of PyTorch and Equinox; "
+            'give axes="OIHW", or trace=lowrank_jax.trace(apply, variables, inputs), which knows.',
+            stacklevel=4,
+        )
 
 
 def _is_kernel(name: str, leaf: Any) -> bool:

@@ -7,7 +7,7 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import trace
+from lowrank_jax import calibrate, trace
 from lowrank_jax.calibration.amount import ENOUGH, Amount
 
 
@@ -39,6 +39,15 @@ def test_so_many_images_as_are_wanted_are_enough_and_one_less_is_not(images):
     found = Amount(images=images, samples=4 * images, inputs=64, path="head")
     assert found.wanted == ENOUGH * 64 / 4
     assert ("which is enough" in str(found)) == (images >= found.wanted)
+
+
+@pytest.mark.parametrize("count, level", [(4, "WARNING"), (400, "INFO")])
+def test_calibrate_says_whether_the_images_are_enough(count, level, caplog):
+    caplog.set_level("INFO", "lowrank_jax")
+    kernel, images = jnp.ones((8, 4)), jnp.ones((count, 8))
+    calibrate(lambda tree, x: x @ tree["head"], {"head": kernel}, images)
+    (line,) = [r for r in caplog.records if r.levelname == level and "widest layer" in r.message]
+    assert f"{count} images give {count} samples for the 8 inputs" in line.message
 
 
 def test_a_network_without_layers_needs_none():

@@ -78,9 +78,6 @@ class Job:
     def labels(self, images, labels):
         return None
 
-    def amount(self):
-        return None
-
 
 def replace_the_work():
     data.pretrained = lambda: tree(0)

@@ -283,6 +283,17 @@ def test_what_is_no_array_stays_as_it_is():
     assert trace(Model().apply, variables, X, train=False)[0].path == "Conv_0"
 
 
+def test_an_error_of_the_function_has_a_note_that_says_what_is_needed():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Conv(4, (3, 3))(x)
+
+    with pytest.raises(TypeError, match="'train'") as caught:
+        trace(Net().apply, {"params": {"Conv_0": {"kernel": weights(3, 3, 4, 4)}}}, X)
+    assert "train=False" in caught.value.__notes__[-1]
+
+
 def test_without_a_table_decompose_takes_half_of_the_weights_of_every_safe_layer():
     class Standardised(nn.Conv):
         def param(self, name, *args, **kwargs):

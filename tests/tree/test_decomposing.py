@@ -129,6 +129,20 @@ def test_layouts_of_other_frameworks_are_written_in_the_keys():
     chex.assert_trees_all_close(full, tree, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("shape", [(64, 3, 7, 7), (8, 4, 3, 3), (64, 64, 3, 3), (2, 32, 16, 5, 5)])
+def test_a_kernel_that_looks_like_one_of_pytorch_is_told(shape):
+    with pytest.warns(UserWarning, match=r"conv: the kernel of shape .* axes=\"OIHW\""):
+        decompose({"conv": normal(*shape)}, {"conv": 2})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 3, 3, 3), (7, 7, 3, 64), (1, 5, 3, 3), (5, 5, 3, 3), (16, 16, 3, 64)],
+)
+def test_a_kernel_of_flax_is_not_taken_for_one_of_pytorch(shape):
+    decompose({"conv": normal(*shape)}, {"conv": 1})  # a warning is an error here
+
+
 def test_groups_are_given_in_the_table():
     params = {"Conv_0": conv(3, 3, 2, 8)}
     small = decompose(params, {"Conv_0": Separable(3, groups=4)})
