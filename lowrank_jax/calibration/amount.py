@@ -6,10 +6,13 @@ Neighbouring positions of an image tell nearly the same, so that at most `POSITI
 """
 
 import dataclasses
+import logging
 import math
 
 from lowrank_jax.calibration.sums import POSITIONS
 from lowrank_jax.program.kernel_use import Trace
+
+LOG = logging.getLogger("lowrank_jax")
 
 ENOUGH = 10  # samples for each input, from which the error is below a third
 
@@ -67,3 +70,14 @@ class Amount:
             f"of the widest layer, {self.path}: {self.samples / self.inputs:.2g} for each"
             f"{', which is ' if self.enough else '; '}{advice}."
         )
+
+
+def tell_amount(trace: Trace, images: int) -> None:
+    """Logs whether the images are enough; a warning where they are not.
+
+    Args:
+        trace: of one image.
+        images: how many there are.
+    """
+    if amount := Amount.of(trace, images):
+        LOG.log(logging.INFO if amount.enough else logging.WARNING, "%s", amount)

@@ -1,7 +1,6 @@
 """`calibrate`: one pass over unlabelled data, in one compiled program for each shape of a batch."""
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import length_hint
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.calibration.amount import Amount
+from lowrank_jax.calibration.amount import tell_amount
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
 from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images, shape_key
 from lowrank_jax.calibration.network import Network
@@ -23,8 +22,6 @@ from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.reading import READERS, Reading
-
-LOG = logging.getLogger("lowrank_jax")
 
 Slice = tuple[int, ...]  # index of a kernel in its stack; () where there is no stack
 LayerMoments = dict[Slice, Strips]
@@ -192,8 +189,7 @@ def calibrate(
     batches = batches.held()
     moments, count = _moments(network, batches, wanted)
     curvature = channel_curvature(network, batches, trace, list(moments))
-    if amount := Amount.of(trace, count):
-        LOG.log(logging.INFO if amount.enough else logging.WARNING, "%s", amount)
+    tell_amount(trace, count)
     return Calibration(network, batches, trace, moments, curvature, count)
 
 

@@ -41,6 +41,10 @@ def add_command(commands: Any) -> None:
     command.add_argument("--plan", type=Path, help=about)
     about = "alternating refinements of the factors"
     command.add_argument("--sweeps", type=whole(0), default=1, help=about)
+    about = (
+        "gradient steps of each block towards the dense network's outputs, without labels, as 200"
+    )
+    command.add_argument("--steps", type=whole(0), default=0, help=about)
     add_comparison_options(command)
 
 
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 def compressed(job: Job, args: argparse.Namespace) -> Compressed:
     """The plan, the tree, the fits and the spectra; a new plan shares its calibration."""
-    options: dict[str, Any] = dict(sweeps=args.sweeps, return_fits=True)
+    options: dict[str, Any] = dict(sweeps=args.sweeps, steps=args.steps, return_fits=True)
     if args.plan:
         chosen = Plan.load(args.plan)
         given = (job.apply, job.variables, job.images, chosen)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lowrank_jax.calibration.amount import tell_amount
 from lowrank_jax.calibration.collecting import Calibration, prepared
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
@@ -86,6 +87,8 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
     variables, inputs, table, *args = given
     network, batches, trace = prepared(apply, variables, inputs, tuple(args), kwargs)
     batches = batches.held()
+    if batches.count is not None:
+        tell_amount(trace, batches.count)
     schemes = find_schemes(variables, table, trace=trace)
     curvature = channel_curvature(network, batches, trace, list(schemes))
     return Job(network, batches, schemes, importance_of(curvature))

@@ -227,6 +227,7 @@ def test_options(folder, options, message, capsys, tmp_path):
     "options, message",
     [
         ({"sweeps": "-1"}, "-1 is not allowed; give an int of at least 0"),
+        ({"steps": "-1"}, "-1 is not allowed; give an int of at least 0"),
         ({"plan": "missing.json"}, "missing.json"),
         ({"plan": "x.npy"}, "x.npy is no whole plan"),
     ],

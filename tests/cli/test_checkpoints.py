@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import Plan, load_weights, lowrank, save_weights
-from lowrank_jax.cli import jobs
+from lowrank_jax import Plan, compress, load_weights, lowrank, save_weights
+from lowrank_jax.cli import compress_command, jobs
 from lowrank_jax.cli.main import main
 from lowrank_jax.report import writing
 
@@ -111,6 +111,19 @@ def test_plan_writes_a_plan_that_compress_takes(files, tmp_path, budget, undrawn
     options = ["--plan", str(first / "plan.json"), "--sweeps", "0"]
     assert main(["compress", *files, *options, "--out", str(second)]) == 0
     assert Plan.load(second / "plan.json") == plan
+
+
+def test_steps_and_sweeps_are_those_of_compress(files, tmp_path, undrawn, monkeypatch):
+    given = {}
+
+    def spy(*args, **options):
+        given.update(options)
+        return compress(*args, **options)
+
+    monkeypatch.setattr(compress_command, "compress", spy)
+    options = ["--budget", "macs=0.6", "--steps", "2", "--sweeps", "0"]
+    assert main(["compress", *files, *options, "--out", str(tmp_path / "out")]) == 0
+    assert (given["steps"], given["sweeps"]) == (2, 0)
 
 
 def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path, passes):
