@@ -64,6 +64,7 @@ CASES = {
     "factors of flags": (lambda: lr.lowrank(CONV)(factors(bool), X), "types bool and bool are not"),
     "complex factors": (lambda: lr.reconstruct(factors("complex64")), "complex64 are not allowed"),
     "a number as a function": (lambda: lr.lowrank(3), "apply=3 is not allowed; give a function"),
+    "a module as a function": (lambda: lr.calibrate(MODEL, V, X), "give its method, as in model"),
     "a trace of a number": (lambda: lr.trace(3, V, X), "apply=3 is not allowed; give a function"),
     "a trace of nothing": (lambda: lr.trace(MODEL.apply, None, X), "variables=None is not allowed"),
     "no variables": (lambda: lr.calibrate(MODEL.apply, None, X), "variables=None is not allowed"),
@@ -74,6 +75,11 @@ CASES = {
     "complex images": (lambda: lr.calibrate(MODEL.apply, V, X + 1j), "type complex64; give arrays"),
     "fields": (lambda: lr.calibrate(MODEL.apply, V, structured(X)), "give arrays of real numbers"),
     "a name as images": (lambda: lr.calibrate(MODEL.apply, V, "x"), "give arrays of real numbers"),
+    "an unknown budget": (lambda: lr.plan(MODEL.apply, V, X, flops=0.5), "got none of these"),
+    "two budgets": (
+        lambda: lr.plan(MODEL.apply, V, X, macs=0.5, bytes=0.5),
+        "got macs and bytes",
+    ),
     "a plan of nothing": (lambda: lr.plan(None, macs=0.5), "apply=None is not allowed"),
 }
 

@@ -22,6 +22,7 @@ from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.reading import READERS, Reading
+from lowrank_jax.tree.suggest import suggest
 
 Slice = tuple[int, ...]  # index of a kernel in its stack; () where there is no stack
 LayerMoments = dict[Slice, Strips]
@@ -185,12 +186,21 @@ def calibrate(
         {'horizontal': (1, 12, 12), 'pointwise': (1, 4, 4), 'vertical': (1, 12, 12)}
     """
     network, batches, trace = prepared(apply, variables, inputs, args, kwargs)
-    wanted = set(trace.safe_paths() if paths is None else paths)
+    wanted = _wanted(trace, paths)
     batches = batches.held()
     moments, count = _moments(network, batches, wanted)
     curvature = channel_curvature(network, batches, trace, list(moments))
     tell_amount(trace, count)
     return Calibration(network, batches, trace, moments, curvature, count)
+
+
+def _wanted(trace: Trace, paths: Collection[str] | None) -> set[str]:
+    """The layers that were named, or all that can be decomposed."""
+    wanted, known = set(trace.safe_paths() if paths is None else paths), trace.paths()
+    if unknown := sorted(wanted - set(known)):
+        advice = suggest(unknown[0], known, "there are no layers.")
+        raise ValueError(f"paths: {unknown[0]!r} is no layer of the network; {advice}")
+    return wanted
 
 
 def _moments(

@@ -197,13 +197,18 @@ def shapes_of(arguments: tuple, count: int) -> tuple:
 
 
 def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
-    """Raises for arguments that make a network train; warns of images that seem to be raw."""
+    """Raises for arguments that make a network train; warns of raw images."""
     for name, value in TRAINING.items():
         if name in kwargs and kwargs[name] is value:
             raise ValueError(
                 f"{name}={value} is not allowed: a network is calibrated and compressed as it runs "
                 f"in evaluation; give {name}={not value}."
             )
+    warn_if_raw(arguments)
+
+
+def warn_if_raw(arguments: tuple) -> None:
+    """Warns of images that seem to be raw, as ints are."""
     raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype.kind in "iu"]
     if raw:
         warnings.warn(

@@ -88,7 +88,9 @@ def as_array(leaf: Any) -> np.ndarray:
     """A leaf as a numpy array in the order of C, as the formats write memory."""
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | complex):
         raise ValueError(
-            f"A leaf is a {type(leaf).__name__}, not an array: {leaf!r:.60}. Give arrays."
+            f"A leaf is a {type(leaf).__name__}, not an array: {' '.join(repr(leaf).split()):.60}. "
+            "Give a tree of arrays; a module of Equinox is written by its own "
+            "eqx.tree_serialise_leaves."
         )
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise ValueError(

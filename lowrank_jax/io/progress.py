@@ -39,7 +39,7 @@ class Progress:
         self._bar = tqdm(desc=what, total=total, **options)
         self._what, self._total, self._start, self._done = what, total, done, done
         self._begin = self._said = time.monotonic()
-        self._note = ""
+        self._note, self._first = "", 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -60,6 +60,8 @@ class Progress:
         self._done += 1
         self._bar.update()
         now = time.monotonic()
+        if self._done == self._start + 1:
+            self._first = now - self._begin
         if self._bar.disable and now - self._said >= EVERY:
             self._said = now
             LOG.info("%s: %s", self._what, self.line(now - self._begin))
@@ -75,17 +77,20 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=shown)
 
     def line(self, seconds: float) -> str:
-        """How far the work is after so many seconds, and how long the rest takes at this rate.
+        """How far the work is after so many seconds, and how long the rest takes.
+
+        The first step does not count for the rate, because programs are compiled in it.
 
         Example:
             >>> progress = Progress("adding", total=8)
             >>> progress.update(), progress.update(), progress.line(20.0)
-            (None, None, '2 of 8 in 00:20, about 01:00 left')
+            (None, None, '2 of 8 in 00:20, about 02:00 left')
         """
-        new, total = self._done - self._start, self._total
+        later, total = self._done - self._start - 1, self._total
         parts = [f"{self._done}{f' of {total}' if total else ''} in {_time(seconds)}"]
-        if total and new:
-            parts.append(f"about {_time(seconds / new * (total - self._done))} left")
+        if total and later > 0:
+            rate = (seconds - self._first) / later
+            parts.append(f"about {_time(round(rate * (total - self._done)))} left")
         return ", ".join(parts + [self._note] * bool(self._note))
 
 

@@ -127,7 +127,8 @@ def one_budget(**given: int | float | None) -> Budget:
     """
     budgets = [Budget(name, amount) for name, amount in given.items() if amount is not None]
     if len(budgets) != 1:
-        raise ValueError(f"plan needs exactly one budget, {', '.join(given)}; got {len(budgets)}.")
+        got = " and ".join(budget.measure for budget in budgets) or "none of these"
+        raise ValueError(f"plan needs exactly one budget, {', '.join(given)}; got {got}.")
     return budgets[0]
 
 

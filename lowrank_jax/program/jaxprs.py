@@ -82,6 +82,11 @@ def check_function(apply: Any, variables: Any = ()) -> None:
             f"apply={apply!r:.80} is not allowed; give a function of (variables, inputs), such as "
             "model.apply."
         )
+    if all(callable(getattr(apply, name, None)) for name in ("init", "apply")):
+        raise ValueError(
+            f"apply={type(apply).__name__}(...) is a module, no function of (variables, inputs); "
+            "give its method, as in model.apply."
+        )
     if variables is None:
         raise ValueError(
             "variables=None is not allowed; give the tree that the function takes first, such as "

@@ -194,6 +194,10 @@ class Trace:
         """The uses of the kernel at a path."""
         return [use for use in self if use.path == path]
 
+    def paths(self) -> list[str]:
+        """The layers."""
+        return list(dict.fromkeys(use.path for use in self if use.path))
+
     def safe_use(self, path: str) -> KernelUse | None:
         """The first use of the kernel at a path; None if the program has none.
 
@@ -209,8 +213,7 @@ class Trace:
 
     def safe_paths(self) -> list[str]:
         """The layers that are proven to run decomposed as they do dense."""
-        paths = dict.fromkeys(use.path for use in self)
-        return [path for path in paths if all(use.safe for use in self.at(path))]
+        return [path for path in self.paths() if all(use.safe for use in self.at(path))]
 
     def half_parameters(self) -> dict[str, Scheme]:
         """Every safe layer at the largest rank that leaves at most half of its parameters."""

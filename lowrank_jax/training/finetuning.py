@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowrank_jax.calibration.inputs import warn_if_raw
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function, check_options
@@ -67,7 +68,8 @@ def finetune(
         steps, epochs: how long, one of both; epochs need arrays or a list.
         batch_size: examples of a batch that is cut from arrays.
         loss: a `lowrank_jax.training.losses.Loss`, its name, or a function of what it needs. By
-            default "cross_entropy", and "distillation" with a teacher.
+            default "cross_entropy"; with a teacher "distillation" alone, which reads no labels.
+            ``0.5 * cross_entropy() + 0.5 * distillation()`` learns from both.
         teacher: variables of the dense network, for a loss that needs them.
         teacher_apply: its function, where it is another one.
         learning_rate: highest rate of the default optimiser, `one_cycle_sgd`.
@@ -117,6 +119,9 @@ def finetune(
     check_options(finetune, apply, kwargs)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
+    if augment is None and data.epoch:  # a stream cannot be looked into
+        batch = next(data.after(0))
+        warn_if_raw(batch[:-1] or batch)
     wanted = _loss(loss, teacher)
     optimiser = _optimiser(tx, learning_rate, count, accumulate)
     step = make_step(
@@ -141,6 +146,7 @@ def finetune(
         batches=data,
         steps=count,
         seed=seed,
+        loss=str(wanted),
         teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
         save_every=positive("save_every", save_every),

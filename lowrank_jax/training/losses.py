@@ -61,6 +61,9 @@ class Loss:
             )
         return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
 
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} {name}" for name, weight, _ in self.terms)
+
     @property
     def needs(self) -> set[str]:
         """Which of `NEEDS` the terms take."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.calibration.inputs import as_arguments, is_iterable_of_batches
+from lowrank_jax.training.fingerprints import fingerprint
 
 LOG = logging.getLogger("lowrank_jax")
 
@@ -103,7 +104,8 @@ class _Shuffled:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"examples": self.count, "batch_size": self.size}
+        own = {"examples": self.count, "batch_size": self.size}
+        return own | {"data": fingerprint(self.arrays)}
 
     def after(self, step: int) -> Iterator[tuple]:
         for number in itertools.count(step):
@@ -135,7 +137,7 @@ class _Listed:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"batches": len(self.batches)}
+        return {"batches": len(self.batches), "data": fingerprint(_example(self.batches[0]))}
 
     def after(self, step: int) -> Iterator[tuple]:
         for number in itertools.count(step):

@@ -17,6 +17,7 @@ from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
+from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.metrics import Metrics
 from lowrank_jax.training.order import Batches
 from lowrank_jax.training.placing import like, placed
@@ -26,6 +27,11 @@ from lowrank_jax.training.steps import FINITE, Step
 
 LOG = logging.getLogger("lowrank_jax")
 LINE = 50  # steps between two lines of metrics
+HINT = (
+    "The step does not run on a batch of shapes {}. A batch is (inputs, labels), or inputs alone "
+    "where the loss needs no labels. A teacher is the tree of the dense network; one of another "
+    "model needs teacher_apply. Arguments that finetune does not know go to the model."
+)
 AfterEpoch = Callable[[int, Any, Mapping[str, float]], Mapping[str, float] | None]
 
 
@@ -38,6 +44,7 @@ class Run:
         batches: the data.
         steps: of the whole run.
         seed: of the run.
+        loss: what is minimised, in words.
         teacher: variables of the teacher.
         folder: for checkpoints and metrics; nothing is kept without one.
         save_every: steps between two checkpoints.
@@ -51,6 +58,7 @@ class Run:
     batches: Batches
     steps: int
     seed: int = 0
+    loss: str = ""
     teacher: Any = None
     folder: Path | None = None
     save_every: int = 500
@@ -82,7 +90,8 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What a run that goes on must have again."""
-        return {"seed": self.seed, **self.batches.facts}
+        own = {"seed": self.seed, "loss": self.loss, **self.batches.facts}
+        return own if self.teacher is None else own | {"teacher": fingerprint(self.teacher)}
 
     def _resumed(self, kept: Checkpoints, state: TrainState) -> TrainState:
         found = kept.newest(state)
@@ -90,9 +99,9 @@ class Run:
             return state
         start, (state, facts) = state, found
         for name, value in self.facts.items():
-            if facts.get(name) != value:
+            if facts.get(name, value) != value:
                 raise ValueError(
-                    f"{self.folder} holds a run with {name}={facts.get(name)!r}, not {value!r}; "
+                    f"{self.folder} holds a run with {name}={facts[name]!r}, not {value!r}; "
                     "give what it had, or another folder."
                 )
         if int(state.step) > self.steps:
@@ -144,7 +153,11 @@ class _Loop:
             )
 
     def _advance(self, batch: tuple) -> None:
-        self.state, metrics = self.run.step(self.state, batch, self.run.teacher)
+        try:
+            self.state, metrics = self.run.step(self.state, batch, self.run.teacher)
+        except Exception as error:
+            error.add_note(HINT.format([np.shape(x) for x in jax.tree.leaves(batch)]))
+            raise
         self.number += 1
         self.recent.append(metrics)
         if len(self.recent) > 1:  # the device works on the last one meanwhile

@@ -113,6 +113,7 @@ def resolve(
         known = _stored(layers, axes, measure, units or {})
     if table is not rules:
         _check_network(table, known)
+        _check_sizes(rules, known)
     schemes: dict[str, Scheme | None] = {}
     for key, value in table.items():
         schemes |= _apply(key, value, [known[path] for path in _decided(key, known, schemes)])
@@ -128,6 +129,21 @@ def _check_network(plan: Mapping[str, Rule], known: Collection[str]) -> None:
             f"{missing[0]!r}, are not in this one, which has {', '.join(list(known)[:4])}. Give "
             "the network of the plan, or make a plan for this one."
         )
+
+
+def _check_sizes(plan: Rules, known: Mapping[str, "_Layer"]) -> None:
+    """Refuses a plan whose layers have other kernels than those of the network."""
+    for choice in getattr(plan, "choices", ()):
+        layer = known.get(choice.path)
+        if layer is None or choice.changed or choice.scheme is None:
+            continue
+        wanted, found = choice.parameters[0], math.prod(layer.shape)
+        if wanted != found:
+            raise ValueError(
+                f"The plan is of another network: {choice.path} has {wanted:,} weights in the plan "
+                f"and {found:,} here, {layer.shape}. Give the network of the plan, or make a plan "
+                "for this one."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -329,6 +329,12 @@ def test_only_the_layers_asked_for_are_measured():
     assert set(calibrate(model.apply, variables, x, paths=["layers_1"]).moments) == {"layers_1"}
 
 
+def test_a_layer_that_there_is_not_is_refused_with_the_nearest():
+    tree, x = {"head": normal(4, 3)}, normal(8, 4)
+    with pytest.raises(ValueError, match="paths: 'haed' is no layer of the network; did you mean"):
+        calibrate(lambda tree, x: x @ tree["head"], tree, x, paths=["haed"])
+
+
 class Normed(nn.Module):
     """What follows the first layer scales each of its channels on the way to the outputs."""
 

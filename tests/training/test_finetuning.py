@@ -134,6 +134,19 @@ def test_a_batch_without_labels_says_so(batch, tune):
         tune(batch[0], steps=1)
 
 
+def test_raw_images_are_told(batch, tune):
+    images, labels = batch
+    with pytest.warns(UserWarning, match="usually scaled and normalised"):
+        tune((np.zeros(images.shape, np.uint8), labels), steps=1)
+
+
+def test_an_error_of_the_first_step_says_what_a_batch_is(batch, tune):
+    images, labels = batch
+    with pytest.raises(IndexError) as caught:
+        tune((labels, images), steps=1)
+    assert "A batch is (inputs, labels)" in caught.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 100])
 def test_evaluation_is_exact_for_any_batch_size(model, dense, batch, batch_size):
     images, labels = batch

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import chex
+import jax
 import optax
 import pytest
 
-from lowrank_jax import load_weights
+from lowrank_jax import load_weights, reconstruct
 from lowrank_jax.training import checkpoints, finetune, order
 from lowrank_jax.training.checkpoints import Checkpoints, held
+from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.signals import TERMINATED
 
@@ -136,6 +138,10 @@ def test_a_stream_is_read_forward_and_says_so(tune, batch, caplog):
     [
         ({"seed": 1}, "holds a run with seed=0, not 1"),
         ({"batch_size": 8}, "holds a run with batch_size=16, not 8"),
+        (
+            {"loss": "squared_error"},
+            "holds a run with loss='1 cross_entropy', not '1 squared_error'",
+        ),
         ({"steps": 4}, "holds a run of 5 steps, more than 4"),
         ({"average": None}, "is of another network or optimiser: average/bias differs"),
         ({"tx": optax.adam(0.1)}, "is of another network or optimiser: optimizer/"),
@@ -147,17 +153,33 @@ def test_a_folder_of_another_run_is_refused(tune, options, text):
         tune(**options)
 
 
+@pytest.mark.parametrize("part", [0, 1], ids=["inputs", "labels"])
+def test_a_folder_of_a_run_on_other_data_is_refused(tune, batch, part):
+    tune(steps=5)
+    other = [x[::-1] if i == part else x for i, x in enumerate(batch)]
+    with pytest.raises(ValueError, match="holds a run with data="):
+        tune(tuple(other))
+
+
+def test_a_folder_of_a_run_with_another_teacher_is_refused(tune, plain):
+    dense = reconstruct(plain[1])
+    tune(steps=5, teacher=dense)
+    with pytest.raises(ValueError, match="holds a run with teacher="):
+        tune(teacher=jax.tree.map(lambda x: x + 1, dense))
+
+
 def test_a_folder_is_used_by_one_run_at_a_time(tune, tmp_path):
     with held(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
         tune()
 
 
-def test_a_checkpoint_is_readable_as_weights(tune, plain, tmp_path):
+def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     tune(average=None)
     found = load_weights(tmp_path / "run" / "checkpoints" / "000000008")
     chex.assert_trees_all_equal_shapes_and_dtypes(found, plain[1])
     facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
-    assert facts == {"seed": 0, "examples": 64, "batch_size": 16}
+    assert facts.pop("data") == fingerprint(batch)
+    assert facts == {"seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16}
 
 
 def killed(home, kills):

@@ -147,7 +147,7 @@ def test_groups_and_layouts_may_be_known_without_a_trace():
 
 
 def test_a_plan_is_a_table():
-    costs = dict(parameters=(9, 6), macs=(9, 6), bytes=(9, 6), error=0.1)
+    costs = dict(parameters=(288, 66), macs=(9, 6), bytes=(9, 6), error=0.1)
     layers = (Choice(path="stem", scheme=Separable(2), **costs),)
     plan = Plan(choices=layers, selector="fixed")
     assert as_table(plan) == {"stem": Separable(2)}
@@ -212,4 +212,11 @@ def test_a_plan_of_another_network_says_so():
         selector="fixed",
     )
     with pytest.raises(ValueError, match=r"another network: 2 of its 2 layers, such as 'other/0'"):
+        resolve(plan, {"stem": (3, 3, 3, 8)})
+
+
+def test_a_plan_for_kernels_of_other_sizes_says_so():
+    choice = Choice(path="stem", scheme=Separable(1), parameters=(9, 6), macs=(9, 6), bytes=(9, 6))
+    plan = Plan(choices=(choice,), selector="fixed")
+    with pytest.raises(ValueError, match="stem has 9 weights in the plan and 216 here"):
         resolve(plan, {"stem": (3, 3, 3, 8)})
