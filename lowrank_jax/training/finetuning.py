@@ -147,6 +147,7 @@ def finetune(
         steps=count,
         seed=seed,
         loss=str(wanted),
+        rate=learning_rate if tx is None else None,
         teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
         save_every=positive("save_every", save_every),

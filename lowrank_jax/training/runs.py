@@ -45,6 +45,7 @@ class Run:
         steps: of the whole run.
         seed: of the run.
         loss: what is minimised, in words.
+        rate: the learning rate, where it is a number; a run may go on with another one.
         teacher: variables of the teacher.
         folder: for checkpoints and metrics; nothing is kept without one.
         save_every: steps between two checkpoints.
@@ -59,6 +60,7 @@ class Run:
     steps: int
     seed: int = 0
     loss: str = ""
+    rate: float | None = None
     teacher: Any = None
     folder: Path | None = None
     save_every: int = 500
@@ -109,8 +111,17 @@ class Run:
                 f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
                 "give as many, or another folder."
             )
-        LOG.info("The run in %s goes on after step %d.", self.folder, int(state.step))
+        self._tell(int(state.step), facts.get("rate", self.rate))
         return state if self.sharding is None else like(state, start)
+
+    def _tell(self, step: int, rate: float | None) -> None:
+        """Says how a run goes on."""
+        if step == self.steps:
+            LOG.warning("The run in %s has all its %d steps; nothing is done.", self.folder, step)
+            return
+        LOG.info("The run in %s goes on after step %d.", self.folder, step)
+        if rate != self.rate:
+            LOG.warning("It had learning_rate=%s and goes on with %s.", rate, self.rate)
 
 
 class _Loop:
@@ -215,7 +226,7 @@ class _Loop:
     def _save(self) -> None:
         self._line()
         if self.kept is not None:
-            self.kept.save(self.state, self.run.facts, self.run.plan)
+            self.kept.save(self.state, self.run.facts | {"rate": self.run.rate}, self.run.plan)
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -153,6 +153,14 @@ def test_a_folder_of_another_run_is_refused(tune, options, text):
         tune(**options)
 
 
+def test_another_learning_rate_and_a_complete_run_are_told(tune, caplog):
+    tune(steps=5)
+    tune(learning_rate=0.01)
+    assert "It had learning_rate=0.02 and goes on with 0.01." in caplog.text
+    tune(learning_rate=0.01)
+    assert "has all its 8 steps; nothing is done." in caplog.text
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["inputs", "labels"])
 def test_a_folder_of_a_run_on_other_data_is_refused(tune, batch, part):
     tune(steps=5)
@@ -179,7 +187,9 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, plain[1])
     facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
     assert facts.pop("data") == fingerprint(batch)
-    assert facts == {"seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16}
+    assert facts == {
+        "seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16, "rate": 0.02
+    }  # fmt: skip
 
 
 def killed(home, kills):
