@@ -31,7 +31,6 @@ from lowrank_jax import (
 )
 from lowrank_jax.calibration.batch_norm import reestimate
 from lowrank_jax.data.datasets import Dataset
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.models import CifarResNet
@@ -41,6 +40,7 @@ from lowrank_jax.planning.planner import calibrated_spectra, layer_weights
 from lowrank_jax.planning.sensitivities import divergences
 from lowrank_jax.planning.spectra import restrict, spectra
 from lowrank_jax.training.evaluation import evaluate
+from lowrank_jax.tuning.device import machine
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 SELECTORS = ("ratio", "energy", "total_energy", "log_energy", "minmax", "sensitivity", "evbmf")

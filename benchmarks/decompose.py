@@ -28,9 +28,9 @@ from flax.traverse_util import flatten_dict
 from rival_svd import half_rank
 from turns import Worker, check, ratios, take_turns, used_by_others, write
 
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.models.imagenet import VGG16, ResNet50
 from lowrank_jax.models.pretrained import Weights, convolutions
+from lowrank_jax.tuning.device import machine
 
 OURS, JIT, TORCH, NUMPY, AIMET = (
     "lowrank_jax",

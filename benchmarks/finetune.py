@@ -19,7 +19,6 @@ import numpy as np
 from compress import images_of, interval, load, normalize, scorer
 
 from lowrank_jax import Plan, calibrate, compress, load_weights, plan, save_weights
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.models import CifarResNet
 from lowrank_jax.training import (
     crop_and_flip,
@@ -30,6 +29,7 @@ from lowrank_jax.training import (
 )
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.tuning.device import machine
 
 
 def options() -> argparse.Namespace:

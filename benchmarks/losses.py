@@ -21,8 +21,8 @@ from compress import images_of, interval, load, normalize, scorer
 
 from lowrank_jax import calibrate, compress, plan
 from lowrank_jax import finetune as train
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.training import cross_entropy, distillation, layer_matching
+from lowrank_jax.tuning.device import machine
 
 LOSSES = {
     "labels": cross_entropy(),
@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
     add("--speedups", type=float, nargs="+", default=[2.0, 2.84], help="times fewer macs")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    add("--steps", type=int, default=150)
+    add("--steps", type=int, default=100)
     add("--batch-size", type=int, default=64)
     add("--learning-rate", type=float, default=1e-3, help="highest of Adam's one-cycle schedule")
     add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")

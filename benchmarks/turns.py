@@ -196,7 +196,7 @@ def write(path: Path, benchmark: str, rows: list[dict], seed: int, **more: Any) 
         seed: of every random number.
         more: such as ``notes``, a list of lines, and ``checks``, a list of `check`.
     """
-    from lowrank_jax.experiments.cifar10 import machine  # a rival's interpreter has no JAX
+    from lowrank_jax.tuning.device import machine  # a rival's interpreter has no JAX
 
     command = shlex.join(
         ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]

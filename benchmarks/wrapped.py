@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax import lowrank, trace
-from lowrank_jax.experiments.cifar10 import PAPER_RANKS, machine
+from lowrank_jax.experiments.cifar10 import PAPER_RANKS
 from lowrank_jax.models import NIN
 from lowrank_jax.models.imagenet import ResNet50
+from lowrank_jax.tuning.device import machine
 from lowrank_jax.tuning.timing import throughput
 
 

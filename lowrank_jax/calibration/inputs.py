@@ -158,7 +158,8 @@ def picking(arguments: tuple) -> str:
     else:
         return ""
     return (
-        f"Each batch is a {what}. If the network takes one of these alone, give lambda: ({pick}).\n"
+        f"Each batch is a {what}. If the network takes one of these alone, such as images without "
+        f"labels, give that one; of a loader's batches, give lambda: ({pick}).\n"
     )
 
 

@@ -2,12 +2,10 @@
 
 import dataclasses
 import os
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 
@@ -133,15 +131,3 @@ def _history(folder: Path) -> dict[int, float]:
 def check_ranks(variables: Variables, ranks: Mapping[str, int]) -> None:
     """Raises what `decompose` would for this table, before any long work."""
     jax.eval_shape(lambda tree: decompose(tree, ranks), variables)
-
-
-def machine() -> str:
-    """The device and the versions that figures depend on."""
-    device = jax.devices()[0]
-    kind = (
-        platform.processor() or platform.machine()
-        if device.platform == "cpu"
-        else device.device_kind
-    )
-    versions = f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
-    return f"{device.platform} ({kind}, {os.cpu_count()} CPU cores), {versions}"

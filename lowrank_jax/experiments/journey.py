@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.data.datasets import Dataset, normalize
-from lowrank_jax.experiments.cifar10 import Log, Recipe, Variables, accuracy, fit, machine
+from lowrank_jax.experiments.cifar10 import Log, Recipe, Variables, accuracy, fit
 from lowrank_jax.factorization.scheme import spectrum
 from lowrank_jax.models import NIN
 from lowrank_jax.planning import selectors
@@ -22,6 +22,7 @@ from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.tree.decomposing import decompose
+from lowrank_jax.tuning.device import machine
 from lowrank_jax.tuning.search import fast
 from lowrank_jax.tuning.timing import Program, Throughput, throughput
 

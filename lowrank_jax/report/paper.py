@@ -4,13 +4,13 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.models.published import Published
 from lowrank_jax.program.kernel_use import KernelUse
 from lowrank_jax.report.costs import LayerCost, layers_section, total
 from lowrank_jax.report.record import Report, Section, Table
 from lowrank_jax.report.tables import as_costs, markdown_table
 from lowrank_jax.tree.rules import resolve
+from lowrank_jax.tuning.device import machine
 
 HEAD = ("layer", "rank", "parameters", "low-rank", "factor", "macs", "low-rank", "factor")
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.planning.curves import draw_curve
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.spectra import Spectra
@@ -15,6 +14,7 @@ from lowrank_jax.report.scores import Score
 from lowrank_jax.report.spectra import spectra_section
 from lowrank_jax.report.tables import count, percent, share
 from lowrank_jax.report.times import Times
+from lowrank_jax.tuning.device import machine
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

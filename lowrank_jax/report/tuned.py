@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lowrank_jax.experiments.cifar10 import machine
 from lowrank_jax.report.costs import layer_costs, layer_facts, layers_section
 from lowrank_jax.report.drawing import AFTER, new_figure
 from lowrank_jax.report.filters import filters_section
@@ -12,6 +11,7 @@ from lowrank_jax.report.planned import Networks, cost_highlights
 from lowrank_jax.report.record import Highlight, Json, Picture, Report, Section, Table
 from lowrank_jax.report.spectra import spectra_section
 from lowrank_jax.report.tables import percent
+from lowrank_jax.tuning.device import machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

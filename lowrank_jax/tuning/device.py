@@ -6,6 +6,7 @@ import os
 import platform
 from pathlib import Path
 
+import flax
 import jax
 import jaxlib
 
@@ -48,6 +49,14 @@ class Device:
             names = [name for name in names if name not in ("cpu", "cores")]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return [f"{name} {one}, not {two}" for name, (one, two) in pairs.items() if one != two]
+
+
+def machine() -> str:
+    """The device and the versions that figures depend on, in words."""
+    device = jax.devices()[0]
+    kind = _cpu() if device.platform == "cpu" else device.device_kind
+    versions = f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
+    return f"{device.platform} ({kind}, {_cores()} CPU cores), {versions}"
 
 
 @functools.cache

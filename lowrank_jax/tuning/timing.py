@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from lowrank_jax.io.progress import on_screen
+from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.tuning.agreement import agreeing, rounding
 
@@ -123,13 +122,14 @@ def throughput(
         )
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     repeats = dict.fromkeys(programs, 1)
-    for turn in tqdm(range(warmup + rounds), "timing", leave=False, disable=not on_screen()):
-        for name in map(str, np.roll(list(programs), turn)):
-            elapsed = _mean(programs[name], repeats[name])
-            if turn >= warmup:
-                seconds[name].append(elapsed)
-            elif least > elapsed:
-                repeats[name] = math.ceil(least / elapsed)
+    with Progress("timing", warmup + rounds) as progress:
+        for turn in progress.over(range(warmup + rounds)):
+            for name in map(str, np.roll(list(programs), turn)):
+                elapsed = _mean(programs[name], repeats[name])
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+                elif least > elapsed:
+                    repeats[name] = math.ceil(least / elapsed)
     return Throughput(items, seconds)
 
 
