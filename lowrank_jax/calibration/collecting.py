@@ -11,7 +11,13 @@ import numpy as np
 
 from lowrank_jax.calibration.amount import tell_amount
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
-from lowrank_jax.calibration.inputs import Inputs, check_evaluation, images, shape_key
+from lowrank_jax.calibration.inputs import (
+    Inputs,
+    check_evaluation,
+    images,
+    shape_key,
+    tell_labels,
+)
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.calibration.strips import StripGeometry, strip_sums
@@ -138,6 +144,7 @@ def prepared(
     batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
     first = batches.first()
     check_evaluation(kwargs, (*first, *args))
+    tell_labels(first)
     one = jax.tree.map(lambda x: x[:1], first)
     try:
         trace = network.trace(one)

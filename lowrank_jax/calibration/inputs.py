@@ -217,3 +217,14 @@ def warn_if_raw(arguments: tuple) -> None:
             "network takes, which is usually scaled and normalised.",
             stacklevel=4,
         )
+
+
+def tell_labels(arguments: tuple) -> None:
+    """Logs that an input after the first holds one int for each image, as labels do."""
+    for number, x in enumerate(arguments[1:], 2):
+        if getattr(x, "ndim", 0) == 1 and x.dtype.kind in "iu":
+            LOG.warning(
+                "Argument %d of the network holds one int for each image. If these are labels, "
+                "leave them out: inputs alone are read.",
+                number,
+            )

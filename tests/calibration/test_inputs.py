@@ -185,3 +185,14 @@ def test_raw_images_are_said(variables):
 
     with pytest.warns(UserWarning, match="uint8 images"):
         calibrate(scaled, variables, np.zeros((2, 5, 5, 4), np.uint8))
+
+
+def test_labels_that_a_second_argument_takes_are_told(variables, caplog):
+    def conditioned(variables, x, kind=None):
+        return nn.Conv(4, (3, 3)).apply(variables, x)
+
+    calibrate(conditioned, variables, (X, np.zeros(len(X), int)))
+    assert "Argument 2 of the network holds one int for each image" in caplog.text
+    caplog.clear()
+    calibrate(conditioned, variables, (X, np.zeros(len(X), np.float32)))
+    assert "holds one int" not in caplog.text
