@@ -73,13 +73,11 @@ class Candidates:
         dense, least, rest = (cost(measure) for cost in (self.dense, self.least, self.rest))
         if (limit := budget.limit(dense)) >= least:
             return limit - rest
-        few = isinstance(budget.amount, int) and budget.amount <= 100
-        hint = " An int is absolute; a share is a float, 1.0 for the whole network." if few else ""
         share = math.ceil(1e4 * least / dense) / 1e4  # rounded up, so that it can be asked for
         raise ValueError(
             f"Budget: {budget} cannot be met; the least possible is {number(least)} ({share:.4f} "
             f"of the dense {number(dense)}), of which {number(rest)} belong to layers that stay "
-            f"as they are. Raise the budget.{hint}"
+            f"as they are. Raise the budget.{_hint(budget.amount)}"
         )
 
     def at(self, path: str, scheme: Scheme) -> Candidate:
@@ -250,3 +248,11 @@ def _check_multiple(multiple: Any) -> int:
         f"multiple={multiple!r} is not allowed; give an int of 1 or more, such as 8 for tensor "
         "cores."
     )
+
+
+def _hint(amount: int | float) -> str:
+    """What a small int was probably meant to be."""
+    if isinstance(amount, float) or amount > 100:
+        return ""
+    share = "1.0 for the whole network" if amount == 1 else f"{amount / 100:g} for {amount} %"
+    return f" An int is absolute; a share is a float, {share}."

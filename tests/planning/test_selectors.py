@@ -331,6 +331,8 @@ def test_a_budget_below_what_is_possible_says_the_least(select):
         select(found, Budget("parameters", least - 1))
     with pytest.raises(ValueError, match=r"An int is absolute; a share is a float, 1\.0 for"):
         select(found, Budget("parameters", 1))
+    with pytest.raises(ValueError, match=r"a share is a float, 0\.5 for 50 %"):
+        select(found, Budget("parameters", 50))
 
 
 def test_an_unknown_measure_norm_or_budget_is_refused():
