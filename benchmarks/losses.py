@@ -60,7 +60,7 @@ def main() -> None:
     found = calibrate(model.apply, dense, normalize(data.images[: args.calibration]))
     batches = data.images[: args.train], data.labels[: args.train]
     accuracy = scorer(model, test, args.test)
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = kept(args)
     done = {(row["speedup"], row["seed"], row["loss"]) for row in rows}
     starts = {speedup: compress(found, plan(found, macs=1 / speedup)) for speedup in args.speedups}
     before = {speedup: accuracy(small) for speedup, small in starts.items()}
@@ -74,6 +74,20 @@ def main() -> None:
         rows.append(row | {"accuracy": accuracy(network), "seconds": seconds})
         print(rows[-1], flush=True)
         write(args, rows)
+
+
+def kept(args: argparse.Namespace) -> list[dict]:
+    """The runs of an earlier call, which had the same steps and data."""
+    if not args.out.exists():
+        return []
+    found = json.loads(args.out.read_text())
+    for name in ("steps", "batch_size", "learning_rate", "calibration", "train", "test"):
+        if found["options"][name] != str(vars(args)[name]):
+            raise SystemExit(
+                f"{args.out} has runs with {name}={found['options'][name]}, not "
+                f"{vars(args)[name]}; give what they had, or another --out."
+            )
+    return found["rows"]
 
 
 def trained(
