@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -89,18 +90,18 @@ class Run:
             kept = Checkpoints(self.folder)
             return _Loop(self, self._resumed(kept, state), kept).finish()
 
-    @property
+    @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """What a run that goes on must have again."""
+        """What a run that goes on must have again; the data are read once, before all steps."""
         own = {"seed": self.seed, "loss": self.loss, **self.batches.facts}
         return own if self.teacher is None else own | {"teacher": fingerprint(self.teacher)}
 
     def _resumed(self, kept: Checkpoints, state: TrainState) -> TrainState:
-        found = kept.newest(state)
+        own, found = self.facts, kept.newest(state)
         if found is None:
             return state
         start, (state, facts) = state, found
-        for name, value in self.facts.items():
+        for name, value in own.items():
             if facts.get(name, value) != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {name}={facts[name]!r}, not {value!r}; "

@@ -27,19 +27,24 @@ class Batches(Sequence):
     """Batches that note how far the run came; after so many the run waits to be killed."""
 
     def __init__(self, notes: Path, most: int | None) -> None:
-        self.notes, self.left = notes, most
+        self.notes, self.left, self.known = notes, most, False
 
     def __len__(self) -> int:
         return 7
 
     def __getitem__(self, number: int) -> tuple:
+        if self.known:  # the first batch is read once more, before all steps
+            self._begin_step()
+        self.known = True
+        rng = np.random.default_rng(number)
+        return rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
+
+    def _begin_step(self) -> None:
         if self.left is not None:
             time.sleep(60 if self.left == 0 else 0)
             self.left -= 1
         with self.notes.open("a") as file:
             file.write(".")
-        rng = np.random.default_rng(number)
-        return rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8)
 
 
 def run(folder: Path, steps: int, every: int, most: int | None) -> None:

@@ -169,6 +169,22 @@ def test_a_folder_of_a_run_on_other_data_is_refused(tune, batch, part):
         tune(tuple(other))
 
 
+class Counted(list):
+    """Batches that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, number):
+        self.reads += 1
+        return super().__getitem__(number)
+
+
+def test_the_checkpoints_do_not_read_the_data_again(tune, batch):
+    data = Counted([batch])
+    tune(data, save_every=1)
+    assert data.reads == 8 + 2  # the steps, a look for raw images, and the fingerprint
+
+
 def test_a_folder_of_a_run_with_another_teacher_is_refused(tune, plain):
     dense = reconstruct(plain[1])
     tune(steps=5, teacher=dense)
