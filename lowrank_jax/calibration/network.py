@@ -16,7 +16,7 @@ from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.names import leaf_names, names_of
 from lowrank_jax.program.provenance import Source
-from lowrank_jax.program.tracing import trace
+from lowrank_jax.program.tracing import NEEDED, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +141,5 @@ def _tells(inputs: tuple) -> Iterator[None]:
         shapes = [f"{tuple(x.shape)} {x.dtype}" for x in jax.tree.leaves(inputs)]
         raise ValueError(
             f"The model does not run on inputs {', '.join(shapes)}: {type(error).__name__}: "
-            f"{error}\n{picking(inputs)}Give inputs of the shape that the model is for, the "
-            "variables of this very model, and the arguments of its call for evaluation, such as "
-            "train=False."
+            f"{error}\n{picking(inputs)}{NEEDED}"
         ) from error

@@ -16,10 +16,9 @@ from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.survey import Found, Survey
 
-HINT = (
-    "The function did not run while lowrank_jax.trace followed it. Give inputs of the shape that "
-    "the model is for, the variables of this very model, and the arguments of its call for "
-    "evaluation, as in trace(model.apply, variables, inputs, train=False)."
+NEEDED = (
+    "Give inputs of the shape that the model is for, the variables of this very model, and the "
+    "arguments of its call for evaluation, such as train=False."
 )
 
 
@@ -57,7 +56,7 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     try:
         program, leaves, arrays = traced(apply, variables, args, kwargs)
     except Exception as error:
-        error.add_note(HINT)
+        error.add_note(f"The function did not run while lowrank_jax.trace followed it. {NEEDED}")
         raise
     own = [path[2:] for path, _ in leaves if path[0].idx == 0 and path[1].idx == 0]
     names = dict(enumerate(names_of(own)))

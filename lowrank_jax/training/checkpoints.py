@@ -163,7 +163,7 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 def _arrays(tree: Any) -> dict[str, np.ndarray]:
     """The leaves of a tree by their paths, on the host; random keys as their data."""
-    return {name: np.asarray(_plain(leaf)) for name, leaf in _named(tree)}
+    return {name: np.asarray(plain(leaf)) for name, leaf in _named(tree)}
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
@@ -173,10 +173,11 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jax.dtypes.prng_key)
 
 
-def _plain(leaf: Any) -> Any:
+def plain(leaf: Any) -> Any:
+    """A leaf, or the data of a random key."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -200,7 +201,7 @@ def _tree(saved: dict[str, Any], like: Any, path: Path) -> Any:
     """A tree of a checkpoint, in the structure of another one."""
     found, wanted = dict(_named(saved)), dict(_named(like))
     odd = sorted(set(found) ^ set(wanted)) or [
-        name for name, leaf in wanted.items() if not _same(found[name], _plain(leaf))
+        name for name, leaf in wanted.items() if not _same(found[name], plain(leaf))
     ]
     if odd:
         raise ValueError(

@@ -165,8 +165,7 @@ class _Layer:
 def _traced(trace: Trace, measure: Measure) -> dict[str, _Layer]:
     if measure not in ("parameters", "macs"):
         raise ValueError(f"measure={measure!r} is not allowed; give 'parameters' or 'macs'.")
-    paths = dict.fromkeys(use.path for use in trace if use.path)
-    return {path: _of_calls(path, trace.at(path), measure) for path in paths}
+    return {path: _of_calls(path, trace.at(path), measure) for path in trace.paths()}
 
 
 def _of_calls(path: str, calls: Sequence[KernelUse], measure: Measure) -> _Layer:

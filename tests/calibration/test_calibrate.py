@@ -128,32 +128,29 @@ def each():
 
 
 def matrices(name, params, outputs):
-    """The kernel as (inputs, groups, 6 / groups) and the outputs of a layer in such rows."""
+    """The kernel and the outputs of a layer in rows of 6, and its groups."""
     layer, _ = LAYERS[name]
     kernel = params[name]["kernel"]
     rows = (kernel.T if isinstance(layer, nn.Einsum) else kernel).reshape(-1, 6)
-    groups = getattr(layer, "feature_group_count", 1)
-    return by_groups(rows, groups), by_groups(outputs[name].reshape(-1, 6), groups)
+    return rows, outputs[name].reshape(-1, 6), getattr(layer, "feature_group_count", 1)
 
 
 def test_the_moments_predict_the_covariance_of_the_outputs(each):
     params, inputs, outputs = each
     found = calibrate(apply_each, params, inputs)
     for name in LAYERS:
-        kernel, flat = matrices(name, params, outputs)
-        assert_predicts(
-            total(found, name), kernel.reshape(-1, 6), flat.reshape(-1, 6), flat.shape[1]
-        )
+        assert_predicts(total(found, name), *matrices(name, params, outputs))
 
 
 def test_the_moments_of_whole_patches_predict_the_outputs(each):
     params, inputs, outputs = each
     found = whole_moments(apply_each, params, inputs)
     for name in LAYERS:
-        kernel, flat = matrices(name, params, outputs)
+        *rows, groups = matrices(name, params, outputs)
+        kernel, flat = (by_groups(x, groups) for x in rows)
         moments = found[name]
         assert moments.count == len(flat)
-        for g in range(flat.shape[1]):
+        for g in range(groups):
             wanted = np.cov(flat[:, g].T, bias=True)
             own = kernel[:, g].T @ moments.covariance[g] @ kernel[:, g]
             np.testing.assert_allclose(own, wanted, atol=1e-4)

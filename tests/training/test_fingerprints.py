@@ -30,6 +30,7 @@ def test_names_and_shapes_count():
 def test_scalars_empty_arrays_keys_and_short_types_have_one():
     tree = {
         "scalar": jnp.float32(2),
+        "number": 2.0,
         "empty": np.zeros((0, 3)),
         "key": jax.random.key(0),
         "short": jnp.ones(3, "bfloat16"),
