@@ -443,10 +443,9 @@ print("same")
 
 
 def test_a_mesh_of_devices_gives_the_moments_of_one():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", MESH], env=os.environ | flags, capture_output=True, text=True
-    )
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 

@@ -285,12 +285,9 @@ split = jax.device_put(jnp.arange(8), NamedSharding(mesh, PartitionSpec("x")))
 with ocp.StandardCheckpointer() as saver:
     saver.save({str(tmp_path / "tree")!r}, {{"a": split}})
 """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
     same(load_weights(tmp_path / "tree"), {"a": np.arange(8, dtype=np.int32)})
 
 

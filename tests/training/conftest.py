@@ -8,21 +8,6 @@ from flax import linen as nn
 from lowrank_jax import decompose
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs that differ in their folders and data alone share their compiled steps."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 class Small(nn.Module):
     """A convolution, batch normalisation, dropout, and a dense layer after an average."""
 

@@ -8,9 +8,9 @@ import os
 import sys
 import tempfile
 
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if sys.argv[1:] == ["mesh"]:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np
