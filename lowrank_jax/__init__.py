@@ -33,8 +33,9 @@ from lowrank_jax.calibration.collecting import Calibration, calibrate
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.factorization.channel import Channel
 from lowrank_jax.factorization.matrix import Matrix
+from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.ranks import max_rank
-from lowrank_jax.factorization.scheme import Scheme, merge, spectrum
+from lowrank_jax.factorization.scheme import Scheme, spectrum
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.weights import load_weights, save_weights

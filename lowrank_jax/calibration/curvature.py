@@ -20,6 +20,7 @@ from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.kernel_use import Trace
@@ -99,8 +100,8 @@ def channel_curvature(
                 programs[shape] = _program(network, batch, widths)
             try:
                 sums = programs[shape](turn, network.leaves(batch))
-            except (NotImplementedError, ValueError) as error:
-                warnings.warn(f"{ALIKE}: {str(error).splitlines()[0]}", stacklevel=3)
+            except NO_DERIVATIVE as error:
+                warnings.warn(f"{ALIKE}: {what_is_lacking(error)}", stacklevel=3)
                 return {}
             for path, own in sums.items():
                 totals[path] += np.asarray(own, np.float64)

@@ -17,6 +17,7 @@ from lowrank_jax.compression.descent import Descent, Loss, descend
 from lowrank_jax.compression.kernels import Parts, Slice
 from lowrank_jax.compression.segments import Values
 from lowrank_jax.factorization.factors import wide
+from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
 
 BATCH = 64  # images of a step
 
@@ -66,11 +67,11 @@ def stepped(
         return None
     try:
         return descend(loss, start, batches, steps)
-    except (NotImplementedError, ValueError) as error:
+    except NO_DERIVATIVE as error:
         layers = ", ".join(start.factors)
         warnings.warn(
             f"{layers}: no gradient steps, because the block has no derivative; the closed form "
-            f"stays: {str(error).splitlines()[0]}",
+            f"stays: {what_is_lacking(error)}",
             stacklevel=2,
         )
         return None

@@ -12,32 +12,23 @@ import numpy as np
 
 from lowrank_jax.factorization.factors import (
     as_kernel,
-    dense_shape,
     factor_keys,
-    is_factors,
-    read_factors,
     wide,
 )
 from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
 from lowrank_jax.factorization.layout import (
-    INPUTS,
     OUTPUTS,
     Array,
     from_matrix,
     from_pair,
-    merged,
-    only,
     own_letters,
-    parted,
     sizes_of,
-    spatial_axes,
     split_axes,
     to_matrix,
     to_pair,
 )
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.placement import (
-    dense_sharding,
     factor_sharding,
     gathered,
     place_of,
@@ -239,55 +230,6 @@ def factor_all(
 
     cores = None if all(places) else 1  # what JAX traces belongs to this thread
     return side_by_side(jobs, [kernel.size for kernel in kernels], place, cores)
-
-
-def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
-    """Multiplies two factors back into one dense kernel.
-
-    Args:
-        first, second: factors as `Scheme.factor` returns them, such as (..., h, 1, c, groups *
-            rank) and (..., 1, w, rank, n), in the layout given.
-        axes: their layout.
-
-    Returns:
-        The kernel, such as (..., h, w, c, n), that the two operations together apply.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
-        (5, 5, 3, 192)
-    """
-    shape = dense_shape(first.shape, second.shape, axes)
-    dtype = jnp.result_type(first, second)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    parts = [*spatial_axes(axes), only(axes, INPUTS), only(axes, OUTPUTS)]
-    left, right = (merged(gathered(x).astype(wide), axes, parts) for x in (first, second))
-    rank, n = right.shape[-2:]
-    left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
-    right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
-    # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
-    # other.
-    product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
-    sizes = sizes_of(axes, shape)
-    dense = parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
-    return placed(dense.astype(dtype), dense_sharding((first, second), axes))
-
-
-def product(node: Mapping, path: str) -> jax.Array:
-    """The kernel that a node of a tree stands for.
-
-    Raises:
-        ValueError: its arrays are not the factors of one kernel.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> node = {"vertical": jnp.ones((3, 1, 4, 2)), "horizontal": jnp.ones((1, 3, 2, 8))}
-        >>> product(node, "conv").shape
-        (3, 3, 4, 8)
-    """
-    pair, axes, _ = read_factors(node, path)
-    one, two = (product(factor, path) if is_factors(factor) else factor for factor in pair)
-    return merge(one, two, axes)
 
 
 def spectrum(

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax.factorization.channel import Channel
 from lowrank_jax.factorization.layout import Array
-from lowrank_jax.factorization.scheme import merge
+from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.truncated import truncated
 
 SWEEPS = 1  # of the alternation beyond the first; more change the error by under a thousandth

@@ -14,8 +14,8 @@ from lowrank_jax.factorization.factors import (
     read_factors,
     shape_of,
 )
+from lowrank_jax.factorization.merging import product
 from lowrank_jax.factorization.placement import factor_parts
-from lowrank_jax.factorization.scheme import product
 from lowrank_jax.program.transform import lowrank
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import with_sharding_constraint
 
+from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.placement import shared_axes
-from lowrank_jax.factorization.scheme import merge
 from lowrank_jax.program.placement import factor_sharding
 from lowrank_jax.program.provenance import UNALTERED, Source, moved
 from lowrank_jax.program.reading import Reading, stored_letters

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowrank_jax.factorization.factors import is_factors, read_factors
-from lowrank_jax.factorization.scheme import product
+from lowrank_jax.factorization.merging import product
 from lowrank_jax.planning.plans import Choice, Plan
 from lowrank_jax.report.drawing import new_figure
 from lowrank_jax.report.record import Picture, Section

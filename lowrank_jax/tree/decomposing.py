@@ -13,7 +13,8 @@ from lowrank_jax.factorization.factors import (
     check_floating,
     is_factors,
 )
-from lowrank_jax.factorization.scheme import Scheme, factor_all, product
+from lowrank_jax.factorization.merging import product
+from lowrank_jax.factorization.scheme import Scheme, factor_all
 from lowrank_jax.program.changed import KEY
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves

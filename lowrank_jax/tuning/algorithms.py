@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import AXES, split_options
-from lowrank_jax.factorization.scheme import Scheme, merge
+from lowrank_jax.factorization.merging import merge
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse
 from lowrank_jax.tuning.slices import Pads
 from lowrank_jax.tuning.steps import STEPS

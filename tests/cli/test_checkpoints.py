@@ -74,6 +74,7 @@ def passes(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_compress_writes_a_checkpoint_that_runs_its_plan_and_a_report(
     files, tmp_path, capsys, passes
 ):

@@ -57,6 +57,7 @@ def command(files, out, *options, checkpoint="dense.npz"):
     return ["finetune", *(str(x) for pair in given.items() for x in pair), *options]
 
 
+@pytest.mark.slow
 def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(files, tmp_path):
     options = ["--plan", str(files / "plan.json"), "--labels", str(files / "labels.npy")]
     assert main(command(files, tmp_path / "a", *options, "--steps", "4")) == 0
@@ -72,6 +73,7 @@ def test_a_dense_checkpoint_is_compressed_and_taught_and_a_second_call_goes_on(f
     assert [line["step"] for line in read_metrics(tmp_path / "a")] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_network_shrinks_in_stages_and_a_second_call_has_nothing_to_do(files, tmp_path, capsys):
     given = command(files, tmp_path, "--shrink", "0.8,0.6", "--steps", "2")
     assert main(given) == 0

@@ -45,7 +45,8 @@ def result_of(lines, tmp_path):
     return done.stdout.split()[1:]
 
 
-@pytest.mark.parametrize("model", ["Net", pytest.param("Module", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Net", "Module"])
 def test_the_lines_after_compress_load_and_run_the_network(model, user, tmp_path, capsys, caplog):
     assert run(user, "compress", model, "--budget", "macs=0.7") == 0
     text = capsys.readouterr().out

@@ -81,6 +81,7 @@ def test_it_is_closer_than_plain_factors_on_other_images(wrap):
     assert gap(apply, variables, small, other) < 0.7 * gap(apply, variables, plain, other)
 
 
+@pytest.mark.slow
 def test_three_factors_are_fitted_in_their_place_and_closer_than_plain_ones():
     x, other, apply = images(64), images(seed=7), Net().apply
     variables = trained(Net(), x)
@@ -303,6 +304,7 @@ def test_few_images_are_never_worse_than_plain_factors(count):
     assert np.median(ratios) <= 1 + 1e-5 and max(ratios) < 1.5
 
 
+@pytest.mark.slow
 def test_one_calibration_serves_every_plan_and_fit():
     x = images()
     variables = trained(Net(), x)

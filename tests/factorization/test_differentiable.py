@@ -46,7 +46,7 @@ def gradient(of, rank):
     return jax.jit(jax.value_and_grad(lambda matrix: of(by_jax(matrix, rank))))
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     st.sampled_from(SHAPES), st.sampled_from([of_product, of_norms]), st.integers(0, 99), st.data()
 )

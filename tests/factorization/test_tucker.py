@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lowrank_jax as lr
 from lowrank_jax.factorization.factors import is_factors, shape_of
-from lowrank_jax.factorization.scheme import product
+from lowrank_jax.factorization.merging import product
 
 LAYOUTS = {"HWIO": (3, 2, 4, 6), "OIHW": (6, 4, 2, 3), "WIO": (3, 4, 6), "DHWIO": (2, 3, 2, 2, 4)}
 

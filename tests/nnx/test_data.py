@@ -134,6 +134,7 @@ def cut():
     return compress(calibrated(), CUT)
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_give_the_same_plan_and_the_same_network():
     (variables, _), x = pair(), images()
     linen = lowrank_jax.calibrate(LinenNet().apply, variables, x)
@@ -207,6 +208,7 @@ class Switched(nnx.Module):
         return self.norm(x=self.conv(x), use_running_average=not train)
 
 
+@pytest.mark.slow
 def test_arguments_of_the_model_are_passed_to_it():
     model, x = Switched(), images()
     small = compress(model, x, plan(model, x, macs=0.5, train=False), train=False)

@@ -50,6 +50,7 @@ def evaluated(model, images):
     return still(images, 2.0)
 
 
+@pytest.mark.slow
 def test_it_runs_the_model_in_evaluation_for_any_batch(run, model, images):
     assert model.norm.use_running_average is False
     for variables in (functional(model)[1], nnx.state(model)):

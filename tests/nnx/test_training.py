@@ -42,6 +42,7 @@ def accuracy(model, data):
     return float(np.mean(np.argmax(model(data[0]), -1) == data[1]))
 
 
+@pytest.mark.slow
 def test_a_decomposed_model_learns_and_the_one_given_stays(small, data, tmp_path):
     before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(small, nnx.Param)))
     shown = []

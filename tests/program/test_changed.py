@@ -140,6 +140,7 @@ def test_three_convolutions_stand_for_a_changed_kernel():
     chex.assert_trees_all_close(run(small, IMAGES), apply(variables, IMAGES), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_plan_spends_its_budget_on_changed_kernels_and_the_fit_uses_the_data():
     apply, variables = network(weight_normed)
     found = lr.calibrate(apply, variables, IMAGES)

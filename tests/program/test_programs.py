@@ -472,6 +472,7 @@ def page():
     return "\n".join(head + rows) + "\n"
 
 
+@pytest.mark.slow
 def test_the_page_of_the_documentation_says_what_runs():
     assert PAGE.read_text() == page(), "run: python tests/program/test_programs.py"
 

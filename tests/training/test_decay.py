@@ -77,6 +77,7 @@ def test_the_product_of_factors_decays_as_a_dense_kernel_does(factored):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_factors_of_one_truncated_svd_are_orthogonal_already(factored):
     start = {name: factors for name, factors in factored.items() if name != "Tucker"}
     # Cosines of some 1e-7 are rounding; those of random components are some 0.3.
@@ -86,6 +87,7 @@ def test_the_factors_of_one_truncated_svd_are_orthogonal_already(factored):
     assert {name for name, factors in found.items() if largest(factors) > 1e-3} == set(start)
 
 
+@pytest.mark.slow
 def test_components_become_orthogonal_and_keep_their_length(factored):
     start = jax.tree.map(other, factored)
     end = descend(orthogonal_decay(1.0), start, 1.0, 300)

@@ -28,6 +28,7 @@ def test_the_call_trains_and_keeps_a_checkpoint(tmp_path, monkeypatch):
     assert set(scope["tuned"]) == {"params", "batch_stats"}
 
 
+@pytest.mark.slow
 def test_the_loop_trains_and_carries_its_moments(tmp_path, monkeypatch):
     scope = run(LOOP, tmp_path, monkeypatch)
     assert scope["state"].step == 2

@@ -37,6 +37,7 @@ def same(first, second):
     return jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
+@pytest.mark.slow
 def test_the_last_plan_keeps_the_last_budget_and_is_of_the_tree(dense, whole):
     small, plan, folder = whole
     before, after = plan.total("macs")
@@ -53,6 +54,7 @@ def test_a_later_stage_chooses_from_what_was_tuned(whole):
         assert path not in first.ranks or scheme.rank <= first.ranks[path].rank
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(dense, whole, tmp_path, monkeypatch):
     class Stop(Exception):
         pass

@@ -38,6 +38,7 @@ def both(scale, inputs):
     return {"sum": scale * image.sum((1, 2)) + rest[0], "same": rest[1]}
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(1, 9), st.integers(1, 10), st.booleans())
 def test_slices_of_any_inputs_give_the_outputs_of_the_whole_batch(batch, size, jitted):

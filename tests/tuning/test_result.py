@@ -74,6 +74,7 @@ def facts(run):
     return {name: value for name, value in vars(run).items() if name != "run"}
 
 
+@pytest.mark.slow
 def test_a_new_process_runs_what_was_found_without_a_search(net, found, tmp_path):
     _, small, images = net
     found.save(tmp_path / "net.json")
