@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from lowrank_jax.io.weights import load_weights
 from lowrank_jax.tree.decomposing import reconstruct
 
 PARAMS = "params"
@@ -29,6 +28,7 @@ class Found:
 
 
 def find_variables(
+    tree: Any,
     path: str,
     shapes: Any,
     network: str,
@@ -41,17 +41,16 @@ def find_variables(
     parameters without the name "params". Keys of NNX that were made strings are ints again.
 
     Args:
-        path: of the checkpoint.
+        tree: what `load_weights` gave of it.
+        path: of the checkpoint, for the message.
         shapes: of the dense variables; None takes the whole.
         network: what it is, for the message.
         optional: names of leaves that the checkpoint may have or lack.
         runs: whether the network runs without the collections that the checkpoint lacks.
 
     Raises:
-        OSError: there is no checkpoint.
         ValueError: there is none of this network; a difference is named.
     """
-    tree = load_weights(path)
     if shapes is None:
         return Found(variables=_on_device(tree), source="{}")
     closest: list[str] = []

@@ -30,11 +30,13 @@ class Choice:
         count: how many at most; None for all.
         seed: of the choice.
         size: (height, width) to which pictures are scaled and cropped; None as they are.
+        data_dir: folder of prepared data sets; None for the usual one.
     """
 
     count: int | None = None
     seed: int = 0
     size: tuple[int, int] | None = None
+    data_dir: str | None = None
 
     def rows(self, total: int) -> np.ndarray:
         """The numbers of the images among so many, in ascending order.

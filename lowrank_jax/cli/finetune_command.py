@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
-from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, load_variables
+from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, variables_from
 from lowrank_jax.cli.options import new_command, positive, rate, share, shares
 from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
@@ -159,7 +159,9 @@ def _trained(job: Job, start: Any, data: Any, teacher: Any, **options: Any) -> A
 def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The dense network, where there is one beside the trained one."""
     if args.teacher:
-        return load_variables(args.teacher, job.model, job.images[:1], job.kwargs).variables
+        tree = load_weights(args.teacher)
+        given = (tree, args.teacher, job.model, job.images[:1], job.kwargs)
+        return variables_from(*given).variables
     return (
         job.variables if (args.plan or args.shrink) and not factored_leaves(job.variables) else None
     )

@@ -18,6 +18,7 @@ from lowrank_jax.cli.choice import Choice, Examples
 from lowrank_jax.cli.examples import checked, load_examples, load_labels, scaled
 from lowrank_jax.cli.models import Model, load_model
 from lowrank_jax.cli.options import (
+    DATA_DIR,
     floats,
     image_size,
     parse_budget,
@@ -26,6 +27,7 @@ from lowrank_jax.cli.options import (
     rates,
     seed,
 )
+from lowrank_jax.io.weights import load_weights
 from lowrank_jax.nnx.forms import functional
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.kernel_use import Trace
@@ -130,6 +132,7 @@ def add_network_options(command: argparse.ArgumentParser, count: int | None = No
     )
     add("--images", required=True, help=about)
     about = "images that are read at most, a random choice; of batches the first"
+    add("--data-dir", help=DATA_DIR.format("the data set of tfds:name"))
     add("--count", type=positive, default=count, help=f"{about}{'' if count else '; all without'}")
     about = "height and width, such as 224 or 224x320, to which pictures are scaled and cropped"
     add("--size", type=image_size, help=about)
@@ -155,10 +158,12 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
 def load_job(args: argparse.Namespace) -> Job:
     """The network and the images that the options name."""
     model = load_model(args.model, args.model_args)
-    examples = load_examples(args.images, Choice(count=args.count, seed=args.seed, size=args.size))
+    tree = load_weights(args.checkpoint)  # before the images, which may take minutes
+    choice = Choice(count=args.count, seed=args.seed, size=args.size, data_dir=args.data_dir)
+    examples = load_examples(args.images, choice)
     LOG.info("%s images of %s are read.", f"{len(examples.images):,}", f"{examples.total:,}")
     images = scaled(examples.images, args.images, args.mean, args.std)
-    found = load_variables(args.checkpoint, model, images[:1], args.model_kwargs)
+    found = variables_from(tree, args.checkpoint, model, images[:1], args.model_kwargs)
     apply, variables = model.apply, found.variables
     if model.is_nnx:
         apply, variables = functional(model.filled(model.weights(variables)))
@@ -176,8 +181,10 @@ def load_job(args: argparse.Namespace) -> Job:
     )
 
 
-def load_variables(path: str, model: Model, image: np.ndarray, kwargs: Mapping[str, Any]) -> Found:
-    """The variables of a model from a checkpoint, dense or decomposed.
+def variables_from(
+    tree: Any, path: str, model: Model, image: np.ndarray, kwargs: Mapping[str, Any]
+) -> Found:
+    """The variables of a model in what was read of a checkpoint, dense or decomposed.
 
     Raises:
         ValueError: they are not those of the model, or the model does not run.
@@ -191,4 +198,4 @@ def load_variables(path: str, model: Model, image: np.ndarray, kwargs: Mapping[s
         return True
 
     network = f"{model.path} for {image.shape[1:]}"
-    return find_variables(path, model.shapes(image, kwargs), network, model.optional, runs)
+    return find_variables(tree, path, model.shapes(image, kwargs), network, model.optional, runs)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax import data
-from lowrank_jax.cli.options import new_command, parse_ranks, positive, rate, seed, whole
+from lowrank_jax.cli.options import DATA_DIR, new_command, parse_ranks, positive, rate, seed, whole
 from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.io.folders import whole_folder
@@ -40,8 +40,7 @@ def _add_options(command: argparse.ArgumentParser, folder: str, epochs: int) -> 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    about = "folder that holds cifar10/; default: TFDS_DATA_DIR, ~/tensorflow_datasets"
-    add("--data-dir", help=about)
+    add("--data-dir", help=DATA_DIR.format("cifar10/"))
     about = "dense .npz of an earlier run to start from, instead of random weights"
     add("--weights", type=Path, help=about)
     about = "epochs of training the dense network; 30, or 0 with --weights"

@@ -18,6 +18,7 @@ EXAMPLES = {
     "paper": "lowrank-jax paper --networks VGG-16",
     "completion": "lowrank-jax completion bash > ~/.lowrank-jax.bash",
 }
+DATA_DIR = "folder that holds {}; default: TFDS_DATA_DIR, ~/tensorflow_datasets"
 MEASURES = ("macs", "parameters", "bytes", "latency")
 
 

@@ -22,7 +22,7 @@ def read_named(name: str, choice: Choice) -> Examples:
         ValueError: there is no such data set or split, or it has no images.
     """
     data_set, _, split = name.rpartition("/")
-    builder = named_builder(data_set or split)
+    builder = named_builder(data_set or split, choice.data_dir)
     return _read(builder, split if data_set else SPLIT, choice)
 
 

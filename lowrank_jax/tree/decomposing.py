@@ -1,5 +1,7 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
+import logging
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
 
+LOG = logging.getLogger("lowrank_jax")
 WINDOW = 11  # the largest that the networks of the field have
 NO_MATRICES = ("bias", "scale", "embedding", "mean", "var")
 
@@ -182,7 +185,15 @@ def find_schemes(
         kernel = check_kernel(path, find_leaf(path, leaves))
         if trace is None and scheme.axes == "HWIO":
             _tell_other_layout(path, kernel.shape)
+        _tell_growth(path, kernel.shape, scheme)
     return schemes
+
+
+def _tell_growth(path: str, shape: tuple[int, ...], scheme: Scheme) -> None:
+    """Logs ranks so high that the factors have more weights than the kernel."""
+    dense, factors = math.prod(shape[-len(scheme.axes) :]), scheme.parameters(shape)
+    if factors > dense:
+        LOG.warning("%s: %s has %d weights, the dense kernel %d.", path, scheme, factors, dense)
 
 
 def _tell_other_layout(path: str, shape: tuple[int, ...]) -> None:

@@ -257,6 +257,11 @@ def test_options_of_training(option, value, allowed, capsys, tmp_path):
     assert_refused(capsys, tmp_path, error.value.code, f"is not allowed; give {allowed}")
 
 
+def test_a_checkpoint_is_read_before_the_images(folder, capsys, tmp_path):
+    status = run(folder, checkpoint="missing.npz", images="missing.npy")
+    assert_refused(capsys, tmp_path, status, "missing.npz")
+
+
 def test_a_budget_of_the_whole_network_is_valid(folder, capsys):
     assert run(folder, "compress", budget="macs=1.0") == 0
     assert "There is nothing to do" in capsys.readouterr().out

@@ -122,15 +122,15 @@ def test_jpeg_files_are_read_and_other_files_left_alone(tmp_path):
 
 @needs_cifar
 @pytest.mark.parametrize("named", [True, False])
-def test_a_prepared_data_set_is_read_by_its_name_or_its_folder(named, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", PREPARED)
+def test_a_prepared_data_set_is_read_by_its_name_or_its_folder(named):
     folder = next((Path(PREPARED) / "cifar10").iterdir())
     path = "tfds:cifar10/train[:500]" if named else str(folder)
-    found = load_examples(path, Choice(count=5, size=(24, 24)))
+    data_dir = PREPARED if named else None
+    found = load_examples(path, Choice(count=5, size=(24, 24), data_dir=data_dir))
     assert found.images.shape == (5, 24, 24, 3) and found.images.dtype == np.uint8
     assert found.total == (500 if named else 50_000) and found.labels.shape == (5,)
     with pytest.raises(ValueError, match=r"no split 'valid'; give one of \['test', 'train'\]"):
-        load_examples("tfds:cifar10/valid", Choice(count=5))
+        load_examples("tfds:cifar10/valid", Choice(count=5, data_dir=PREPARED))
 
 
 @pytest.mark.parametrize(

@@ -331,3 +331,14 @@ def test_groups_that_do_not_divide_the_outputs_are_refused_with_the_path(groups)
 def test_bad_ranks_are_refused_while_tracing_too():
     with pytest.raises(ValueError, match=r"Conv_0: rank 7 .* 1 to 6"):
         jax.eval_shape(lambda tree: decompose(tree, {"Conv_0": 7}), network())
+
+
+@pytest.mark.parametrize("stack", [(), (5,)])
+def test_ranks_that_make_a_network_grow_are_logged(stack, caplog):
+    tree = {"conv": np.ones((*stack, 3, 3, 16, 16), np.float32)}
+    decompose(tree, {"conv": 24})  # as many weights as the kernel
+    assert not caplog.messages
+    decompose(tree, {"conv": 25})
+    (message,) = caplog.messages
+    assert "conv: Separable(rank=25" in message
+    assert "2400 weights, the dense kernel 2304" in message
