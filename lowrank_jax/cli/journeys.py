@@ -61,9 +61,9 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     recipe = experiment.Recipe(
         args.finetune_epochs,
-        peak=0.003,
+        peak=0.001,
         batch_size=50,
-        crop=24,
+        crop=20,
         padding=0,
         seed=args.seed,
         distill=True,

@@ -15,12 +15,14 @@ from lowrank_jax.models import NIN
 from lowrank_jax.training.augmentation import crop_and_flip
 from lowrank_jax.training.evaluation import evaluate
 from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.losses import distillation
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.tree.decomposing import decompose
 
 Variables = dict[str, Any]
 Log = Callable[[str], None]
 PAPER_RANKS = {"Conv_0": 10, "Conv_2": 20}
+TEMPERATURE = 4  # what the dense network rules out tells little at 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,7 @@ def fit(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         learning_rate=recipe.peak,
+        loss=None if teacher is None else distillation(TEMPERATURE),
         teacher=teacher,
         augment=augment,
         seed=recipe.seed,
