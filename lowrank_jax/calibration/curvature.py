@@ -66,7 +66,10 @@ class Tap(Rule):
         if reading.reason or source is None or source.path not in self.totals:
             return None
         (outputs,) = bind(eqn, [dense(value) for value in values])
-        return [_tap(geometry_of(reading), outputs, self.totals[source.path])], {}
+        total = self.totals[source.path]
+        # In a shard_map each device has its own derivatives, and thus needs its own total.
+        total += jnp.zeros_like(outputs, total.dtype).sum()
+        return [_tap(geometry_of(reading), outputs, total)], {}
 
 
 def importance_of(curvature: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

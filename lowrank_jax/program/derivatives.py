@@ -9,7 +9,7 @@ def what_is_lacking(error: Exception) -> str:
     """The first line of an error that says that a derivative is lacking; any other is raised.
 
     Example:
-        >>> what_is_lacking(ValueError("Pure callbacks do not support JVP.\nUse custom_jvp."))
+        >>> what_is_lacking(ValueError("Pure callbacks do not support JVP."))
         'Pure callbacks do not support JVP.'
     """
     text = str(error)

@@ -427,22 +427,22 @@ layer, x = nn.Conv(6, (3, 3)), jax.random.normal(jax.random.key(0), (16, 6, 6, 4
 variables = layer.init(jax.random.key(1), x)
 parted = [jax.device_put(part, NamedSharding(mesh, P("data"))) for part in (x[:8], x[8:])]
 inside = jax.shard_map(layer.apply, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
-one, *others = [
-    found.moments["kernel"][()]
-    for found in (
-        lr.calibrate(layer.apply, variables, [x[:8], x[8:]]),
-        lr.calibrate(layer.apply, variables, parted),
-        lr.calibrate(inside, variables, parted),
-    )
-]
+one, *others = (
+    lr.calibrate(layer.apply, variables, [x[:8], x[8:]]),
+    lr.calibrate(layer.apply, variables, parted),
+    lr.calibrate(inside, variables, parted),
+)
+known = one.moments["kernel"][()]
 for other in others:
-    np.testing.assert_allclose(other.output_covariance, one.output_covariance, atol=1e-5)
-    assert other.count == one.count
+    own = other.moments["kernel"][()]
+    np.testing.assert_allclose(own.output_covariance, known.output_covariance, atol=1e-5)
+    assert own.count == known.count
+    np.testing.assert_allclose(other.curvature["kernel"], one.curvature["kernel"], rtol=1e-4)
 print("same")
 """
 
 
-def test_a_mesh_of_devices_gives_the_moments_of_one():
+def test_a_mesh_of_devices_gives_the_moments_and_the_curvature_of_one():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
