@@ -127,6 +127,7 @@ def test_steps_and_sweeps_are_those_of_compress(files, tmp_path, undrawn, monkey
     assert (given["steps"], given["sweeps"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_plan_draws_the_curve_of_agreement_from_one_calibration(files, tmp_path, passes):
     out = tmp_path / "out"
     assert main(["plan", *files, "--curve", "0.6,1.0", "--out", str(out)]) == 0

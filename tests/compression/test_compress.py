@@ -169,6 +169,7 @@ class Block(nn.Module):
 STACKED = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scan", "jit", "vmap"])
 def test_layers_in_lifted_transformations_are_fitted(kind):
     class Model(nn.Module):
@@ -288,6 +289,7 @@ def test_factors_have_the_type_of_the_kernel(dtype):
     chex.assert_type(jax.tree.leaves(small["params"]), jnp.dtype(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 16])
 def test_few_images_are_never_worse_than_plain_factors(count):
     variables = trained(Net(), images())

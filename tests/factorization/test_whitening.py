@@ -77,6 +77,7 @@ def test_for_white_patches_the_fit_is_the_plain_svd(seed, rank):
     np.testing.assert_allclose(fitted, merged(*plain(kernel, rank)), atol=1e-6)
 
 
+@pytest.mark.slow
 @few
 @given(seeds, st.integers(1, 6))
 def test_for_a_kronecker_covariance_the_start_is_the_optimum(seed, rank):

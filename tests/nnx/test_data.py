@@ -265,6 +265,7 @@ def within():
     return model
 
 
+@pytest.mark.slow
 def test_layers_in_transformations_are_fitted_like_others():
     small, fits = compress(within(), images(), WITHIN, return_fits=True)
     plain = decompose(within(), WITHIN)
@@ -304,6 +305,7 @@ class Ensemble(nnx.Module):
         return nnx.vmap(lambda head, x: head(x), in_axes=(0, None), out_axes=-1)(self.heads, x)
 
 
+@pytest.mark.slow
 def test_an_ensemble_under_vmap_is_planned_and_fitted():
     model, found = Ensemble(), calibrate(Ensemble(), images())
     assert set(plan(found, macs=0.5).ranks) == {"heads"}

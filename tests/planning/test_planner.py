@@ -45,6 +45,7 @@ def test_unknown_forms_are_refused_before_anything_is_computed():
         plan(None, macs=0.5, forms=["tall"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 3e4])
 def test_inputs_that_are_all_alike_can_be_planned_and_fitted(value):
     """Variances are differences that cancel; rounding must not make them negative."""

@@ -43,6 +43,7 @@ def logits(path, first, rank):
     return np.asarray(lowrank(Net().apply)(small, X), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 @pytest.mark.parametrize("batch", [4, 256])
 def test_each_divergence_is_that_of_the_network_with_that_layer_decomposed(measure, batch):

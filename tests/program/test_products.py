@@ -144,6 +144,7 @@ def test_layers_of_flax_run_with_two_products_in_place_of_one(name, dtype):
     )
 
 
+@pytest.mark.slow
 def test_the_heads_of_attention_have_factors_of_their_own():
     layer, x = nn.MultiHeadDotProductAttention(4), normal((2, 5, 16))
     variables = layer.init(jax.random.key(0), x)

@@ -36,6 +36,7 @@ def test_a_crop_larger_than_the_padded_image_is_refused():
         crop_and_flip(jax.random.key(0), jnp.ones((1, 8, 8, 1)), 9, 0)
 
 
+@pytest.mark.slow
 def test_mixed_images_are_means_by_the_shares_that_the_labels_have():
     images, labels = mixup(8)(jax.random.key(1), (IMAGES, LABELS))
     np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-6)

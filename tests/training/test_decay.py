@@ -131,6 +131,7 @@ def test_a_rule_of_nuclear_decay_that_names_no_layer_is_refused():
         update(nuclear_decay(1.0, {"cnv": 2}), {"conv": normal((3, 3, 4, 8))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", DECAYS)
 def test_updates_keep_their_types_and_what_is_no_kernel_stays(name, dtype):

@@ -42,6 +42,7 @@ def test_with_a_teacher_the_labels_are_not_needed(model, dense, small, batch):
     assert gap(tuned) < 0.9 * gap(small)
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed(batch, tune):
     one, same, other = (tune(batch, steps=3, seed=seed) for seed in (1, 1, 2))
     chex.assert_trees_all_equal(one, same)

@@ -33,6 +33,7 @@ def mesh():
     return found(started("mesh"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mesh", "sharded", "resumed"])
 def test_eight_devices_train_to_the_parameters_of_one(mesh, how):
     np.testing.assert_allclose(mesh[how], mesh["one"], atol=ROUNDING)

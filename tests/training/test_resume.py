@@ -51,6 +51,7 @@ def test_a_run_in_a_folder_is_the_run_without_one_and_is_not_repeated(tune, whol
     chex.assert_trees_all_equal(tune(batches=iter([])), whole)
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(tune, tmp_path):
     sgd = dict(tx=optax.sgd(0.1, momentum=0.9), accumulate=2)
     wanted = tune(folder=None, **sgd)

@@ -47,6 +47,7 @@ def test_the_last_plan_keeps_the_last_budget_and_is_of_the_tree(dense, whole):
     assert [path.name for path in sorted(folder.iterdir())] == ["0-macs-0.8", "1-macs-0.5"]
 
 
+@pytest.mark.slow
 def test_a_later_stage_chooses_from_what_was_tuned(whole):
     _, plan, folder = whole
     first = lr.Plan.load(folder / "0-macs-0.8" / "plan.json")
