@@ -94,9 +94,9 @@ def run(
     *,
     tune_planned: bool = False,
     images: int = 1024,
-    batch_size: int = 128,
+    batch_size: int = 64,
     rounds: int = 7,
-    limit: float = 10,
+    limit: float = 6,
     log: Log = print,
     folder: Path | None = None,
 ) -> Journey:
