@@ -48,8 +48,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=128, help="images in a step")
     about = "highest rate of the one-cycle schedule"
     add("--learning-rate", type=rate, default=0.1, help=about)
-    about = "the same, in the fine-tuning"
-    add("--finetune-learning-rate", type=rate, default=0.02, help=about)
+    about = "the same, in the fine-tuning; 0.005, or 0.02 with --no-distill"
+    add("--finetune-learning-rate", type=rate, help=about)
     add("--crop", type=whole(1, 32), default=32, help="side of the random training crops, pixels")
     about = "tune towards the dense network's probabilities instead of the labels"
     add("--distill", action=argparse.BooleanOptionalAction, default=True, help=about)
@@ -86,7 +86,9 @@ def run_cifar10(args: argparse.Namespace) -> None:
     if recipe:
         variables, _ = experiment.fit(model, variables, train, test, recipe, folder=work / "dense")
     options = dict(distill=args.distill, **_training(args))
-    tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
+    # At temperature 4 the gradient of the probabilities is about three times that of the labels.
+    peak = args.finetune_learning_rate or (0.005 if args.distill else 0.02)
+    tuning = experiment.Recipe(args.finetune_epochs, peak, **options)
     _run(args, variables, train, test, tuning, work / "fine-tuning")
     shutil.rmtree(work, ignore_errors=True)
     print(f"Both networks are in {args.out}, and the report is report.html there")
