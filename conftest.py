@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 import hypothesis
+import pytest
 
 # The older of XLA's code generators takes a third of the time; newer versions have lost it.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -38,3 +39,14 @@ def quick_flags():
     probe = [sys.executable, "-c", "import jax; jax.devices()"]
     tried = subprocess.run(probe, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True)
     return given if tried.returncode else flags
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """A function of a number to the environment of a process with so many simulated devices."""
+
+    def environment(count):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+    return environment

@@ -160,8 +160,8 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
     """The dense network, where there is one beside the trained one."""
     if args.teacher:
         tree = load_weights(args.teacher)
-        given = (tree, args.teacher, job.model, job.images[:1], job.kwargs)
-        return variables_from(*given).variables
+        found = variables_from(tree, args.teacher, job.model, job.images[:1], job.kwargs)
+        return found.variables
     return (
         job.variables if (args.plan or args.shrink) and not factored_leaves(job.variables) else None
     )

@@ -131,8 +131,8 @@ def add_network_options(command: argparse.ArgumentParser, count: int | None = No
         "package.module:name of an iterator of batches"
     )
     add("--images", required=True, help=about)
-    about = "images that are read at most, a random choice; of batches the first"
     add("--data-dir", help=DATA_DIR.format("the data set of tfds:name"))
+    about = "images that are read at most, a random choice; of batches the first"
     add("--count", type=positive, default=count, help=f"{about}{'' if count else '; all without'}")
     about = "height and width, such as 224 or 224x320, to which pictures are scaled and cropped"
     add("--size", type=image_size, help=about)

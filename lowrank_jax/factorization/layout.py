@@ -139,6 +139,17 @@ def sizes_of(axes: str, shape: Sequence[int]) -> dict[str, int]:
     return dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
 
 
+def kernel_size(axes: str, shape: Sequence[int]) -> int:
+    """Weights of one kernel; axes before those named are a stack.
+
+    Example:
+        >>> import lowrank_jax
+        >>> kernel_size("IO", (12, 4, 8))
+        32
+    """
+    return math.prod(sizes_of(axes, shape).values())
+
+
 def spatial_axes(axes: str) -> str:
     """The letters of the spatial axes, in their order."""
     return "".join(letter for letter in axes if letter not in INPUTS + OUTPUTS)

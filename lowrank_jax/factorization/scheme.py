@@ -10,11 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.factorization.factors import (
-    as_kernel,
-    factor_keys,
-    wide,
-)
+from lowrank_jax.factorization.factors import as_kernel, factor_keys, wide
 from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
 from lowrank_jax.factorization.layout import (
     OUTPUTS,

@@ -33,6 +33,7 @@ from typing import Literal
 
 import numpy as np
 
+from lowrank_jax.factorization.layout import kernel_size
 from lowrank_jax.planning.budget import Budget, check_budget
 from lowrank_jax.planning.candidates import Candidate, Candidates, front
 from lowrank_jax.planning.knapsack import solve
@@ -230,7 +231,7 @@ def _search(
 def _out_of_noise(candidates: Candidates, path: str) -> list[Candidate]:
     """For each order of the factors the lowest candidate of a rank that no signal exceeds."""
     kernel, found = candidates.trace.at(path)[0], []
-    entries = math.prod(kernel.kernel_shape[-len(kernel.axes) :]) // kernel.groups
+    entries = kernel_size(kernel.axes, kernel.kernel_shape) // kernel.groups
     for first, matrices in candidates.spectra.values[path].items():
         rank = max(1, *(evbmf_rank(values, entries // len(values)) for values in matrices))
         found += [

@@ -2,7 +2,7 @@
 
 # A primitive without a rule is a NotImplementedError, a while loop or a callback a ValueError.
 NO_DERIVATIVE = (NotImplementedError, ValueError)
-_WORDS = "differentiation", "JVP"
+_WORDS = "differentiation", "jvp"
 
 
 def what_is_lacking(error: Exception) -> str:
@@ -13,6 +13,6 @@ def what_is_lacking(error: Exception) -> str:
         'Pure callbacks do not support JVP.'
     """
     text = str(error)
-    if not any(word.lower() in text.lower() for word in _WORDS):
+    if not any(word in text.lower() for word in _WORDS):
         raise error
     return text.splitlines()[0]

@@ -10,6 +10,7 @@ from lowrank_jax.factorization.layout import (
     OUTPUTS,
     forms_of,
     heads_of,
+    kernel_size,
     only,
     sizes_of,
     spatial_axes,
@@ -75,7 +76,7 @@ class KernelUse:
     def positions(self) -> int:
         """Output positions of one use, over the whole batch; of a product its rows."""
         if self.kind == "product" and self.axes:
-            return self.macs // math.prod(self.kernel_shape[-len(self.axes) :]) // self.uses
+            return self.macs // kernel_size(self.axes, self.kernel_shape) // self.uses
         return math.prod(self.outputs[:-1])
 
     @property
@@ -153,7 +154,7 @@ class KernelUse:
         channels = [shape[scheme.axes.index("O")] for shape in shapes[:-1]]
         pairs = zip(self.positions_after(scheme)[:-1], channels, strict=True)
         between = sum(positions * count for positions, count in pairs)
-        kernel = math.prod(self.kernel_shape[-len(scheme.axes) :])
+        kernel = kernel_size(scheme.axes, self.kernel_shape)
         entries = math.prod(self.inputs) + kernel + math.prod(self.outputs)
         entry = self.bytes / entries  # of all the uses; the mean if the types of the arrays differ
         return self.bytes + entry * (sum(map(math.prod, shapes)) - kernel + 2 * between)

@@ -1,7 +1,6 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
 import logging
-import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from lowrank_jax.factorization.factors import (
     check_floating,
     is_factors,
 )
+from lowrank_jax.factorization.layout import kernel_size
 from lowrank_jax.factorization.merging import product
 from lowrank_jax.factorization.scheme import Scheme, factor_all
 from lowrank_jax.program.changed import KEY
@@ -191,7 +191,7 @@ def find_schemes(
 
 def _tell_growth(path: str, shape: tuple[int, ...], scheme: Scheme) -> None:
     """Logs ranks so high that the factors have more weights than the kernel."""
-    dense, factors = math.prod(shape[-len(scheme.axes) :]), scheme.parameters(shape)
+    dense, factors = kernel_size(scheme.axes, shape), scheme.parameters(shape)
     if factors > dense:
         LOG.warning("%s: %s has %d weights, the dense kernel %d.", path, scheme, factors, dense)
 

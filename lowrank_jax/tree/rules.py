@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
-from lowrank_jax.factorization.layout import fit_axes, spatial_axes
+from lowrank_jax.factorization.layout import fit_axes, kernel_size, spatial_axes
 from lowrank_jax.factorization.matrix import Matrix
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
@@ -202,7 +202,7 @@ def _of_shape(path: str, shape: tuple[int, ...], axes: str, unit: Scheme | None)
         return _Layer(path=path, shape=shape, reason=f"{shape} is no kernel of a layer")
     groups = unit.groups if unit else 0
     unit = unit or _unit(fit_axes(axes, len(shape)))
-    dense = math.prod(shape[-len(unit.axes) :])
+    dense = kernel_size(unit.axes, shape)
     costs = {"dense": dense, "unit": unit.parameters(shape)}
     return _Layer(path=path, shape=shape, axes=unit.axes, groups=groups, **costs)  # type: ignore[arg-type]
 

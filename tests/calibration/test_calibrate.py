@@ -1,6 +1,5 @@
 """What the moments say is what the convolutions read, wherever the program runs them."""
 
-import os
 import subprocess
 import sys
 
@@ -442,10 +441,9 @@ print("same")
 """
 
 
-def test_a_mesh_of_devices_gives_the_moments_and_the_curvature_of_one():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
+def test_a_mesh_of_devices_gives_the_moments_and_the_curvature_of_one(devices):
+    command = [sys.executable, "-c", MESH]
+    done = subprocess.run(command, env=devices(4), capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 

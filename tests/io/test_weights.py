@@ -1,6 +1,5 @@
 """Weights survive a round trip through every format, and nothing else is taken for weights."""
 
-import os
 import string
 import subprocess
 import sys
@@ -276,7 +275,7 @@ def test_a_step_of_a_checkpoint_manager_gives_its_default_item_or_its_items_by_n
     same(load_weights(tmp_path / "items" / "0"), network())
 
 
-def test_a_checkpoint_of_several_devices_is_read_on_one(tmp_path):
+def test_a_checkpoint_of_several_devices_is_read_on_one(devices, tmp_path):
     code = f"""
 import jax, jax.numpy as jnp, orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -285,9 +284,8 @@ split = jax.device_put(jnp.arange(8), NamedSharding(mesh, PartitionSpec("x")))
 with ocp.StandardCheckpointer() as saver:
     saver.save({str(tmp_path / "tree")!r}, {{"a": split}})
 """
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=devices(4), capture_output=True, check=True)
     same(load_weights(tmp_path / "tree"), {"a": np.arange(8, dtype=np.int32)})
 
 

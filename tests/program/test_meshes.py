@@ -1,9 +1,7 @@
 """Decomposition and low-rank programs on meshes of eight simulated devices, in one process of
 their own."""
 
-import functools
 import json
-import os
 import subprocess
 import sys
 import traceback
@@ -265,18 +263,17 @@ def run_all():
     return results
 
 
-@functools.cache
-def results():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def results(devices):
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_on_a_mesh(name):
-    assert not results()[name], results()[name]
+def test_on_a_mesh(name, results):
+    assert not results[name], results[name]
 
 
 if __name__ == "__main__":

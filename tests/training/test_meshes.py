@@ -17,9 +17,10 @@ SCRIPT = Path(__file__).with_name("on_devices.py")
 ROUNDING = 1e-5  # of six steps of Adam, whose sums run in another order; weights are of order 1
 
 
-def started(*args):
+def started(*args, env=None):
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, text=True, env=env)
 
 
 def found(process):
@@ -29,11 +30,10 @@ def found(process):
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    return found(started("mesh"))
+def mesh(devices):
+    return found(started("mesh", env=devices(8)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mesh", "sharded", "resumed"])
 def test_eight_devices_train_to_the_parameters_of_one(mesh, how):
     np.testing.assert_allclose(mesh[how], mesh["one"], atol=ROUNDING)
