@@ -19,9 +19,9 @@ fast           the fastest program on this device, measured
 load_weights   a tree from a file or folder; save_weights writes it
 =============  =====================================================================
 
-``help(lr.plan)`` tells the arguments of a verb. Those of the model itself, such as ``train=False``,
-follow by their names in every verb that calls it. ``lr.nnx`` has the verbs for models of NNX.
-Long verbs show a bar on a terminal and in a notebook, and log lines elsewhere;
+``help(lr.plan)`` tells the arguments of a verb. The model's own arguments, such as ``train=False``,
+follow by name in every verb that calls the model. ``lr.nnx`` has the verbs for models of NNX. Long
+verbs show a bar on a terminal and in a notebook, and log lines elsewhere;
 ``logging.getLogger("lowrank_jax").setLevel("ERROR")`` silences both.
 """
 

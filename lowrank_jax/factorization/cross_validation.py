@@ -1,4 +1,4 @@
-"""How far the data of a layer bear a fit: factors measured on images they were not fitted to."""
+"""How far a layer's data support a fit: factors measured on images they were not fitted to."""
 
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ LIKELY = 3.0  # a likely shrinkage, times the samples for each dimension
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What held-out images say; errors are relative to the variance of the wanted outputs.
+    """What held-out images say. Errors are relative to the variance of the wanted outputs.
 
     Attributes:
-        shrinkage: lambda by the mean variance of the patches; infinite for the plain factors.
+        shrinkage: lambda over the mean variance of the patches; infinite for the plain factors.
         held_out: error of factors of that shrinkage, fitted without the images that they are
             measured on.
         plain: error of the plain factors.
@@ -39,9 +39,14 @@ class Choice:
 def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice:
     """The shrinkage of the least held-out error, or the plain factors.
 
-    A shrinkage must win on every fold: those of few images differ much, and the least of several
-    sums would often be luck. The first factors are those of a likely shrinkage; least squares for
-    the second ones then cost little for every shrinkage.
+    A shrinkage must win on every fold: folds of few images differ much, and the least of several
+    sums would often be luck. The first factors are fitted with a likely shrinkage alone. Least
+    squares for the second factors then cost little for every shrinkage.
+
+    Args:
+        layer: kernel and moments, by groups.
+        folds: moments of disjoint sets of images.
+        plain: factors of each group, fitted without data.
     """
     parts = _parts(layer, folds)
     variance = sum(part.count * part.variance for part in parts)

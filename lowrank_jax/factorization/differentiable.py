@@ -2,13 +2,13 @@
 
 The derivative of a singular vector has the differences of all singular values in its denominators,
 so that it is infinite where two of them are equal. The best approximation of rank K does not depend
-on the basis of the space that it keeps. Its derivative needs the gaps between the values kept and
-those left out alone, and so does that of the factors, if no rotation within that space is counted.
-With M = U S V^T and A = U_K^T dM V_K, the factors L = U_K S_K^1/2 and R = S_K^1/2 V_K^T change
-within the space by U_K X and Y V_K^T, where X_ij = A_ij s_j^1/2 / (s_i + s_j) and Y_ij = A_ij
-s_i^1/2 / (s_i + s_j). Then d(L R) is A there, and L^T L = R R^T stays. Out of the space they change
-by first-order perturbation theory (Stewart, 1990, "Perturbation theory for the singular value
-decomposition").
+on the basis of the space that it keeps. Its derivative needs only the gaps between the values kept
+and those left out. So does the derivative of the factors, if no rotation within that space is
+counted. With M = U S V^T and A = U_K^T dM V_K, the factors L = U_K S_K^1/2 and R = S_K^1/2 V_K^T
+change within the space by U_K X and Y V_K^T, where X_ij = A_ij s_j^1/2 / (s_i + s_j) and Y_ij =
+A_ij s_i^1/2 / (s_i + s_j). Then d(L R) is A there, and L^T L = R R^T stays. Out of the space they
+change by first-order perturbation theory (Stewart, 1990, "Perturbation theory for the singular
+value decomposition").
 """
 
 import functools

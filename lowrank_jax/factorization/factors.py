@@ -45,7 +45,7 @@ def factor_keys(first: str, axes: str, ndim: int) -> tuple[str, str]:
 
 
 def is_factor_key(key: str) -> bool:
-    """Whether a key is that of a factor."""
+    """Whether a key of a tree names a factor."""
     match = _KEY.fullmatch(key)
     return match is not None and any(match[1] in form.keys for form in FORMS.values())
 
@@ -172,7 +172,7 @@ def as_kernel(kernel: Any, where: str) -> Any:
     """An array of floating-point numbers in the byte order of the machine.
 
     Raises:
-        ValueError: names what was given and the remedy.
+        ValueError: the kernel is no array, or holds integers or floats of one byte.
     """
     if isinstance(kernel, list | tuple):
         kernel = np.asarray(kernel, np.float32)
@@ -184,7 +184,7 @@ def as_kernel(kernel: Any, where: str) -> Any:
 
 
 def wide(x: Array) -> Array:
-    """In float32 or wider.
+    """An array in float32 or wider.
 
     Example:
         >>> wide(np.ones(2, np.float16)).dtype, wide(np.ones(2)).dtype
@@ -197,7 +197,7 @@ def check_array(kernel: Any, where: str) -> None:
     """Refuses what has no shape and no type.
 
     Raises:
-        ValueError: names what was given and the remedy.
+        ValueError: the kernel lacks a shape or a type.
     """
     if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
         raise ValueError(f"{where}: the kernel is a {type(kernel).__name__}; give an array.")
@@ -207,7 +207,7 @@ def check_floating(dtype: Any, where: str) -> None:
     """Refuses a kernel of integers or of a floating type of one byte.
 
     Raises:
-        ValueError: names what was given and the remedy.
+        ValueError: the kernel has such a type.
     """
     if reason := why_not_floating(dtype):
         remedy = "Convert the kernel first, with its scale if it is quantised."

@@ -1,10 +1,10 @@
-"""The factors of one layer fitted to what it sees, as far as its data bear it.
+"""The factors of one layer fitted to what the layer sees, as far as its data support a fit.
 
-The closed form of `whitening` is exact for the moments that it is given. With few images these say
-little of other images, and the fit would be worse than no fit, worst where there are about as many
-samples as dimensions. So a ridge pulls it towards the dense kernel, C + lambda I and R + lambda W:
-with lambda to infinity the answer is the plain truncated SVD. Factors that are fitted without one
-fold of the images are measured on it, which chooses lambda, or the plain factors.
+The closed form of `whitening` is exact for the moments that it is given. With few images the
+moments say little of other images, and the fit would be worse than no fit, worst where there are
+about as many samples as dimensions. So a ridge pulls it towards the dense kernel, C + lambda I and
+R + lambda W: with lambda to infinity the answer is the plain truncated SVD. Factors that are fitted
+without one fold of the images are measured on it, which chooses lambda, or the plain factors.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ FEW = 5  # samples for each dimension; below, a fit gains much from more images
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Fit:
-    """The two kernels of a layer, and how far the data bore them.
+    """The two kernels of a layer, and how far the data supported them.
 
     Errors are mean squared errors of the outputs on images that were not fitted to, each output by
     its importance, relative to the variance of the outputs.
 
     Attributes:
         first, second: kernels as `Separable.factor` lays them out, float64.
-        shrinkage: lambda by the mean variance of the patches; infinite for plain factors.
-        held_out: error of such factors, fitted without the images that they are measured on, and
-            before the sweeps, which lower it.
+        shrinkage: lambda over the mean variance of the patches; infinite for plain factors.
+        held_out: error of factors of that shrinkage, fitted without the images that they are
+            measured on, and before the sweeps, which lower the error.
         plain: error of the plain factors.
         samples: patches for each dimension of a patch.
         closed, stepped: error of the outputs of the layer's block, before and after gradient steps,
-            on images that these did not see; equal where they did not help and the closed form
-            stays, None without steps.
+            on images that the steps did not see; equal where the steps did not help and the closed
+            form stays; None without steps.
     """
 
     first: Array
@@ -72,7 +72,7 @@ def fit_layer(
         kernel: the dense kernel, in the layout of the scheme.
         folds: moments of disjoint sets of images, such as the even and the odd ones. With one fold
             nothing can be held out, and the factors are the plain ones.
-        scheme: of the layer.
+        scheme: the layer's scheme.
         scale: importance of each output channel; ones if None.
         sweeps: alternating refinements of the two factors.
     """

@@ -15,7 +15,8 @@ class Form:
 
     Attributes:
         keys: names of the first and of the second factor in a tree.
-        split: gives, of the letters of the spatial axes, those of the first and of the second.
+        split: function of the letters of the spatial axes; gives the letters of the first factor
+            and those of the second.
         spatial: whether the kernel has spatial axes.
     """
 

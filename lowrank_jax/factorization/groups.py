@@ -68,7 +68,7 @@ class Groups:
         return found
 
     def of_groups(self, rows: Float[Array, "g ..."], outputs: bool = False) -> list[Array]:
-        """The part of each group; those of a matrix read the same inputs."""
+        """The part of each group; the groups of a matrix read the same inputs."""
         if len(rows) == self.scheme.groups:
             return list(rows)
         shared = self.scheme.groups
@@ -87,7 +87,7 @@ class Groups:
         return moved.reshape(flat.shape)
 
     def arranged_square(self, square: Float[Array, "p p"]) -> Float[Array, "p p"]:
-        """The same for the rows and the columns of a covariance."""
+        """`arranged` for the rows and the columns of a covariance."""
         count = len(self.stored)
         spread = square.reshape([self.sizes[letter] for letter in self.stored] * 2)
         order = [self.stored.index(letter) for letter in self.order]
@@ -103,7 +103,7 @@ class Groups:
 
 
 def mean_variance(target: Target) -> float:
-    """Of the entries of the patches; one where the patches do not vary."""
+    """The mean variance of the patches' entries; one where the patches do not vary."""
     mean = float(np.trace(target.covariance)) / len(target.covariance)
     return mean if mean > TINY else 1.0
 

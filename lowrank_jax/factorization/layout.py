@@ -97,8 +97,8 @@ def from_pair(factor: Array, axes: str, first: str, sizes: Mapping[str, int]) ->
     Args:
         factor: array of shape (..., a, b, c, n).
         axes, first: as in `to_pair`.
-        sizes: axis to its size; of those that are not named I and O have what is left, and the
-            others size 1.
+        sizes: letter of an axis to its size. Where I and O are not named, they have what is left;
+            other axes that are not named have size 1.
     """
     own = dict.fromkeys(axes, 1) | dict(sizes)
     for letter, group, size in zip("IO", (INPUTS, OUTPUTS), factor.shape[-2:], strict=True):
@@ -161,7 +161,7 @@ def _parts(axes: str, first: str) -> tuple[str, str, str, str]:
 
 
 def only(axes: str, letters: str) -> str:
-    """Those of the axes that are among some letters, in the order of the axes."""
+    """The axes that are among some letters, in the order of the axes."""
     return "".join(letter for letter in axes if letter in letters)
 
 
@@ -214,7 +214,7 @@ def split_axes(axes: str, first: str) -> tuple[str, str]:
 def forms_of(axes: str, shape: Sequence[int]) -> tuple[str, ...]:
     """Names of the forms in which two factors may stand for a kernel, the usual one first.
 
-    Those that would be the same product are named once.
+    Forms that would be the same product are named once.
 
     Example:
         >>> import lowrank_jax
@@ -228,7 +228,7 @@ def forms_of(axes: str, shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def same_form(axes: str, shape: Sequence[int], first: str) -> str:
-    """The first form that is the same product for a kernel: each for one of a single tap.
+    """The first form that computes the same product; with a single tap all forms do.
 
     Example:
         >>> import lowrank_jax
@@ -246,7 +246,7 @@ def same_form(axes: str, shape: Sequence[int], first: str) -> str:
 
 
 def heads_of(axes: str, shape: Sequence[int]) -> int:
-    """The size of the first axis of the outputs of a product that has several, else 1."""
+    """The size of the first output axis of a product with several output axes, else 1."""
     outputs = only(axes, OUTPUTS)
     return shape[len(shape) - len(axes) + axes.index(outputs[0])] if len(outputs) > 1 else 1
 
@@ -272,7 +272,8 @@ def split_options(
         options: "padding" with (before, after) for each spatial axis, others with one int each.
 
     Returns:
-        The options of each factor; an axis that it leaves alone has 1, or no padding.
+        The options of each factor. Along an axis that the factor leaves alone they are 1, or no
+        padding.
 
     Example:
         >>> import lowrank_jax

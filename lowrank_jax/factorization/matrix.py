@@ -26,7 +26,7 @@ class Matrix(Scheme, forms=FORMS):
         axes: the kernel's layout, one letter an axis: "IO" of a dense layer, "OI" of PyTorch's. I,
             J, K, L are inputs and O, P, Q, R outputs: attention stores its queries as "IPO", its
             output projection as "JIO".
-        first: "left"; "heads" says the same of factors of many groups.
+        first: "left"; "heads" is the same form for factors of many groups.
 
     Example:
         >>> import jax

@@ -24,7 +24,7 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     Args:
         first, second: factors as `Scheme.factor` returns them, such as (..., h, 1, c, groups *
             rank) and (..., 1, w, rank, n), in the layout given.
-        axes: their layout.
+        axes: layout of the factors.
 
     Returns:
         The kernel, such as (..., h, w, c, n), that the two operations together apply.
@@ -54,7 +54,7 @@ def product(node: Mapping, path: str) -> jax.Array:
     """The kernel that a node of a tree stands for.
 
     Raises:
-        ValueError: its arrays are not the factors of one kernel.
+        ValueError: the node's arrays are not the factors of one kernel.
 
     Example:
         >>> import jax.numpy as jnp

@@ -11,7 +11,8 @@ class Moments:
     """Sums over patches and outputs, for each group of the channels.
 
     A patch is flat. Its order is that in which the kernel stores its axes, without the outputs: for
-    HWIO the taps, then the channels. Moments of disjoint sets of images add up to those of both.
+    HWIO the taps, then the channels. Moments of disjoint sets of images add up to the moments of
+    both.
 
     Attributes:
         count: number of patches.

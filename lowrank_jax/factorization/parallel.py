@@ -25,16 +25,16 @@ def side_by_side(
     """Runs jobs, each on one core where there are enough of them, else in turn.
 
     Much of a decomposition cannot use more than one core, so that two layers on a core each take
-    less time than one after the other on both. The largest starts first. As many run as the others
-    can keep up with the largest, which also bounds the memory: what they hold together is under the
-    sum of all.
+    less time than one after the other on both. The largest job starts first. Only as many jobs run
+    at once as the other jobs keep busy while the largest runs. That also bounds the memory: the
+    jobs that run hold less than all jobs together.
 
     Args:
         jobs: functions without arguments that leave Python's lock free while they compute.
         sizes: how large each is.
         then: takes the index and the result of each job as soon as it is done, in the calling
-            thread. What a job gave is not kept, only what this makes of it.
-        cores: to use; without it those that this process may.
+            thread. The result of a job is not kept, only what ``then`` makes of it.
+        cores: how many to use; None for those that this process may use.
 
     Returns:
         What ``then`` gave, in the order of the jobs.
@@ -54,10 +54,10 @@ def side_by_side(
 
 @contextlib.contextmanager
 def one_core_each() -> Iterator[None]:
-    """Numerical libraries use one core in each thread that calls them.
+    """Within it, numerical libraries use one core in each thread that calls them.
 
-    Their own threads wait for each other in loops. Where those of two libraries, or of two
-    programs, share the cores, this takes up to twenty times as long as one thread.
+    Their own threads wait for each other in loops. Where the threads of two libraries, or of two
+    programs, share the cores, a computation takes up to twenty times as long as in one thread.
     """
     with _LIMITED, _libraries().limit(limits=1, user_api="blas"):
         yield

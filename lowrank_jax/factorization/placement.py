@@ -39,7 +39,7 @@ def factor_sharding(sharding: Any, ndim: int, axes: str, first: str, index: int)
 def factor_parts(
     spec: Sequence[Any], ndim: int, axes: str, first: str, index: int
 ) -> tuple[Any, ...]:
-    """For each axis of a factor that of the mesh on which its kernel lies there, or None."""
+    """For each axis of a factor the mesh axis over which its kernel is split there, or None."""
     letters = "." * (ndim - len(axes)) + axes
     parts = [*spec, *[None] * (ndim - len(spec))]
     own = shared_axes(axes, first, index)

@@ -10,7 +10,7 @@ from lowrank_jax.factorization.layout import own_letters, sizes_of
 def max_rank(
     shape: Sequence[int], groups: int = 1, axes: str = "HWIO", first: str = "vertical"
 ) -> int:
-    """The largest useful rank of a kernel: that at which the factors reproduce it.
+    """The largest useful rank of a kernel: the rank at which the factors reproduce the kernel.
 
     Args:
         shape: kernel shape (..., h, w, c, n), with c input channels per group.
@@ -21,7 +21,8 @@ def max_rank(
         The smaller side of the matrix of one group, such as min(h * c, w * n / groups).
 
     Raises:
-        ValueError: the shape has too few axes, or the layout names none.
+        ValueError: the shape has fewer axes than the layout, or the layout or the form is not
+            known.
 
     Example:
         >>> max_rank((5, 5, 96, 192))
@@ -40,7 +41,11 @@ def max_rank(
 
 
 def check_rank(rank: object, limit: int, where: str, shape: Sequence[int], groups: int) -> int:
-    """Returns the rank as an int, or raises an error that names where it was given."""
+    """Returns the rank as an int, or raises an error that names where it was given.
+
+    Raises:
+        ValueError: the rank is no int from 1 to ``limit``.
+    """
     try:
         value = 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
     except TypeError:

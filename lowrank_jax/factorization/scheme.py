@@ -64,7 +64,7 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Of the form, as plans show it."""
+        """The name of the form, as plans show it."""
         return self.first
 
     @property
@@ -81,14 +81,14 @@ class Scheme:
         """Factors a kernel, or each of a stack of kernels.
 
         Computed in float32, or float64 where the kernel is, and returned in the kernel's own type.
-        Under a transformation by ``jnp.linalg.svd``; a kernel with values on one device by the
-        faster of the routes of `truncated`, on the host. Gradients are those of the product of the
-        factors, and finite for equal singular values. No other factors of that rank have a smaller
-        Frobenius error, which is the root of the sum of the squared singular values left out
-        (Eckart and Young, 1936).
+        Under a transformation ``jnp.linalg.svd`` computes the factors. For a kernel with values on
+        one device the faster route of `truncated` computes them on the host. Gradients are right
+        for functions of the product of the factors, and finite for equal singular values. No other
+        factors of that rank have a smaller Frobenius error, which is the root of the sum of the
+        squared singular values left out (Eckart and Young, 1936).
 
         Args:
-            kernel: floating-point array whose last axes are those named.
+            kernel: floating-point array whose last axes are those that ``axes`` names.
 
         Returns:
             The factors in the kernel's layout, as `shapes` says. Within each group the two have the
@@ -118,11 +118,11 @@ class Scheme:
         return truncated(matrix, int(self.rank))
 
     def parted(self, pair: tuple[Array, Array]) -> tuple[Array, ...]:
-        """All factors of the two of `outer`."""
+        """All factors, made of the two factors of `outer`."""
         return pair
 
     def joined(self, factors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The two factors of `outer` of all factors; the inverse of `parted`."""
+        """The two factors of `outer`, made of all factors; the inverse of `parted`."""
         first, second = factors
         return first, second
 
@@ -131,7 +131,7 @@ class Scheme:
         return dict(zip(factor_keys(self.first, self.axes, factors[0].ndim), factors, strict=True))
 
     def shardings(self, sharding: Any, ndim: int) -> tuple[Any, ...]:
-        """Those of the factors of a kernel with this one: the same along the axes they share."""
+        """The factors' shardings: the kernel's, along the axes that a factor shares."""
         return tuple(factor_sharding(sharding, ndim, *self._form, i) for i in (0, 1))
 
     def fold(self, left: Array, right: Array, shape: Sequence[int]) -> tuple[Array, Array]:
@@ -205,7 +205,7 @@ class Scheme:
 def factor_all(
     schemes: Sequence[Scheme], kernels: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, ...]]:
-    """Factors of many kernels, each as `Scheme.factor` gives them; those with values are done
+    """Factors of many kernels, each as `Scheme.factor` gives them; kernels with values are done
     side by side."""
     # A float64 array of NumPy takes the widest type that is enabled.
     pairs = zip(schemes, kernels, strict=True)
@@ -241,7 +241,12 @@ def spectrum(
 
     Returns:
         Array of shape (..., groups, max_rank), float32 or float64. `Separable` at rank K leaves out
-        those from index K on, and its Frobenius error is the root of the sum of their squares.
+        the values from index K on, and its Frobenius error is the root of the sum of the squares of
+        these values.
+
+    Raises:
+        ValueError: the kernel is no array of floating-point numbers, or the layout or the form does
+            not fit.
 
     Example:
         >>> import jax.numpy as jnp

@@ -42,8 +42,8 @@ class Inverse:
 def solve(normal: Float[Array, "n n"], right: Float[Array, "n m"]) -> Float[Array, "n m"]:
     """Solves normal equations.
 
-    By a Cholesky factor; where the matrix is singular, or close to it, by its eigenvectors, and
-    directions in which the data say nothing get zero.
+    A Cholesky factor solves them. Where the matrix is singular, or nearly so, its eigenvectors do,
+    and directions in which the data say nothing get zero.
     """
     root = _symmetric_copy(normal)
     if _factored(root):

@@ -29,7 +29,7 @@ Array = np.ndarray
 class Strips:
     """Sums over patches and outputs of one kernel, for each group of the channels.
 
-    Those of disjoint sets of images add up to those of both.
+    Sums of disjoint sets of images add up to the sums of both.
 
     Attributes:
         count: number of patches.
@@ -64,13 +64,13 @@ class Strips:
 
     @property
     def variance(self) -> Float64[Array, "g m"]:
-        """Of each output; rounding makes it no less than zero."""
+        """Variance of each output; rounding makes it no less than zero."""
         squares = self.yy if self.yy.ndim == 2 else np.diagonal(self.yy, axis1=1, axis2=2)
         return np.maximum(squares / self.count - (self.y / self.count) ** 2, 0)
 
     @property
     def output_covariance(self) -> Float64[Array, "g m m"]:
-        """Of the outputs of each group."""
+        """Covariance of the outputs of each group."""
         mean = self.y / self.count
         return self.yy / self.count - mean[:, :, None] * mean[:, None, :]
 
@@ -82,7 +82,7 @@ def whitened_spectrum(
 
     Args:
         kernel: the dense kernel, in the layout of the scheme.
-        strips: of the layer.
+        strips: the layer's sums.
         scheme: its rank is not used.
         scale: importance of each output channel; ones if None.
     """

@@ -23,10 +23,11 @@ class Tucker(Channel):
 
     That is `Channel` with the pointwise convolution first, whose second factor is decomposed by
     `Channel` again, the spatial convolution first. Both channel axes of a kernel are reduced, as in
-    Kim et al., 2016 (arXiv 1511.06530). The subspaces come from alternating truncated singular
-    value decompositions, from that of the outputs on (HOSVD, then HOOI; De Lathauwer et al., 2000).
-    No step raises the Frobenius error. The squared error is at most the sum of the squared singular
-    values that the two `Channel` schemes of these ranks leave out, and at least the larger part.
+    Kim et al., 2016 (arXiv 1511.06530). The subspaces come from truncated singular value
+    decompositions that alternate, beginning with the outputs (HOSVD, then HOOI; De Lathauwer et
+    al., 2000). No step raises the Frobenius error. The squared error is at most the sum of the
+    squared singular values that the two `Channel` schemes of these ranks leave out, and at least
+    the larger part.
 
     Attributes:
         rank: number K1 of channels between the first two convolutions, per group.
@@ -68,7 +69,7 @@ class Tucker(Channel):
 
         Args:
             matrix: array of shape (..., c, taps * n), a row for each input.
-            taps: of the kernel.
+            taps: number of the kernel's taps.
         """
         with jax.default_matmul_precision("highest"):
             return self._alternated(matrix, taps)

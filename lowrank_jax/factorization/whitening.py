@@ -30,7 +30,8 @@ class Target:
 
     Attributes:
         covariance: C, of the patches.
-        cross: R, of the patches with the wanted outputs; ``C @ W`` asks for those of a kernel W.
+        cross: R, of the patches with the wanted outputs; ``C @ W`` asks for the outputs of a kernel
+            W.
         variance: of the wanted outputs; it counts in the error alone.
         taps: b, of the second convolution.
     """
@@ -52,7 +53,7 @@ class Target:
         return self.cross.reshape(self.taps, -1, self.cross.shape[-1])
 
     def ridged(self, kernel: Float[Array, "b r n"], ridge: float) -> "Target":
-        """With a multiple of the identity in the covariance, whose answer is a given kernel."""
+        """The target with a ridge: a multiple of the identity, which pulls to a given kernel."""
         covariance = self.covariance.copy()
         covariance[np.diag_indices(len(covariance))] += ridge
         cross = self.cross + ridge * kernel.reshape(self.cross.shape)
@@ -86,9 +87,9 @@ def fit(
     """Factors of a rank that give the wanted outputs best.
 
     Args:
-        kernel: whose whitened SVD is the start; best is the one of full rank that gives the wanted
-            outputs best.
-        target: with a definite covariance.
+        kernel: its whitened SVD is the start. The best choice is the kernel of full rank that gives
+            the wanted outputs best.
+        target: what is fitted to, with a definite covariance.
         ranks: K, and the rank of the second factor's matrix where that is to have one.
         weights: importance of each output to the start.
         sweeps: alternating refinements, after the first of the second factor. With one tap of the
@@ -137,7 +138,7 @@ def kronecker(
 
     Args:
         blocks: the covariance of the patches.
-        ridge: is added to its diagonal first.
+        ridge: is added to the diagonal of the covariance first.
 
     Returns:
         A, the mean covariance of the strips that the first convolution sees, and B, the correlation
@@ -187,7 +188,7 @@ def whitened_left(
 
 
 def matrix_of(kernel: Float[Array, "b r n"]) -> Float[Array, "r bn"]:
-    """The kernel's matrix: a row for each row, a column for each tap and output."""
+    """The kernel's matrix: a row for each of the r rows, a column for each tap and output."""
     return kernel.transpose(1, 0, 2).reshape(kernel.shape[1], -1)
 
 
@@ -201,8 +202,8 @@ def refit_first(
 ) -> Float[Array, "r K"]:
     """The best first factor for a second one, by conjugate gradients from the one given.
 
-    They are preconditioned by the Kronecker stand-in of the covariance, for which one step would be
-    exact.
+    The gradients are preconditioned by the Kronecker stand-in of the covariance, for which one step
+    would be exact.
     """
     (taps, rank, _), rows = second.shape, len(first)
     flat = second.reshape(taps * rank, -1)

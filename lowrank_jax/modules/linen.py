@@ -36,10 +36,10 @@ class SeparableConv(nn.Module):
         strides, padding, input_dilation, kernel_dilation, feature_group_count, use_bias, dtype,
             param_dtype, precision, bias_init, promote_dtype: as in `nn.Conv`.
         kernel_init: initialiser of the second factor, such as `nn.initializers.he_normal()` before
-            a ReLU. With the other one's default the outputs have the variance that an `nn.Conv`
+            a ReLU. With the default ``first_init`` the outputs have the variance that an `nn.Conv`
             with this initialiser gives them.
-        first_init: initialiser of the first factor; the default keeps the variance, since nothing
-            but the second one follows.
+        first_init: initialiser of the first factor; the default keeps the variance, because no
+            nonlinearity follows the first convolution.
         first: "vertical", or "horizontal" where the horizontal convolution comes first.
 
     Example:
@@ -102,7 +102,11 @@ class SeparableConv(nn.Module):
 
 
 def check_size(kernel_size: Any) -> tuple[int, ...]:
-    """The kernel size as a tuple, or an error if it is no sequence of ints."""
+    """The kernel size as a tuple, or an error if it is no sequence of ints.
+
+    Raises:
+        ValueError: it is no sequence of one to three ints.
+    """
     sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else ()
     if len(sizes) in AXES and all(isinstance(size, Integral) for size in sizes):
         return sizes

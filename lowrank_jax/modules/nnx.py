@@ -23,7 +23,7 @@ class Factors(nnx.Pytree):
     """Two variables in the place of a kernel, under the names that `decompose` gives them.
 
     A factor that stands decomposed itself is `Factors`, too. A module that reads the kernel of
-    another one gets the product.
+    another module gets the product.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _mesh_of_kernel(
 class SeparableConv(nnx.Module):
     """A layer whose kernel is factors; `lowrank_jax.nnx.decompose` makes it.
 
-    It is of a subclass of the layer's own class, and has the layer's attributes, but that its
+    It is of a subclass of the layer's own class, and has the layer's attributes, except that its
     kernel is `Factors`. When it is called, `lowrank` runs the layer's own function.
     """
 

@@ -39,7 +39,7 @@ def is_changed(node: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChangedKernels:
-    """The kernels that a program computes from parameters alone, each in the place of one of these.
+    """The kernels that a program computes from parameters alone, each in a parameter's place.
 
     Attributes:
         flat: the program as one list of equations, with its constants.
@@ -53,7 +53,7 @@ class ChangedKernels:
 
     @classmethod
     def of(cls, program: Any, sources: Sequence[Source | None]) -> "ChangedKernels":
-        """Those of a jaxpr with its constants, whose inputs stem from these sources."""
+        """The changed kernels of a jaxpr with constants, whose inputs stem from these sources."""
         flat = flatten(program, sources, loops=False)
         pairs = zip(opened(flat).invars, sources, strict=True)
         inputs = {source.path: var for var, source in pairs if source is not None}
@@ -80,7 +80,7 @@ class ChangedKernels:
         if missing := sorted(set(paths) - set(self.roots)):
             raise ValueError(
                 f"{missing[0]}: the tree holds the kernel as another program changes it, and this "
-                "one reads the stored kernel, or changes it by more than parameters. Call the "
+                "program reads the stored kernel, or changes it by more than parameters. Call the "
                 "model as it was traced, in evaluation, with arguments such as train=False."
             )
         jaxpr = opened(self.flat)

@@ -109,7 +109,8 @@ class Channels:
         return self.follow(var, axis)[0]
 
     def follow(self, var: Any, axis: int) -> tuple[list[Step], Any, bool]:
-        """Those steps, the value after them, and whether it has the axes of the first one."""
+        """The steps of `after`, the value after them, and whether that has the first value's
+        axes."""
         steps: list[Step] = []
         same = True
         while len(self._readers[var]) == 1 and self._readers[var][0] is not None:

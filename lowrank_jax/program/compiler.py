@@ -20,11 +20,11 @@ _ONEDNN = {_CALL: True, _YNN: ""}
 def candidate_options(backend: str | None = None) -> tuple[dict[str, Any], ...]:
     """The sets of compiler options worth trying for a convolutional program on a backend.
 
-    Which of XLA's two sets of kernels on the CPU is faster differs by program, type and JAX
-    generation, so that a fair measurement tries both, and the one for convolutions with the other
-    for products; and the kernels of oneDNN, which are those of PyTorch, where this XLA calls them
-    (seen with jax 0.12 on x86, not with 0.10.2). The first entry, {}, is XLA's default and the only
-    one on GPU and TPU and where this XLA does not know the options.
+    XLA has two sets of kernels on the CPU, and which set is faster differs by program, type and JAX
+    generation. So a fair measurement tries both sets, and one set for convolutions with the other
+    for products. It also tries the kernels of oneDNN, which PyTorch uses, where this XLA calls them
+    (seen with jax 0.12 on x86, not with 0.10.2). The first entry, {}, is XLA's default. There is no
+    other entry on GPU and TPU, and where this XLA does not know the options.
 
     Args:
         backend: "cpu", "gpu" or "tpu"; JAX's default backend if None.
@@ -69,7 +69,8 @@ def _heeded() -> bool:
 def default_options() -> dict[str, Any]:
     """The compiler options for what is not measured first: on the CPU, XLA's older kernels.
 
-    Their gradients are the faster ones. With jax 0.12.0.1 the newer ones return memory that was
-    never written where a max pooling follows two convolutions in bfloat16, each with a ReLU.
+    The older kernels have the faster gradients. With jax 0.12.0.1 the newer kernels return memory
+    that was never written where a max pooling follows two convolutions in bfloat16, each with a
+    ReLU.
     """
     return _WITHOUT_YNN if jax.default_backend() == "cpu" and _known(_WITHOUT_YNN) else {}

@@ -6,7 +6,10 @@ _WORDS = "differentiation", "jvp"
 
 
 def what_is_lacking(error: Exception) -> str:
-    """The first line of an error that says that a derivative is lacking; any other is raised.
+    """The first line of an error that says that a derivative is lacking.
+
+    Raises:
+        Exception: the error given, if it says something else.
 
     Example:
         >>> what_is_lacking(ValueError("Pure callbacks do not support JVP."))

@@ -20,7 +20,7 @@ def run_factored(reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | 
     Args:
         reading: of the equation.
         x: the other operand.
-        kernel: has factors.
+        kernel: the kernel, with factors.
     """
     order = reading.order(kernel.axes, kernel.first, kernel.groups)
     if order is None or kernel.factors is None:

@@ -13,7 +13,7 @@ class Map:
     """An array whose last axes are spatial, and then the channels.
 
     Attributes:
-        ndim: how many they are.
+        ndim: how many axes these are.
     """
 
     ndim: int
@@ -55,7 +55,7 @@ State = Map | Flat | Moved | Lost | None
 
 
 def after(eqn: Any, states: list[State]) -> State:
-    """The state of the result of an operation, by those of what it reads."""
+    """The state of an operation's result, from the states of what the operation reads."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval.shape
     if name in ("conv_general_dilated", "dot_general"):
         return _convolved(eqn) if name == "conv_general_dilated" else None

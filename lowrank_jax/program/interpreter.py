@@ -2,7 +2,7 @@
 
 Everything in this library that runs a network is this one pass: `lowrank` runs factors, calibration
 adds up moments, `fast` runs another algorithm. A rule sees each equation first and may compute it
-in its own way. What it declines runs as it stands.
+in its own way. An equation that the rule declines runs as it stands.
 """
 
 import contextlib

@@ -75,7 +75,7 @@ def check_function(apply: Any, variables: Any = ()) -> None:
     """Refuses what is no function of variables.
 
     Raises:
-        ValueError: names what was given and the remedy.
+        ValueError: ``apply`` is a module or no function, or the variables are None.
     """
     if not callable(apply):
         raise ValueError(
@@ -161,8 +161,8 @@ def constants(program: Any) -> list:
 def scan_parts(eqn: Any) -> tuple[int, int]:
     """Where the carry of a scan starts and ends among its inputs.
 
-    Only what is taken apart has another number of axes inside than outside; JAX generations name
-    the counts differently.
+    Only an array that the scan takes apart has another number of axes inside than outside. The axes
+    tell, because JAX generations name the counts differently.
     """
     body = opened(eqn.params["jaxpr"])
     end = sum(a.aval.ndim == b.aval.ndim for a, b in zip(body.invars, eqn.invars, strict=True))

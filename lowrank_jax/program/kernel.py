@@ -28,8 +28,8 @@ class Kernel:
         axes: layout of the factors; "" where there are none.
         first: name of the form of the factors.
         value: the dense kernel as the program has it here; None where only factors run.
-        factors: both as they are stored, without the axes that are gone; what moves axes is noted
-            in the source alone.
+        factors: both factors as they are stored, without the axes that are gone; what moves axes is
+            noted in the source alone.
     """
 
     source: Source = dataclasses.field(metadata={"static": True})

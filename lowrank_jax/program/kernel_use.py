@@ -39,7 +39,7 @@ class KernelUse:
         inputs, outputs: shapes (batch, *spatial, channels) of one use; of a product those of its
             operand.
         uses: how often it runs in one call of the program.
-        macs: products of all the uses, for the batch given.
+        macs: multiply-accumulates of all the uses, for the batch given.
         bytes: inputs, kernel and outputs of all the uses, each moved once.
         count: "exact", "at most" (in a branch of a ``cond``) or "per iteration" (in a ``while``).
         reason: why the layer cannot be decomposed safely; "" if it can.
@@ -81,15 +81,15 @@ class KernelUse:
 
     @property
     def safe(self) -> bool:
-        """Whether the kernel is proven to reach nothing but this convolution, and to reach it
-        unaltered."""
+        """Whether the kernel is proven to reach nothing but this convolution or product, and to
+        reach it unaltered."""
         return not self.reason
 
     @property
     def forms(self) -> tuple[str, ...]:
         """Names of the forms in which two factors may stand for the kernel, the usual one first.
 
-        Those that would be the same product are named once.
+        Forms that would be the same product are named once.
         """
         return forms_of(self.axes, self.kernel_shape) if self.axes else ()
 
@@ -105,7 +105,7 @@ class KernelUse:
 
     @property
     def heads(self) -> int:
-        """The size of the first axis of the outputs of a product that has several, else 1."""
+        """The size of the first output axis of a product with several output axes, else 1."""
         return heads_of(self.axes, self.kernel_shape)
 
     def scheme(self, rank: int, first: str | None = None) -> Scheme:
@@ -183,7 +183,7 @@ class Trace:
 
     @property
     def macs(self) -> int:
-        """Of the whole program, for the batch given."""
+        """Macs of the whole program, for the batch given."""
         return sum(use.macs for use in self)
 
     @property
@@ -196,7 +196,7 @@ class Trace:
         return [use for use in self if use.path == path]
 
     def paths(self) -> list[str]:
-        """The layers."""
+        """The paths of the layers, in program order."""
         return list(dict.fromkeys(use.path for use in self if use.path))
 
     def safe_use(self, path: str) -> KernelUse | None:

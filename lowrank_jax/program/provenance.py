@@ -2,7 +2,7 @@
 
 JAX hides this behind variables. The rules here say of every operation that moves entries what it
 does to the axes, and of everything else that the value is changed. `trace` and `lowrank` both ask
-here, so that what the one says is what the other runs.
+here, so that `lowrank` runs what `trace` says.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Source:
         return self == Source.of(self.path, self.shape)
 
     def after(self, operation: str) -> "Source":
-        """What an operation gives that changes the value."""
+        """The source of what an operation gives that changes the value."""
         return dataclasses.replace(self, dims=None, changed=(*self.changed, operation))
 
     def move(self, dims: Sequence[tuple[int, ...]]) -> "Source":

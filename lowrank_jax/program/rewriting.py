@@ -19,7 +19,7 @@ class Part:
     """Equations of a program that are computed together in another way.
 
     Attributes:
-        eqns: in their order; what all but the last give is read by the others alone.
+        eqns: in their order; only equations of the part read the results of all but the last.
         run: function of `Read` that gives the outputs of the last equation.
     """
 
@@ -31,11 +31,12 @@ Find = Callable[[Any], list[Part]]  # the parts of a jaxpr, without those of the
 
 
 def rewritten(fn: Callable, find: Find) -> Callable:
-    """A function that computes what another one does, with parts of its program computed in another
-    way.
+    """A function that computes what another function does, with parts of the program computed in
+    another way.
 
-    The other one is traced, and the equations of its program run as they are, but for the parts.
-    Those in a nested ``jax.jit`` are found, those inside loops and branches stay as they are.
+    The other function is traced, and the equations of its program run as they are, except for the
+    parts. Parts in a nested ``jax.jit`` are found. Equations inside loops and branches stay as they
+    are.
 
     Args:
         fn: function of trees of arrays that gives a tree of arrays.

@@ -29,12 +29,13 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     once an iteration), ``while`` (one iteration) and ``cond`` (every branch). A kernel that is
     converted to another type, transposed, reversed, or one of a stack that is scanned, sliced or
     vmapped still counts as unaltered. So does one that the program changes by parameters alone, as
-    weight standardisation, weight and spectral norm, masks and scales do: the changed kernel is the
-    one that is decomposed then, for evaluation. Any other operation on a kernel is named.
+    weight standardisation, weight and spectral norm, masks and scales do: then the changed kernel
+    is decomposed, for evaluation. Any other operation on a kernel is named.
 
     Args:
-        apply: function (variables, *args, **kwargs), such as ``model.apply``. With an attribute
-            ``stored_kernels`` that is true, a kernel that it changes first counts as altered.
+        apply: function (variables, *args, **kwargs), such as ``model.apply``. If the function has a
+            true attribute ``stored_kernels``, a kernel that its program changes first counts as
+            altered.
         variables: pytree of arrays or `jax.ShapeDtypeStruct`, of any framework's shape.
         *args, **kwargs: the other arguments; macs are for this batch size. What is no array, such
             as ``train=False``, stays as it is.

@@ -35,10 +35,10 @@ def lowrank(apply: Callable) -> Callable:
     convolution or a product two smaller ones run. Factors pass through type conversions, moves of
     axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation they are
     multiplied back, once. The result is exact there, and no faster than the dense function; `trace`
-    tells beforehand. Factors of a kernel as the program changes it, which stand as ``{"changed":
-    factors}``, run where the changed kernel was read. A factor that stands
-    decomposed itself, as `Tucker` leaves it, runs as its own factors by the same transformation. So
-    every function runs, of Linen, NNX, Haiku, Equinox or of no framework.
+    tells beforehand. Factors of a changed kernel, which stand as ``{"changed": factors}``, run
+    where the program read the changed kernel. A factor that stands decomposed itself, as `Tucker`
+    leaves it, runs as its own factors by the same transformation. So every function runs, of Linen,
+    NNX, Haiku, Equinox or of no framework.
 
     Args:
         apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
@@ -64,7 +64,7 @@ def lowrank(apply: Callable) -> Callable:
 
 
 def with_rule(apply: Callable, rule: Rule, dense_too: bool = False) -> Callable:
-    """A function that runs another one's program by a rule.
+    """A function that runs the program of another function by a rule.
 
     Args:
         apply: any function of arrays.
@@ -98,12 +98,12 @@ def _has_nested(tree: Any) -> bool:
 
 
 def with_notes(apply: Callable, rule: Rule, paths: Collection[str]) -> Callable:
-    """A function that gives the results of another one, and what a rule notes in its program.
+    """A function that gives the results of another function, and what a rule notes in its program.
 
     Args:
         apply: any function of arrays.
         rule: of the equations that read a kernel.
-        paths: of the dense arrays in the first argument that are kernels, as factors are anyway.
+        paths: of the dense arrays in the first argument that count as kernels; factors always do.
     """
 
     check_function(apply)

@@ -41,12 +41,13 @@ def decompose(
     Args:
         tree: pytree of arrays: parameters, or all variables of a model.
         rules: a `Plan`, or a table of layer paths, their keys joined by "/", or of regular
-            expressions that match them, to the rank, a share of the parameters, `Separable`, or
-            None for dense: see `lowrank_jax.tree.rules.resolve`. Without a table, every layer that
-            the trace proves safe and that gets smaller is cut to half its parameters.
+            expressions that match them, to the rank, a share of the parameters, a scheme such as
+            `Separable`, or None for dense: see `lowrank_jax.tree.rules.resolve`. Without a table,
+            every layer that the trace proves safe and that gets smaller is cut to half its
+            parameters.
         trace: `lowrank_jax.trace` of the forward pass; groups and layouts are taken from it and
-            layers that cannot run decomposed are refused. Without it a layer with groups needs
-            `Separable`.
+            layers that cannot run decomposed are refused. Without a trace a layer with groups needs
+            a scheme that has its ``groups``.
         axes: layout of the kernels where there is no trace, such as "OIHW", that of PyTorch and
             Equinox.
 
@@ -54,7 +55,8 @@ def decompose(
         The tree with factors in place of the named kernels, for `lowrank_jax.lowrank`.
 
     Raises:
-        ValueError: the table is empty, or a path, a kernel or a rank in it cannot be used.
+        ValueError: there is neither a table nor a trace, the table is empty, or a path, a kernel or
+            a rank in the table cannot be used.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -74,7 +76,7 @@ def decompose(
 
 
 def changed_kernels(tree: Any, paths: Collection[str], trace: Trace | None) -> dict[str, jax.Array]:
-    """Those of some layers that the program changes first, as it changes them.
+    """The kernels of some layers that the program changes first, as it changes them.
 
     Args:
         tree: holds the parameters.
@@ -169,6 +171,9 @@ def find_schemes(
         axes: layout of the kernels where there is no trace.
         trace: of the program.
         units: as in `resolve`.
+
+    Raises:
+        ValueError: as `decompose` says.
     """
     if trace is not None and not isinstance(trace, Trace):
         raise ValueError(
@@ -240,7 +245,12 @@ def _half(trace: Trace | None) -> Rules:
 
 
 def check_kernel(path: str, kernel: Any) -> Any:
-    """The kernel of a layer, or an error that says why it cannot be decomposed."""
+    """The kernel of a layer, or an error that says why it cannot be decomposed.
+
+    Raises:
+        ValueError: the layer is decomposed already, or its kernel has no values, NaN, or a wrong
+            shape or type.
+    """
     if is_factors(kernel):
         raise ValueError(
             f"{path!r} is decomposed already; call reconstruct(tree) first to cut it to another "
