@@ -77,7 +77,8 @@ def flock(path: Path, wait: bool = True) -> Iterator[None]:
     """Holds a file or folder that exists; the lock ends with the process at the latest.
 
     Raises:
-        BlockingIOError: it is not to wait, and another one holds the lock or may hold it.
+        BlockingIOError: ``wait`` is false, and another holder has the lock, or the system has no
+            locks.
     """
     if fcntl is None:
         if not wait:

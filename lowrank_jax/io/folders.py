@@ -20,9 +20,9 @@ def whole_folder(out: str | os.PathLike) -> Iterator[Path]:
     """Gives a scratch folder, whose files are those of ``out`` at the end.
 
     If anything fails, the folder stays as it was. If the process is killed, the old files or the
-    new ones are there, all of them, and the next run removes what was left beside the folder.
-    Files of an earlier run are replaced. Other files, and those that were changed since, are kept;
-    where a new file needs the name, the old one gets the end ".kept1".
+    new ones are there, all of them, and the next run removes what was left beside the folder. Files
+    of an earlier run are replaced. Other files, and files that were changed since, are kept. Where
+    a new file needs the name, the kept file gets the suffix ".kept1".
 
     Args:
         out: the folder. It is new, empty or of an earlier run.
@@ -58,13 +58,14 @@ def check_folder(out: str | os.PathLike) -> None:
     What killed runs left beside the folder is put in order.
 
     Raises:
-        FileExistsError: the folder holds something else than the results of an earlier run.
+        FileExistsError: the folder is the current one, above it or a disk, or it holds something
+            else than the results of an earlier run.
         OSError: no folder can be made there.
     """
     out = Path(out).resolve()
     if out == Path.cwd() or out in Path.cwd().parents or os.path.ismount(out):
         raise FileExistsError(
-            f"{out} is the current folder, above it, or a disk; give a folder within it."
+            f"{out} is the current folder, a folder above it, or a disk; give a folder within it."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with flock(out.parent):

@@ -32,7 +32,11 @@ def write_safetensors(file: BinaryIO, variables: Mapping[str, Any]) -> None:
 
 
 def read_msgpack(path: Path) -> dict[str, Any]:
-    """Reads the format of `flax.serialization`."""
+    """Reads the format of `flax.serialization`.
+
+    Raises:
+        ValueError: the file holds no mapping, or a mapping whose keys are of several types.
+    """
     tree = flax.serialization.msgpack_restore(path.read_bytes())
     if not isinstance(tree, dict):
         raise ValueError(f"it holds a {type(tree).__name__}, not a mapping of names to arrays")

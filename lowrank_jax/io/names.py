@@ -68,7 +68,10 @@ def _key(part: str) -> str | int:
 def nest(arrays: Mapping[str, np.ndarray]) -> dict[Any, Any]:
     """Nested dicts by the parts of the names between "/".
 
-    Names without it, as PyTorch's, stay as they are.
+    Names without "/", such as PyTorch's, stay as they are.
+
+    Raises:
+        ValueError: a name lies within an array.
 
     Example:
         >>> nest({"params/Conv_0/kernel": 1, "layer1.0.conv1.weight": 2})
@@ -85,7 +88,11 @@ def nest(arrays: Mapping[str, np.ndarray]) -> dict[Any, Any]:
 
 
 def as_array(leaf: Any) -> np.ndarray:
-    """A leaf as a numpy array in the order of C, as the formats write memory."""
+    """A leaf as a numpy array in the order of C, as the formats write memory.
+
+    Raises:
+        ValueError: the leaf is no array, or a random key.
+    """
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array | int | float | complex):
         raise ValueError(
             f"A leaf is a {type(leaf).__name__}, not an array: {' '.join(repr(leaf).split()):.60}. "

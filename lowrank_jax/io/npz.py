@@ -20,7 +20,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads all arrays of a file by their names, in native byte order.
 
     Files of `write_arrays` carry a seal over names, sizes and checksums, which is verified. In any
-    file the checksum of each array is, and no name may come twice.
+    file the checksum of each array is verified, and no name may come twice.
 
     numpy stores bfloat16 as two raw bytes without the type's name; nothing else that JAX computes
     with is two raw bytes, so these are bfloat16 again.

@@ -19,11 +19,11 @@ def read_orbax(path: Path) -> dict[str, Any]:
     """Reads a tree, a step of a `CheckpointManager`, or the newest step of its folder.
 
     Returns:
-        The tree. Of a step its item "default", or its only tree, or all its trees by the names of
-        their items.
+        The tree. For a step, the tree is the item "default", or the only tree, or a dict of all
+        trees by the names of their items.
 
     Raises:
-        ValueError: there is none of these.
+        ValueError: the folder holds none of these.
     """
     if _is_tree(path):
         return _restore(path)
@@ -40,7 +40,7 @@ def read_orbax(path: Path) -> dict[str, Any]:
 def write_orbax(folder: Path, items: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes trees of numpy arrays by their names, as a step of a `CheckpointManager` holds them.
 
-    `read_orbax` reads the one named "default". The folder must not exist.
+    `read_orbax` reads the tree named "default". The folder must not exist.
     """
     import orbax.checkpoint as ocp
 

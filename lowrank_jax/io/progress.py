@@ -1,8 +1,8 @@
 """Progress of long work: a bar on a screen, lines of the log elsewhere, with the time left.
 
-One level says how much is seen, that of the logger "lowrank_jax". At ``logging.ERROR`` all is
-silent: ``logging.getLogger("lowrank_jax").setLevel("ERROR")``. At ``logging.INFO`` there are lines
-where there is no screen. Commands have this level, and ``--quiet`` is the other one.
+The level of the logger "lowrank_jax" says how much is seen. At ``logging.ERROR`` all is silent:
+``logging.getLogger("lowrank_jax").setLevel("ERROR")``. At ``logging.INFO`` there are lines where
+there is no screen. Commands use ``logging.INFO``, and with ``--quiet`` they use ``logging.ERROR``.
 """
 
 import logging

@@ -24,7 +24,7 @@ TYPES = {
 
 
 def read_arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a file by their names, in the natural order: the format keeps none.
+    """The arrays of a file by their names, in natural order, because the format keeps no order.
 
     The package's own reader for numpy knows bfloat16 in its newest releases only.
 

@@ -35,7 +35,8 @@ class Move:
         """The move to a leaf by its number.
 
         Raises:
-            ValueError: the order of the features that it meets is not known, and nobody named it.
+            ValueError: the order of the features that it meets is not known, and ``names`` does not
+                name the tensor.
         """
         if number in order.lost and not is_named:
             raise ValueError(
@@ -76,7 +77,8 @@ def by_names(
     """The tensors that regular expressions name, each with its path.
 
     Raises:
-        ValueError: an expression matches nothing, or there is no such path, or two tensors have it.
+        ValueError: an expression matches nothing, there is no such path, or two tensors have one
+            path.
 
     Example:
         >>> by_names({r"up(.).weight": r"params/up_\\1/kernel"}, {"up1.weight": 0},
@@ -99,10 +101,10 @@ def by_names(
 def _checked(name: str, path: str, targets: Mapping[str, Any], taken: set[str]) -> str:
     if path not in targets:
         advice = suggest(path, list(targets), "there are none.")
-        raise ValueError(f"names: {name} is to be {path!r}, no leaf; {advice}")
+        raise ValueError(f"names: {name} is to go to {path!r}, which is no leaf; {advice}")
     if path in taken:
         raise ValueError(
-            f"names: {name} is to be {path!r}, as another is; give it a leaf of its own."
+            f"names: {name} is to go to {path!r}, as another is; give it a leaf of its own."
         )
     return path
 

@@ -89,10 +89,10 @@ def from_torch(
         names: regular expressions of PyTorch's names to paths of leaves, for what is not to be
             paired in order: ``{r"up(\\d)\\.weight": r"params/up\\1/kernel"}``. The first that
             matches a whole name counts.
-        strict: raise unless everything has a partner. If False, tensors without one are dropped and
-            leaves without one, such as a new head, stay those of ``variables``. Where the layers of
-            a kind differ in number, they are paired from the start until two differ, and then from
-            the end.
+        strict: whether to raise unless everything has a partner. If False, tensors without a
+            partner are dropped, and leaves without a partner, such as a new head, stay those of
+            ``variables``. Where the layers of a kind differ in number, they are paired from the
+            start until two differ, and then from the end.
 
     Returns:
         The tree of ``variables`` with numpy arrays of its types, and the report.

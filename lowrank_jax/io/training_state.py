@@ -13,7 +13,7 @@ def variables_in(tree: dict[Any, Any], path: Path) -> dict[Any, Any]:
     """The variables that a checkpoint holds: the tree itself, or a part of a state of a training.
 
     Args:
-        tree: as it was read. It is such a state if "opt_state" stands beside "params".
+        tree: as it was read. It is the state of a training if "opt_state" stands beside "params".
         path: for the line of the log that says what was left out.
 
     Example:

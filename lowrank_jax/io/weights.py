@@ -24,16 +24,18 @@ def save_weights(path: str | os.PathLike, variables: Mapping[Any, Any]) -> None:
     """Writes a tree of weights, which `load_weights` reads; it appears whole or not at all.
 
     Args:
-        path: its end chooses the format. ``.npz``, ``.safetensors`` and ``.msgpack`` are files. A
-            name without an end, or one in ``.orbax``, is a folder of Orbax, which must not exist.
-            The first two store arrays named by their paths and so forget mappings that are empty;
-            ``.msgpack`` keeps these, and Orbax refuses them.
+        path: its suffix chooses the format. ``.npz``, ``.safetensors`` and ``.msgpack`` are files.
+            A name without a suffix, or with ``.orbax``, is a folder of Orbax, which must not exist.
+            ``.npz`` and ``.safetensors`` store arrays named by their paths and so forget empty
+            mappings; ``.msgpack`` keeps empty mappings, and Orbax refuses them.
         variables: nested mapping of arrays, such as the variables of Linen or the state of a model
-            of NNX. Keys are strings or, but for Orbax, ints.
+            of NNX. Keys are strings or, except for Orbax, ints.
 
     Raises:
-        FileExistsError: the folder exists.
-        ValueError: the suffix is another one, or something in the tree cannot be written in that
+        FileExistsError: the folder of Orbax exists already.
+        FileNotFoundError: the folder of the file does not exist.
+        ImportError: the package ``safetensors`` is not installed.
+        ValueError: the format is not known, or something in the tree cannot be written in that
             format.
 
     Example:
@@ -63,16 +65,19 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
     A ``.npz`` or ``.safetensors`` file names each array by its path, "params/Conv_0/kernel"; names
     without "/", such as PyTorch's, stay as they are, for `lowrank_jax.io.torch_names`. A
     ``.msgpack`` file is one of `flax.serialization.to_bytes`. A folder is a checkpoint of Orbax, or
-    of its ``CheckpointManager``: of all steps the last, of a step the item "default", its only
-    tree, or all trees by the names of their items.
+    of its ``CheckpointManager``. Of all steps the last step is read. Of a step the item "default"
+    is read, or the only tree, or all trees by the names of their items.
 
     Of the state of a training, which has "opt_state" beside "params", the variables are taken: all
     collections but "opt_state". A line of the log says so.
 
+    Args:
+        path: of the file or the folder.
+
     Raises:
         FileNotFoundError: there is nothing at the path.
         ImportError: the package that reads the format is not installed.
-        ValueError: it is of another format, or damaged.
+        ValueError: the file or folder is of another format, or damaged.
 
     Example:
         >>> import tempfile, numpy as np

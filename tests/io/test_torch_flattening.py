@@ -172,7 +172,7 @@ def test_codes_are_no_weights():
     "names, message",
     [
         ({"fd.weight": "params/kernel"}, "'fd.weight' matches no tensor"),
-        ({"fc.weight": "params/kernal"}, "'params/kernal', no leaf; did you mean 'params/kernel'"),
+        ({"fc.weight": "params/kernal"}, "which is no leaf; did you mean 'params/kernel'"),
         ({r"fc\..*": "params/kernel"}, "as another is; give it a leaf of its own"),
         ({"fc.bias": "params/kernel"}, r"fc.bias of shape \(5,\) becomes \(5,\), and its leaf has"),
     ],
