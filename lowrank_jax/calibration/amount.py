@@ -55,12 +55,12 @@ class Amount:
 
     @property
     def wanted(self) -> int:
-        """Images with which there are `ENOUGH` samples for each input."""
+        """How many images give `ENOUGH` samples for each input."""
         return math.ceil(ENOUGH * self.inputs * self.images / self.samples)
 
     @property
     def enough(self) -> bool:
-        """Whether there are so many."""
+        """Whether there are as many images as `wanted` says."""
         return self.images >= self.wanted
 
     def __str__(self) -> str:

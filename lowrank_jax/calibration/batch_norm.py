@@ -76,6 +76,10 @@ def data_statistics(update: Update, old: Any, batches: Iterable[tuple]) -> Any:
         update: function of (old statistics, *inputs) to the new ones.
         old: a tree of statistics, in which a "var" stands beside its "mean".
         batches: the inputs.
+
+    Raises:
+        ValueError: there are no inputs, the activations are not finite, or ``update`` changes
+            nothing.
     """
     run = jax.jit(update, compiler_options=default_options())
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(old)]

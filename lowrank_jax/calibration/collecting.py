@@ -91,7 +91,7 @@ class Calibration:
         moments: layer path to the moments of each kernel of its stack.
         curvature: layer path to what an error of each output channel costs the network's outputs;
             see `channel_curvature`.
-        images: how many there were.
+        images: how many images there were.
     """
 
     network: Network
@@ -107,7 +107,11 @@ class Calibration:
         return importance_of(self.curvature)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the moments to a ``.npz`` file."""
+        """Writes the moments to a ``.npz`` file.
+
+        Args:
+            path: of the file, which appears whole or not at all.
+        """
         kernels = self.network.named()
         write_moments(path, dict(self.moments), self.curvature, kernels, self.images)
 

@@ -90,7 +90,7 @@ def channel_curvature(
         paths: of the layers.
 
     Returns:
-        Path to F, of shape (outputs,), float64: per input. Layers that no batch reaches have zeros.
+        Path to F, of shape (outputs,), float64: per input. A layer that no batch reaches has zeros.
     """
     widths = {path: trace.at(path)[0].width for path in paths}
     totals = {path: np.zeros(width) for path, width in widths.items()}

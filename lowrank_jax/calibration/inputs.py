@@ -29,7 +29,7 @@ class Inputs:
     over the network's arguments. All arrays have the images along their first axis. Anything else
     that can be iterated over, such as a list, a generator, a loader of Grain or of TensorFlow
     Datasets, or a function that gives an iterator, is an iterable of batches. Each batch holds what
-    the network takes, and no labels: of a loader that gives these, too, take
+    the network takes, and no labels. For a loader that also gives labels, give
     ``lambda: (images for images, labels in loader)``.
 
     Args:
@@ -187,7 +187,11 @@ def shape_key(arguments: tuple) -> str:
 
 
 def shapes_of(arguments: tuple, count: int) -> tuple:
-    """The shapes of a batch of so many images."""
+    """The shapes of a batch of so many images.
+
+    Raises:
+        ValueError: ``count`` is no int of 1 or more.
+    """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(
             f"batch={count!r} is not allowed; give an int of 1 or more images at once."
@@ -198,7 +202,11 @@ def shapes_of(arguments: tuple, count: int) -> tuple:
 
 
 def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
-    """Raises for arguments that make a network train; warns of raw images."""
+    """Raises for arguments that make a network train; warns of raw images.
+
+    Raises:
+        ValueError: an argument, such as ``train=True``, makes the network train.
+    """
     for name, value in TRAINING.items():
         if name in kwargs and kwargs[name] is value:
             raise ValueError(

@@ -42,7 +42,7 @@ def compress(
     Args:
         source: a `Calibration`, or the function of (variables, *inputs, *args, **kwargs).
         *given: the table, or variables, inputs, table and other arguments of the model. The table
-            is a `Plan`, or layer path to rank or `Separable`, as in `decompose`.
+            is a `Plan`, or layer path to rank or scheme, as in `decompose`.
         sweeps: alternating refinements of the two factors.
         match_means: whether means are matched.
         steps: gradient steps of each block, on up to 64 images each; 200 are enough for most.
@@ -51,8 +51,8 @@ def compress(
 
     Returns:
         The tree for `lowrank`; with ``return_fits`` also layer path to the `Fit` of each kernel of
-        its stack, which holds the errors on images that the kernel was not fitted to, and those of
-        its block before and after the steps.
+        its stack, which holds the errors on images that the kernel was not fitted to, and the
+        errors of its block before and after the steps.
 
     Raises:
         ValueError: the table or an option cannot be used, the inputs are empty or of a shape that

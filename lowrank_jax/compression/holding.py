@@ -28,7 +28,7 @@ class Holding:
         self.file: IO[bytes] | None = None
 
     def keep(self, values: Any) -> Any:
-        """A tree of arrays of one batch, for `loaded`."""
+        """Keeps a tree of arrays of one batch; gives the tree that `loaded` reads."""
         arrays = jax.tree.map(np.asarray, values)
         size = sum(array.nbytes for array in jax.tree.leaves(arrays))
         if size * self.batches <= IN_MEMORY:
@@ -57,7 +57,7 @@ class Stored:
     """An array in a file.
 
     Attributes:
-        holding: has the file, which goes with the last of its arrays.
+        holding: owner of the file; the file goes when its last array goes.
         start: of this array in the file.
         like: its shape and type.
     """

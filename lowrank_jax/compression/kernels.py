@@ -85,7 +85,7 @@ class Factors:
         return Kernel.factored(source, scheme.axes, scheme.first, (one, two))
 
     def all_factors(self, path: str) -> tuple[jnp.ndarray, ...]:
-        """Those of a layer, each by its scheme."""
+        """All factors of a layer, by its scheme."""
         return self.schemes[path].parted(self.arrays(path))
 
     def arrays(self, path: str) -> tuple[jnp.ndarray, jnp.ndarray]:

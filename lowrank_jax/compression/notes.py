@@ -116,7 +116,11 @@ def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
 
 
 def folds_of(found: Sequence[Mapping], path: str) -> list[list[Moments]]:
-    """For each set of images the moments of each kernel that ran at once."""
+    """For each set of images the moments of each kernel that ran at once.
+
+    Raises:
+        ValueError: the activations are not finite.
+    """
     totals = [own["sums"] for own in found]
     if not all(np.isfinite(x).all() for total in totals for x in total.values()):
         raise ValueError(

@@ -62,7 +62,7 @@ class Outline:
         return [self.number(var) for var in eqn.outvars]
 
     def last_reads(self) -> dict[int, int]:
-        """The last equation that reads each variable; their number for the outputs."""
+        """The last equation that reads each variable; the number of equations for the outputs."""
         last = {}
         for place, eqn in enumerate(self.eqns):
             last.update(dict.fromkeys(self.reads(eqn), place))
@@ -121,7 +121,7 @@ class Shift:
 
 
 def find_shift(outline: Outline, place: int) -> Shift | None:
-    """The shift of an equation; None if its parameter is none, or is used elsewhere, too."""
+    """The shift of an equation; None if it adds no parameter, or one used elsewhere, too."""
     eqn = outline.eqns[place]
     step = outline.channels.step(eqn)
     if step is None or step.name not in SHIFTS or step.axis < 0:
@@ -151,7 +151,7 @@ class Matched:
     Attributes:
         outline: of the program.
         differing: the variables that differ at all.
-        numbers: those that a correction gave.
+        numbers: the variables that a correction gave.
     """
 
     outline: Outline

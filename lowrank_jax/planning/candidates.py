@@ -39,7 +39,7 @@ class Candidates:
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def rest(self, measure: str) -> float:
-        """Cost of the layers that stay as they are; of latency 0, because it is not measured."""
+        """Cost of the layers that stay as they are; 0 for latency, which is not measured."""
         others = [use for use in self.trace if use.path not in self.layers]
         if check_measure(measure) == "parameters":
             return sum({use.path: use.parameters for use in others if use.path}.values())
@@ -55,7 +55,7 @@ class Candidates:
         return self.rest(measure) + sum(cheapest)
 
     def known(self, measure: str) -> str:
-        """The measure, or a ValueError if it is none or if nothing was measured."""
+        """The measure; a ValueError if it is unknown, or a latency that was not measured."""
         if check_measure(measure) == "latency" and math.isnan(self.dense("latency")):
             raise ValueError(
                 "The candidates have no latency; call timed(candidates, times) with a table of "
@@ -131,11 +131,11 @@ def candidates(
     Args:
         trace: `lowrank_jax.trace` of the forward pass.
         spectra: of `lowrank_jax.planning.spectra.spectra`, or whitened ones.
-        multiple: ranks are restricted to multiples of it, such as 8 for tensor cores.
+        multiple: ranks are restricted to multiples of this number, such as 8 for tensor cores.
         weights: path to how much the error of a layer counts, as `layer_weights` gives them.
 
     Raises:
-        ValueError: a path is unknown or unsafe, a spectrum is that of another kernel, or no rank is
+        ValueError: a path is unknown or unsafe, a spectrum belongs to another kernel, or no rank is
             left.
 
     Example:
@@ -168,9 +168,9 @@ def candidates(
 def front(
     layer: Iterable[Candidate], measure: str, loss: Callable[[Candidate], float]
 ) -> list[Candidate]:
-    """The candidates that no other one beats, from the cheapest to that of least loss.
+    """The candidates that no other candidate beats, from the cheapest to that of least loss.
 
-    Of those that cost and lose the same, the one of fewest macs and parameters stays.
+    Of candidates that cost and lose the same, the one with the fewest macs and parameters stays.
 
     Example:
         >>> costs = dict(scheme=None, macs=9, bytes=9)

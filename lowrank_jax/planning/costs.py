@@ -62,9 +62,9 @@ def at_ranks(
 
     Args:
         calls: all calls of the layer in the program.
-        spectra: that hold the layer, with this order of the factors.
+        spectra: singular values of layers, this layer in this form among them.
         first: name of the form.
-        ranks: from 1 to that of the kernel.
+        ranks: each from 1 to the kernel's largest rank.
         weight: of the layer's error in its loss.
     """
     kernel, path = calls[0], calls[0].path

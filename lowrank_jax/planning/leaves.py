@@ -71,8 +71,8 @@ def leaves_of(tree: Any) -> tuple[Leaf, ...]:
 def skeleton(plan: "Plan", variables: Any = None) -> Any:
     """The tree of a plan's network without values, for a checkpoint to be read into.
 
-    Neither the dense checkpoint nor its model is needed where the plan was made of nested dicts, as
-    those of Linen and of `load_weights`.
+    Neither the dense checkpoint nor its model is needed where the plan was made of nested dicts,
+    such as the trees of Linen and of `load_weights`.
 
     Args:
         plan: as `plan`, or `Plan.load`, gives it.
@@ -82,8 +82,8 @@ def skeleton(plan: "Plan", variables: Any = None) -> Any:
         The tree with a `jax.ShapeDtypeStruct` for each array, factors among them.
 
     Raises:
-        ValueError: the plan does not hold the leaves, and no variables are given; or they do not
-            fit the plan.
+        ValueError: the plan does not hold the leaves, and no variables are given; or the variables
+            do not fit the plan.
 
     Example:
         >>> from flax import linen as nn

@@ -21,11 +21,11 @@ def timed(candidates: Candidates, times: Times) -> Candidates:
 
     Args:
         candidates: of every layer.
-        times: path, then scheme, to the time of the layer in seconds; that of None is the dense
-            one's. A layer that is not in it stays dense.
+        times: path, then scheme, to the time of the layer in seconds; None stands for the dense
+            layer. A layer that is not in the table stays dense.
 
     Raises:
-        ValueError: a path is unknown, a time is no finite number above 0, or that of the dense
+        ValueError: a path is unknown, a time is no finite number above 0, or the time of the dense
             layer is missing.
 
     Example:

@@ -58,24 +58,25 @@ def plan(
         source: a `Calibration`, or the function of (variables, *inputs, *args, **kwargs).
         variables, inputs, *args, **kwargs: as in `calibrate`, where the source is a function.
         macs, parameters, bytes, latency: the budget, exactly one of them, of one image; a float up
-            to 1 is a share of the dense network's, an int is absolute. For latency the layers are
-            measured on this device, dense and at a few ranks. None gets a rank at which it is
-            slower.
+            to 1 is a share of the dense network's cost, an int is absolute. For latency the layers
+            are measured on this device, dense and at a few ranks. No layer gets a rank at which it
+            is slower than dense.
         batch: how many images are to run at once, for latency.
-        timer: that measures; keep one to measure once.
-        multiple: ranks are restricted to multiples of it; without one of 8 on an accelerator, whose
-            units of matrices are filled so, and of 1 on a CPU.
+        timer: the `Timer` that measures the layers; keep it to measure each layer once.
+        multiple: ranks are restricted to multiples of this number. None means 8 on an accelerator,
+            so that its matrix units are filled, and 1 on a CPU.
         forms: names of the forms that a layer may have, such as ("vertical", "horizontal") for
-            `Separable` alone; without them all. A layer that allows none of those named, as a
-            matrix product, has its usual one.
-        select: a selector of `lowrank_jax.planning.selectors`, of candidates and a budget.
+            `Separable` alone; None for all. A layer that allows none of the named forms, such as a
+            matrix product, has its usual form.
+        select: a selector of `lowrank_jax.planning.selectors`, a function of candidates and a
+            budget.
 
     Returns:
         The plan. It prints as a table, and `decompose` and `compress` take it.
 
     Raises:
-        ValueError: not one budget, a budget below the least possible, an unknown form, no layer
-            that can be decomposed, or what `calibrate` refuses.
+        ValueError: there is no budget or more than one, the budget is below the least possible, a
+            form is unknown, no layer can be decomposed, or `calibrate` refuses the arguments.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -109,7 +110,7 @@ def plan(
 
 
 def usual_multiple() -> int:
-    """Of which the ranks are multiples on this device.
+    """The number of which the ranks are multiples on this device.
 
     Example:
         >>> usual_multiple() in (1, 8)
@@ -120,6 +121,9 @@ def usual_multiple() -> int:
 
 def one_budget(**given: int | float | None) -> Budget:
     """The budget of the one measure that is not None.
+
+    Raises:
+        ValueError: there is no budget, or more than one.
 
     Example:
         >>> one_budget(macs=0.5, parameters=None)
@@ -145,7 +149,8 @@ def _latencies(
 def calibrated_spectra(found: Calibration) -> Spectra:
     """Singular values of the layers in which a rank leaves out what their outputs lose.
 
-    A layer whose inputs were not seen, as one within ``cond``, has those of its kernel.
+    A layer whose inputs were not seen, such as a layer within ``cond``, has the singular values of
+    its kernel.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -165,7 +170,8 @@ def layer_weights(found: Calibration) -> dict[str, float]:
 
     To second order, an error of a layer costs the network's outputs c = sum over channels of F_n
     times the squared error. That holds for small errors alone, and later layers are fitted to make
-    up for it. So the weight is the root of c at an error of 1, between no weight and c itself.
+    up for the error. So the weight is the root of c at an error of 1, between no weight and c
+    itself.
     """
     costs = {}
     for path, curvature in found.curvature.items():

@@ -13,7 +13,7 @@ Example:
     >>> layers = {"one": one, "two": two}
     >>> table = Candidates(trace=Trace(()), spectra=Spectra({}), layers=layers)
 
-    Within two thirds of the macs the second is decomposed, whichever the selector of a budget:
+    Within two thirds of the macs, these three selectors decompose the second layer:
 
     >>> budget = Budget("macs", 2 / 3)
     >>> [list(select(table, budget).ranks) for select in (total_energy, log_energy, minmax)]
@@ -86,6 +86,11 @@ def ratio(candidates: Candidates, budget: Budget) -> Plan:
 def energy(candidates: Candidates, share: float, measure: str = "parameters") -> Plan:
     """Each layer at the cheapest candidate that keeps a share of its squared singular values.
 
+    Args:
+        candidates: of every layer.
+        share: above 0 and up to 1.
+        measure: the cost by which the cheapest candidate is chosen.
+
     Raises:
         ValueError: the share is not above 0 and up to 1.
     """
@@ -106,8 +111,8 @@ def total_energy(candidates: Candidates, budget: Budget) -> Plan:
     """The smallest sum over the layers of the share of energy left out, within a budget.
 
     Energy is that of the squared singular values: with whitened spectra, of the layers' outputs.
-    Each layer counts by its weight, see `layer_weights` of `lowrank_jax.planning.planner`. How near
-    to the optimum the plan is says `lowrank_jax.planning.knapsack.solve`.
+    Each layer counts by its weight, see `layer_weights` of `lowrank_jax.planning.planner`.
+    `lowrank_jax.planning.knapsack.solve` says how near the plan is to the optimum.
 
     Raises:
         ValueError: the budget cannot be met.
@@ -166,9 +171,13 @@ def minmax(
 def evbmf(candidates: Candidates, measure: str = "parameters") -> Plan:
     """The rank that stands out of the noise in each layer (Nakajima et al., 2013).
 
-    It takes plain spectra and no budget. A layer of many groups or slices gets the largest of
-    their ranks, rounded up to the ranks there are, and the order of the factors that is cheaper; it
-    stays dense if that is cheapest.
+    It takes plain spectra and no budget. A layer of many groups or slices gets the largest of their
+    ranks, rounded up to a rank among the candidates, and the cheaper order of the factors. It stays
+    dense if dense is cheapest.
+
+    Args:
+        candidates: of every layer, with plain spectra.
+        measure: the cost by which the cheapest candidate is chosen.
     """
     key = operator.attrgetter(candidates.known(measure), "error")
     chosen = {
@@ -183,8 +192,8 @@ def sensitivity(candidates: Candidates, divergences: Divergences, budget: Budget
 
     Args:
         candidates: of every layer.
-        divergences: path, then (first, rank), to the divergence; 0 for dense. Only what is in it is
-            chosen from, a layer that is not in it stays dense.
+        divergences: path, then (first, rank), to the divergence; 0 for dense. Only candidates in
+            this table are chosen from; a layer that is not in the table stays dense.
         budget: of the whole network.
 
     Raises:
@@ -199,7 +208,16 @@ def sensitivity(candidates: Candidates, divergences: Divergences, budget: Budget
 
 
 def latency(candidates: Candidates, times: Times, budget: Budget) -> Plan:
-    """The largest sum of energies within a budget, of what `timed` says is faster than dense."""
+    """The largest sum of energies within a budget, of what `timed` says is faster than dense.
+
+    Args:
+        candidates: of every layer.
+        times: measured times, as `timed` takes them.
+        budget: of latency, for the measured layers.
+
+    Raises:
+        ValueError: a path or a time is not allowed, or the budget cannot be met.
+    """
     plan = total_energy(timed(candidates, times), budget)
     return dataclasses.replace(plan, selector="latency")
 

@@ -112,8 +112,8 @@ def spectra(
         tree: pytree of arrays, as for `decompose`: parameters, or all variables of a model.
         trace: `lowrank_jax.trace` of the forward pass.
         paths: the layers; without them all that the trace proves safe.
-        forms: names of the forms wanted, such as "vertical"; without them all that a layer allows.
-            A layer that allows none of those named has its usual one.
+        forms: names of the forms wanted, such as "vertical"; None for all that a layer allows. A
+            layer that allows none of the named forms has its usual form.
 
     Raises:
         ValueError: a path is unknown or cannot be decomposed safely, or a kernel is no array, holds
@@ -147,7 +147,7 @@ def spectra(
 
 
 def restrict(found: Spectra, trace: Trace, forms: Iterable[str]) -> Spectra:
-    """The singular values of some forms alone; a layer that allows none of them has its usual one.
+    """The singular values of some forms alone; a layer that allows none has its usual form.
 
     Args:
         found: in every form, as `spectra` gives them.
@@ -199,8 +199,8 @@ def _wanted_forms(use: KernelUse, wanted: Iterable[str] | None = None) -> list[s
 def singular_values(kernel: np.ndarray, use: KernelUse, first: str) -> np.ndarray:
     """Singular values of the matrices of a kernel, largest first, without their vectors.
 
-    They are s = sqrt(eig(M M^T)), in float64. Squaring loses those below 1e-8 of the largest, which
-    a kernel in float32 does not hold either.
+    They are s = sqrt(eig(M M^T)), in float64. Squaring loses values below 1e-8 of the largest
+    value, which a kernel in float32 does not hold either.
 
     Args:
         kernel: in the layout of its use; axes before that are a stack.

@@ -35,7 +35,7 @@ def tucker_front(
     Args:
         calls: all calls of the layer in the program.
         spectra: those of both forms of `tucker_forms`; without them there are no candidates.
-        multiple: ranks are restricted to multiples of it.
+        multiple: ranks are restricted to multiples of this number.
         weight: of the layer's error in its loss.
     """
     use = calls[0]

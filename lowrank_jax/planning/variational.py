@@ -9,8 +9,8 @@ def evbmf_rank(values: np.ndarray, columns: int) -> int:
     Empirical variational Bayesian matrix factorisation of Nakajima, Sugiyama, Babacan and Tomioka,
     2013 ("Global analytic solution of fully-observed variational Bayesian matrix factorization",
     JMLR 14). For noise of variance v, an L x M matrix with a = L / M keeps the singular values
-    above sqrt(M v (1 + t) (1 + a / t)), where t = 2.5129 sqrt(a). The v is that of the smallest
-    free energy.
+    above sqrt(M v (1 + t) (1 + a / t)), where t = 2.5129 sqrt(a). Of all variances v has the
+    smallest free energy.
 
     Args:
         values: all L singular values, largest first.

@@ -1,12 +1,12 @@
 """The algorithms that compute one layer, dense or separable.
 
 Which is fastest depends on the layer's shape and on the device. Besides the convolution itself
-there are products of matrices: with shifted copies of the inputs side by side ("im2col"), or, for a
-factor, which has taps along one axis, to the channels of all taps, whose slices are added
-("kn2row"). On a CPU, outputs in float32 may share their multiplications ("winograd"). A whole
-separable layer may also run with its rank padded by zeros to a multiple that the hardware prefers
-("padded"), with its dense kernel rebuilt ("merged"), or, on a GPU, as one kernel that keeps what is
-between the two convolutions on the chip ("fused").
+there are products of matrices. "im2col" multiplies shifted copies of the inputs side by side.
+"kn2row" is for a factor, which has taps along one axis: it multiplies to the channels of all taps,
+and adds their shifted slices. On a CPU, outputs in float32 may share their multiplications
+("winograd"). A whole separable layer may also run with its rank padded by zeros to a multiple that
+the hardware prefers ("padded"), with its dense kernel rebuilt ("merged"), or, on a GPU, as one
+kernel that keeps the intermediate between the two convolutions on the chip ("fused").
 """
 
 import dataclasses
@@ -210,7 +210,7 @@ def steps(algorithm: str) -> tuple[Callable, Callable]:
     """The functions of the two factors, with the arguments of ``jax.lax.conv_general_dilated``.
 
     Raises:
-        ValueError: the name is unknown, or that of an algorithm with one step.
+        ValueError: the name is unknown, or names an algorithm with one step.
     """
     names = ["convolve"] * 2 if algorithm == "padded" else algorithm.split("+")
     if len(names) != 2 or not set(names) <= set(STEPS):

@@ -32,8 +32,8 @@ class Autotuner:
 
     Attributes:
         seconds: of the candidates that were measured, by name.
-        candidates, runs: these, and their compiled functions.
-        left_out: candidates and algorithms that were not, to the reason.
+        candidates, runs: the candidates that were measured, and their compiled functions.
+        left_out: candidates and algorithms that were not measured, to the reason.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Autotuner:
         self.progress.note(f"{1e3 * self.seconds[best]:.3g} ms with {best}")
 
     def with_slices(self, sizes: Sequence[int]) -> list[Candidate]:
-        """Slices under the compiler options that are not beaten; all where no whole batch ran."""
+        """Slices under the compiler options that are not beaten, or under all if no batch ran."""
         options = self._options_within(BEATEN) or candidate_options()
         return [Candidate(Configuration(own, size)) for own in options for size in sizes]
 
     def with_algorithms(self, timers: Timers) -> Iterator[list[Candidate]]:
-        """The fastest algorithms of layers and poolings, for each compiler options in turn.
+        """The fastest algorithms of layers and poolings, for each set of compiler options in turn.
 
         The options that were fastest are first. Options that were slower than the fastest candidate
-        by more than other algorithms save are left out, so each list is to be measured before the
-        next one is made.
+        by more than other algorithms save are left out, so measure each list before the next list
+        is made.
         """
         for options in self._options_within(GAIN):
             if self._left() <= 0:
@@ -96,7 +96,7 @@ class Autotuner:
         """Name of the fastest candidate.
 
         Raises:
-            Exception: none compiles and runs; the error of the first one.
+            Exception: no candidate compiles and runs; the error of the first candidate.
         """
         if not self.seconds:
             raise self.errors[0]

@@ -162,7 +162,7 @@ def asked_of(
 ) -> tuple[list[tuple[Layer, Scheme | None]], list[Pool]]:
     """The layers, with their schemes, and the poolings of a network that can run by algorithms.
 
-    Those that differ in the batch alone are listed once, at the first size.
+    Layers and poolings that differ in the batch alone are listed once, at the first size.
 
     Args:
         network: is traced, not run.

@@ -29,7 +29,7 @@ def layer_seconds(
         trace: `lowrank_jax.trace` of the forward pass, at the batch size that is to be fast.
         timer: that measures.
         paths: the layers; without them all that the trace proves safe.
-        multiple: ranks are restricted to multiples of it.
+        multiple: ranks are restricted to multiples of this number.
     """
     found: dict[str, dict[Scheme | None, float]] = {}
     for path in trace.safe_paths() if paths is None else paths:

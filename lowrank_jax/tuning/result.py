@@ -28,7 +28,7 @@ def network_of(
 
     Args:
         apply: the function.
-        args, kwargs: its other arguments, which become part of the program.
+        args, kwargs: the function's other arguments, which become part of the program.
         constants: the variables, if they become part of the program, too.
     """
 
@@ -48,17 +48,17 @@ class Fast:
 
     It takes any batch and image size, and measures nothing. Layers of a size that was not measured
     run by their plain algorithm. Within another program, as under ``jax.jit``, ``jax.grad`` or
-    ``jax.export``, the algorithms stay, and the compiler options are those of that program:
-    ``jax.jit(fast, compiler_options=fast.options)`` gives it the ones found. It is written by
-    `save`, and not by pickle.
+    ``jax.export``, the algorithms stay, and the compiler options are those of the outer program:
+    ``jax.jit(fast, compiler_options=fast.options)`` gives it the options found. `save` writes a
+    `Fast`, and pickle does not.
 
     Attributes:
         run: the function, under ``jax.jit`` with ``options``.
         candidate: what was chosen.
         device: on which it was measured.
         seconds: every candidate that was measured, to the median of its time.
-        left_out: every candidate and algorithm that was not, to the reason: it failed, its outputs
-            are others, or there was no time.
+        left_out: every candidate and algorithm that was not measured, to the reason: it failed, its
+            outputs differ from those of most candidates, or there was no time.
         frozen: whether the variables are part of the program.
     """
 
@@ -131,10 +131,10 @@ class Fast:
             path: of the file.
             apply: the function that `fast` was given.
             *args, **kwargs: its arguments after the inputs, as they were given to `fast`.
-            variables: those of a search with ``freeze``, which become constants again.
+            variables: the variables of a search with ``freeze``, which become constants again.
             elsewhere: what happens, after a warning, if the file was measured on another device, or
-                with another release of JAX: "plain" runs the plain network, "keep" what was found
-                there. "error" raises.
+                with another release of JAX: "plain" runs the plain network, "keep" runs what was
+                found there, and "error" raises a ValueError.
 
         Raises:
             FileNotFoundError: there is nothing at the path.

@@ -40,19 +40,19 @@ def fast(
     kernels run, scales of channels go into the kernels of the convolutions before them (`folded`):
     oneDNN adds what is left, a bias, as it convolves.
 
-    A candidate is left out if it fails, or if its outputs are not, to rounding, those of most
-    candidates with the whole batch: the network mixes its images, or XLA computes it wrongly, which
-    happens.
+    A candidate is left out if it fails, or if its outputs differ by more than rounding from those
+    of most candidates with the whole batch. That happens where the network mixes its images, or
+    where XLA computes the network wrongly.
 
     Args:
         apply: ``model.apply``, or any function of (variables, inputs, *args, **kwargs).
-        variables: dense or decomposed ones.
+        variables: the tree, dense or decomposed.
         inputs: batch of the size that is to be fast: an array, or a pytree of arrays whose first
             axis is the batch. Where a run takes seconds, a part of the batch finds nearly the same
             in less time. What is found takes any batch.
         *args, **kwargs: other arguments of ``apply``, such as ``train=False``. They become part of
-            the program. An argument that has the name of one of the following has to be bound
-            before, by a function of its own.
+            the program. An argument that has the name of an argument below has to be bound before,
+            by a function of its own.
         slices: sizes to try. The size of the batch and larger ones are left out.
         timers: makes the `Timer` of the layers, from compiler options. To measure 50 layers at 224
             pixels takes minutes on a CPU. ``lambda options: Timer(options, path="times.json")``
@@ -65,7 +65,7 @@ def fast(
 
     Raises:
         ValueError: an argument is not allowed.
-        Exception: no candidate compiles and runs; the error of the plain one.
+        Exception: no candidate compiles and runs; the error of the plain candidate.
 
     Example:
         >>> from flax import linen as nn

@@ -41,8 +41,8 @@ class Timer:
         options: compiler options, as of ``jax.jit``; one of `candidate_options`.
         rounds: runs of each algorithm that is near the fastest; their median is taken.
         path: JSON file to start from and to keep up to date. Times belong to a device, processor,
-            number of cores and release of JAX, and those of others stay. Processes may share the
-            file.
+            number of cores and release of JAX; times of other machines stay in the file. Processes
+            may share the file.
 
     Attributes:
         times: seconds by layer and algorithm.
@@ -75,7 +75,8 @@ class Timer:
         """Name of the fastest algorithm of a layer; for `with_algorithms(apply, timer.fastest)`.
 
         "winograd" has many small operations. Within a network, beside other layers, these cost more
-        than alone, so that an algorithm with it has to be faster than the others by a margin.
+        than alone, so that an algorithm with "winograd" has to be faster than the others by a
+        margin.
         """
         names = algorithms_of(layer, None if scheme is None else scheme.rank)
         if len(names) == 1:

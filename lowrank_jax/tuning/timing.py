@@ -50,8 +50,8 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def compile_fastest(fn: Callable, *args: Any) -> Program:
     """Compiles a function under each of `candidate_options` and keeps the fastest program.
 
-    A program that does not compile or run is left out, and so is one whose outputs are not those of
-    most programs, to rounding.
+    A program that does not compile or run is left out, and so is a program whose outputs differ by
+    more than rounding from those of most programs.
 
     Args:
         fn: function of arrays.
@@ -101,7 +101,7 @@ def throughput(
             `compile_fastest`.
         items: how many items one run handles.
         rounds: counted runs of each program, at least 2.
-        warmup: runs of each before, not counted.
+        warmup: runs of each program before, which are not counted.
         least: seconds of a turn. A program that takes less runs more than once in a turn, and the
             mean counts.
 
@@ -142,9 +142,10 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of each program. Only those that can be the fastest run often.
 
-    After one run each, those up to `BEATEN` times the fastest run twice more, in turn. Of these,
-    those up to `NEAR` times the fastest run as often as is asked. The median of a program's last
-    runs counts. A first run of a second or more counts, of a shorter one the next.
+    After one run each, programs up to `BEATEN` times the fastest run twice more, in turn. Of these,
+    programs up to `NEAR` times the fastest run as often as is asked. The median of a program's last
+    runs counts. A first run of a second or more counts; after a shorter first run the next run
+    counts.
 
     Args:
         programs: as in `throughput`.

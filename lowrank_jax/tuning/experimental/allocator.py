@@ -13,16 +13,16 @@ SETTINGS = {
 def keep_memory() -> bool:
     """Lets the C library's allocator keep freed memory, for the whole process and until it ends.
 
-    The GNU allocator maps arrays of more than 32 MiB anew each time, those of threads above 64 MiB
-    in any case, and gives free memory at the end of its heap back. A network on the CPU whose
-    arrays meet either pays for fresh, zeroed pages in every run. Whether smaller arrays do depends
-    on what else the process holds. Call this once, before JAX computes anything: then nothing is
-    mapped, nothing given back, and threads share one heap. The process may grow to three times the
-    memory that it held without.
+    The GNU allocator maps arrays of more than 32 MiB anew each time, and in threads every array of
+    more than 64 MiB. It also gives free memory at the end of its heap back. A network on the CPU
+    that meets either case pays for fresh, zeroed pages in every run. Whether smaller arrays cost
+    this, too, depends on what else the process holds. Call this once, before JAX computes anything:
+    then nothing is mapped, nothing given back, and threads share one heap. The process may grow to
+    three times the memory that it held without this call.
 
     Returns:
-        Whether the C library has these settings and took them. It is False, and nothing has
-        changed, on macOS and Windows and with musl. Arrays on a GPU or TPU are not concerned.
+        Whether the C library has these settings and took them. On macOS, on Windows and with musl
+        it is False, and nothing has changed. Arrays on a GPU or TPU are not concerned.
 
     Example:
         >>> import lowrank_jax as lr

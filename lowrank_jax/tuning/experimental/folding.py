@@ -14,7 +14,7 @@ _MAPS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
 def folded(fn: Callable) -> Callable:
-    """A function that computes what another one does, with scales multiplied into kernels.
+    """A function that computes what another function does, with scales multiplied into kernels.
 
     A batch normalisation in evaluation is a shift, a scale and a shift for each channel. After a
     convolution, ``(x * w - mean) * scale + bias`` is ``x * (w scale) + (bias - mean scale)``. What

@@ -56,7 +56,8 @@ def separable_conv(
     of the two convolutions.
 
     Args:
-        x: images (N, H, W, C), float32, bfloat16 or float16, and after promotion so are the others.
+        x: images (N, H, W, C), float32, bfloat16 or float16; after promotion the other arrays have
+            the same type.
         first: kernel (h, 1, C, K), or (1, w, C, K) where the horizontal convolution is first.
         second: kernel (1, w, K, n), or (h, 1, K, n).
         bias: (n,), or None.
@@ -66,7 +67,8 @@ def separable_conv(
         groups, dilation: 1, or refused.
         precision: HIGHEST computes float32 in float32, None in TensorFloat-32 on a GPU's tensor
             cores.
-        interpret: whether Pallas interprets the kernel, for tests. None: unless on a GPU.
+        interpret: whether Pallas interprets the kernel, for tests. None interprets it unless on a
+            GPU.
         tile: see `Tile`; None chooses one.
 
     Returns:

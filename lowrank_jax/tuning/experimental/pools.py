@@ -109,7 +109,7 @@ def pools(program: Any) -> Iterator[Pool]:
 
 
 def pooled(fn: Callable, choose: Callable[[Pool], str]) -> Callable:
-    """A function that computes what another one does, each pooling by the algorithm chosen for it.
+    """A function that computes what another does, each pooling by the algorithm chosen for it.
 
     Poolings inside loops and branches stay as they are, see `rewritten`.
 

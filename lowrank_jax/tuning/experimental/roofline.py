@@ -184,5 +184,6 @@ def check_axes(strides, padding, first_axis: str) -> tuple[int, int]:
 
 
 def promoted(*arrays: jax.Array | None) -> list[Any]:
+    """The arrays in the type to which JAX promotes them together; None stays None."""
     dtype = jnp.result_type(*(array for array in arrays if array is not None))
     return [None if array is None else array.astype(dtype) for array in arrays]

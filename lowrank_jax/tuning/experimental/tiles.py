@@ -38,6 +38,7 @@ class Tile:
 
 
 def block(size: int) -> int:
+    """The least allowed size of a product that holds so many entries."""
     return max(16, pl.next_power_of_2(size))
 
 

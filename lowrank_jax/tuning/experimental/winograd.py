@@ -29,16 +29,16 @@ def winograd(
     """A convolution of which four outputs along one axis share their products.
 
     ``y = A ((G w) * (B x))`` takes 6 products for 3 taps instead of 12. Tiles of the inputs, n = 4
-    + taps - 1 each, and the taps are transformed, multiplied by n convolutions with one tap along
-    that axis, and their results transformed to the four outputs (Lavin and Gray, arXiv 1509.09308,
-    along one axis only). Along one axis rounding grows little: the root mean square error is two to
-    three times that of the convolution in float32. An infinite input or NaN spoils all outputs of
-    its tile.
+    + taps - 1 each, and the taps are transformed. They are multiplied by n convolutions with one
+    tap along that axis, and the results are transformed to the four outputs (Lavin and Gray, arXiv
+    1509.09308, along one axis only). Along one axis rounding grows little: the root mean square
+    error is two to three times that of the convolution in float32. An infinite input or NaN spoils
+    all outputs of its tile.
 
     Takes the arguments of ``jax.lax.conv_general_dilated``, channels last with two spatial axes. It
     is that function where neither axis has 2 to 5 taps without strides and dilation, where there
-    are groups or dilated inputs, in half precision, and on other backends than the CPU. These have
-    such kernels of their own, or multiply float32 in less.
+    are groups or dilated inputs, in half precision, and on other backends than the CPU. Other
+    backends have such kernels of their own, or multiply float32 in a lower precision.
     """
     axes = taps_of(inputs, kernel, strides, padding, options)
     taps = next(filter(_fits, axes), None)
