@@ -32,6 +32,13 @@ def calibrate(
 ) -> Calibration:
     """`lowrank_jax.calibrate` of ``model(*inputs, *args, **kwargs)`` in evaluation.
 
+    Args:
+        model: dense; it is not changed.
+        inputs, *args, paths, **kwargs: as in `lowrank_jax.calibrate`.
+
+    Raises:
+        ValueError: as `lowrank_jax.calibrate` says, or the model cannot be called.
+
     Example:
         >>> import jax.numpy as jnp
         >>> model = nnx.Sequential(nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
@@ -49,6 +56,9 @@ def plan(source: nnx.Module | Calibration, inputs: Any = None, *args: Any, **kwa
         source: the model, or a `Calibration` of it.
         inputs, *args: as in `calibrate`, where the source is a model.
         **kwargs: the budget and all other options of `lowrank_jax.plan`.
+
+    Raises:
+        ValueError: as `lowrank_jax.plan` says.
 
     Example:
         >>> import jax
@@ -75,7 +85,11 @@ def compress(source: nnx.Module | Calibration, *args: Any, **kwargs: Any) -> Any
 
     Returns:
         A model with `SeparableConv` in the places that the table names, and with the means that the
-        fit corrected; it is in the mode of the one given. With ``return_fits`` also the fits.
+        fit corrected. The new model is in the mode of the model given. With ``return_fits`` also
+        the fits.
+
+    Raises:
+        ValueError: as `lowrank_jax.compress` says, or the calibration is not of a model of NNX.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,10 +125,10 @@ def reestimate(model: Model, inputs: Any, *args: Any, **kwargs: Any) -> Model:
     give when they normalise by the batch at hand. All else, such as dropout, is in evaluation.
 
     Args:
-        model: dense or decomposed; neither it nor its mode is changed.
+        model: dense or decomposed; neither the model nor its mode is changed.
         inputs: one batch, or an iterable of batches of nearly equal size.
-        *args, **kwargs: other arguments of the model. A model that tells its normalisations by the
-            call what to do needs those of training.
+        *args, **kwargs: other arguments of the model. A model whose call tells its normalisations
+            what to do needs the arguments of training.
 
     Raises:
         ValueError: there is no data, the activations are not finite, or the model has no statistics
@@ -161,8 +175,11 @@ def fast(model: nnx.Module, inputs: Any, *args: Any, **kwargs: Any) -> "Fast":
 
     Returns:
         A compiled function of (variables, inputs). The variables are those of `functional`, or
-        ``nnx.state(model)``, or None with ``freeze``. Once saved, it is restored by
-        ``Fast.load(path, functional(model)[0])``.
+        ``nnx.state(model)``, or None with ``freeze``. ``Fast.load(path, functional(model)[0])``
+        restores a saved function.
+
+    Raises:
+        ValueError: as `lowrank_jax.fast` says.
 
     Example:
         >>> import jax.numpy as jnp

@@ -10,12 +10,12 @@ from lowrank_jax.modules.nnx import dense_form, variables_of
 class Call:
     """``call(variables, *args, **kwargs)`` calls a model as it is in evaluation.
 
-    The variables are nested dicts of arrays. What the call changes in the model is lost.
+    The variables are nested dicts of arrays. Changes that the call makes in the model are lost.
 
     Attributes:
-        model: the one given.
+        model: the model that is called.
         stored_kernels: says that kernels stand as they are stored; see `trace`. A layer has no
-            place for one that a module around it has changed.
+            place for a kernel that a module around the layer has changed.
     """
 
     def __init__(self, model: nnx.Module) -> None:

@@ -37,7 +37,7 @@ def finetune(
         **options: as in `lowrank_jax.finetune`, arguments of the model's call among them.
 
     Returns:
-        A trained model, in the mode of the one given.
+        A trained model, in the mode of the model given.
 
     Raises:
         FloatingPointError, OSError, SystemExit, ValueError: as `lowrank_jax.finetune` does.

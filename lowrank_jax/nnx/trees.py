@@ -25,7 +25,11 @@ CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
 def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
     """`lowrank_jax.trace` of ``model(*args, **kwargs)`` in evaluation.
 
-    A kernel that modules share has the first of their paths.
+    A kernel that several modules share has the path of the first module.
+
+    Args:
+        model: dense or decomposed, with or without values; it is not changed.
+        *args, **kwargs: arguments of the model's call.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,8 +48,8 @@ def decompose(model: Model, rules: Rules | None = None, trace: Trace | None = No
     Each of these layers becomes a `SeparableConv`. A layer runs as it did, with the two factors
     where its program lets them run, and with their product where it does not, as in a layer that
     masks its kernel. `nnx.WeightNorm` and `nnx.SpectralNorm`, which read the variables of the layer
-    within, become one layer with it. A module of one's own that does so needs a trace, by which
-    its layer is refused.
+    within, become one layer with it. A module of your own that reads a layer's variables needs a
+    trace, which makes `decompose` refuse the layer.
 
     The model given is not changed; the new one shares its arrays but no variable. A kernel that
     modules share stays one. Stacked kernels, as `nnx.vmap` makes them, are decomposed slice by
@@ -59,7 +63,8 @@ def decompose(model: Model, rules: Rules | None = None, trace: Trace | None = No
         trace: `trace` of this model. Layers that cannot run decomposed are refused.
 
     Raises:
-        ValueError: the table is empty, or a path, a kernel or a rank in it cannot be used.
+        ValueError: there is neither a table nor a trace, the table is empty, or a path, a kernel or
+            a rank in the table cannot be used.
 
     Example:
         >>> model = nnx.Sequential(nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)
@@ -97,6 +102,9 @@ def reconstruct(model: Model) -> Model:
     """Multiplies all factors back; the inverse of `decompose` up to the ranks that were dropped.
 
     The layers have their own classes again. The model given is not changed.
+
+    Args:
+        model: dense or decomposed.
 
     Example:
         >>> model = nnx.Sequential(nnx.Conv(8, 16, (3, 3), rngs=nnx.Rngs(0)), nnx.relu)

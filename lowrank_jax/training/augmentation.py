@@ -29,7 +29,16 @@ def chain(*parts: Augment) -> Augment:
 
 
 def crops_and_flips(size: int, padding: int) -> Augment:
-    """`crop_and_flip` of the images, which are the first in a batch."""
+    """Applies `crop_and_flip` to the images, the first entry of a batch.
+
+    Args:
+        size, padding: as in `crop_and_flip`.
+
+    Example:
+        >>> batch = jnp.ones((4, 32, 32, 3)), jnp.arange(4)
+        >>> crops_and_flips(24, padding=0)(jax.random.key(0), batch)[0].shape
+        (4, 24, 24, 3)
+    """
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
         images, *rest = batch
@@ -39,11 +48,14 @@ def crops_and_flips(size: int, padding: int) -> Augment:
 
 
 def mixup(classes: int, alpha: float = 0.2) -> Augment:
-    """Mixes every example and its label with another one (Zhang et al., 2017, arXiv 1710.09412).
+    """Mixes each example and its label with another (Zhang et al., 2017, arXiv 1710.09412).
 
     Args:
         classes: of the labels, which are ints (batch,) or probabilities (batch, classes).
-        alpha: of the distribution Beta(alpha, alpha) of the share of the first one.
+        alpha: parameter of Beta(alpha, alpha), the distribution of the first example's share.
+
+    Raises:
+        ValueError: ``alpha`` is not above 0.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -67,12 +79,15 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
 
 
 def cutmix(classes: int, alpha: float = 1.0) -> Augment:
-    """Puts a part of another image into each one (Yun et al., 2019, arXiv 1905.04899).
+    """Puts a part of another image into each image (Yun et al., 2019, arXiv 1905.04899).
 
     The labels are mixed by the shares of the areas.
 
     Args:
         classes, alpha: as in `mixup`.
+
+    Raises:
+        ValueError: ``alpha`` is not above 0.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)

@@ -93,7 +93,7 @@ class Checkpoints:
     def newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint and its facts; None where there is none.
 
-        A damaged one is named in a warning, and the one before is taken.
+        A warning names a damaged checkpoint, and the checkpoint before it is taken.
 
         Args:
             like: a state of the same network and optimiser.

@@ -41,7 +41,7 @@ def evaluate(
         variables: the tree, with kernels dense or as factors.
         images: (count, ...).
         labels: ints (count,).
-        preprocess: of the images, on the device.
+        preprocess: function of the images, run on the device.
         batch_size: images at once.
         sharding: of the batches over devices, as in `finetune`.
 

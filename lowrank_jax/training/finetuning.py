@@ -57,13 +57,14 @@ def finetune(
 ) -> Any:
     """Trains a network, dense or decomposed, and goes on where a run in its folder ended.
 
-    The factors are trained as any other parameter. How a Linen model is called in training is found
-    out: ``train=True``, or what its call has instead, its collections, its dropout.
+    The factors are trained as any other parameter. `finetune` finds out how a Linen model is called
+    in training: with ``train=True`` or what its call has instead, with its collections and its
+    dropout.
 
     Args:
         apply: ``model.apply``, or any function of a tree and inputs; `lowrank` is not needed.
         variables: the tree, with kernels dense or as factors. It is not changed.
-        batches: arrays (inputs, labels), or batches of those; see
+        batches: arrays (inputs, labels), or an iterable of such batches; see
             `lowrank_jax.training.order.batches_of`.
         steps, epochs: how long, one of both; epochs need arrays or a list.
         batch_size: examples of a batch that is cut from arrays.
@@ -71,7 +72,7 @@ def finetune(
             default "cross_entropy"; with a teacher "distillation" alone, which reads no labels.
             ``0.5 * cross_entropy() + 0.5 * distillation()`` learns from both.
         teacher: variables of the dense network, for a loss that needs them.
-        teacher_apply: its function, where it is another one.
+        teacher_apply: the teacher's function, where it is not ``apply``.
         learning_rate: highest rate of the default optimiser, `one_cycle_sgd`.
         tx: an optimiser of optax, in place of the default one.
         accumulate: batches whose gradients are averaged for one update.
@@ -79,8 +80,8 @@ def finetune(
             their place.
         trained: patterns to whether what they match is trained, as in ``{"stem": False}``; see
             `lowrank_jax.training.partition.trained_leaves`.
-        augment: function of (key, batch) to the batch that the networks get, such as those of
-            `lowrank_jax.training.augmentation`.
+        augment: function of (key, batch) to the batch that the networks get, such as the functions
+            of `lowrank_jax.training.augmentation`.
         dtype: type of the computation, such as ``jnp.bfloat16``; parameters keep their own.
         seed: of the order of the data and of all random numbers.
         folder: where checkpoints and metrics are kept; the same call goes on from there.
@@ -89,9 +90,10 @@ def finetune(
         after_epoch: called with (epoch from 1, variables, mean metrics) after each epoch.
         sharding: of the batches over devices, such as ``NamedSharding(mesh, P("data"))``; every
             process gives all examples. Parameters on the mesh stay where they are, the others are
-            whole on each device, and the statistics of a batch are those of all of it.
-        train_kwargs: arguments of the model that are others in training.
-        mutable, rngs: collections and random streams, where they are not found out.
+            whole on each device, and the statistics of a batch are of the whole batch.
+        train_kwargs: arguments of the model that have other values in training.
+        mutable, rngs: the collections that training renews and the random streams it takes, where
+            they are not found out.
         **kwargs: arguments of the model itself.
 
     Returns:
@@ -169,7 +171,11 @@ def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> 
 
 
 def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:
-    """The steps of a run that is given in steps or in epochs."""
+    """The steps of a run that is given in steps or in epochs.
+
+    Raises:
+        ValueError: both or neither are given, or epochs of batches that cannot be counted.
+    """
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps={steps} and epochs={epochs} are not allowed; give one of both.")
     if steps is not None:

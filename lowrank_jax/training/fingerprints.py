@@ -13,7 +13,7 @@ ROWS = 64  # of each array, evenly spaced: enough to tell other data, and quick 
 
 
 def fingerprint(tree: Any) -> str:
-    """A short text that is another one for other arrays, from up to 64 rows of each.
+    """A short text that differs for other arrays, made from up to 64 rows of each.
 
     Args:
         tree: pytree of arrays.

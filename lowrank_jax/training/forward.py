@@ -28,7 +28,7 @@ class Forward:
         mutable: collections of the variables that a training call renews and gives back beside its
             outputs, as Linen does. None for all but "params".
         rngs: names of the random streams that a training call takes as ``rngs``.
-        dtype: type of the computation; None for that of the arrays.
+        dtype: type of the computation; None for the type of the arrays.
     """
 
     apply: Callable
@@ -49,7 +49,7 @@ class Forward:
         rngs: Sequence[str] | None = None,
         dtype: jax.typing.DTypeLike | None = None,
     ) -> "Forward":
-        """The calls of a function, where what is None is found out.
+        """The calls of a function; what is None is found out.
 
         An argument named train, training, is_training or deterministic is set for training, and
         for evaluation. A Linen module renews all collections but "params", and has the stream
@@ -58,7 +58,7 @@ class Forward:
         Args:
             apply: ``model.apply`` of a Linen module, `lowrank` of it, or any function of a tree.
             kwargs: arguments of the model itself.
-            train_kwargs: those that are others in training.
+            train_kwargs: arguments that have other values in training.
             mutable, rngs, dtype: as the attributes.
 
         Example:

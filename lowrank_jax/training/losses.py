@@ -4,9 +4,9 @@ A term of a loss is a function that names what it needs, of these:
 
 - ``outputs`` of the trained network, an array (batch, ..., classes) or what else it gives.
 - ``labels`` of the batch: the last thing in it.
-- ``teacher``, the outputs of the teacher.
-- ``layers``, for each layer that both networks have and one has decomposed the pair of outputs
-  (of the trained network, of the teacher).
+- ``teacher``: the outputs of the teacher.
+- ``layers``: for each layer that both networks have and that one network has decomposed, the pair
+  of outputs (of the trained network, of the teacher).
 
 It gives one number, the mean over the batch.
 """
@@ -42,7 +42,7 @@ class Loss:
 
     @classmethod
     def of(cls, given: "Loss | Term | Name", name: str = "") -> "Loss":
-        """A loss by its name, of a function of things that `NEEDS` names, or as it is.
+        """A loss from its name, from a function of things that `NEEDS` names, or from a `Loss`.
 
         Raises:
             ValueError: there is no such loss, or the function needs something else.
@@ -103,12 +103,15 @@ class Loss:
 def cross_entropy(smoothing: float = 0.0) -> Loss:
     """The cross-entropy of logits (batch, ..., classes) and labels.
 
+    Labels are ints (batch, ...), or probabilities of the shape of the logits. An int that is no
+    class makes the loss NaN.
+
     Args:
         smoothing: the share of each label that all classes get alike (Szegedy et al., 2015, arXiv
             1512.00567).
 
-    Labels are ints (batch, ...), or probabilities of the shape of the logits. An int that is no
-    class makes the loss no number.
+    Raises:
+        ValueError: the smoothing is not from 0 to below 1.
 
     Example:
         >>> float(cross_entropy()(outputs=jnp.zeros((2, 4)), labels=jnp.array([0, 3])))
@@ -133,6 +136,9 @@ def distillation(temperature: float = 1.0) -> Loss:
 
     Args:
         temperature: T, by which the logits are divided.
+
+    Raises:
+        ValueError: the temperature is not above 0.
 
     Example:
         >>> y = jnp.array([[0.0, 1.0]])
@@ -211,7 +217,7 @@ def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         shape: of the logits, (batch, ..., classes).
 
     Returns:
-        Probabilities of that shape. Those of an int that is no class are not numbers: a loss of
+        Probabilities of that shape. For an int that is no class they are NaN, because a loss of
         zero would hide the mistake.
 
     Raises:

@@ -18,7 +18,7 @@ class Metrics:
 
     Args:
         folder: of the run.
-        step: at which the run begins or goes on; what was written of later steps is left out.
+        step: at which the run begins or goes on; lines of later steps are removed.
 
     Example:
         >>> import tempfile

@@ -38,10 +38,10 @@ def batches_of(given: Any, size: int = 128, seed: int = 0) -> Batches:
     """Training data in any form.
 
     Arrays in a tuple, the labels last, with the examples along their first axes, are shuffled anew
-    in each epoch and cut into batches; the few examples left over are dropped. So is one array, or
-    a dict of arrays, without labels. Anything else that can be iterated over gives the batches
-    themselves: a list, a loader, a generator, or a function that gives an iterator. A list is taken
-    in its order, again and again, and so is a loader.
+    in each epoch and cut into batches; the few examples left over are dropped. One array, or a dict
+    of arrays, is treated alike and has no labels. Anything else that can be iterated over gives the
+    batches themselves: a list, a loader, a generator, or a function that gives an iterator. A list
+    is taken in its order, again and again, and so is a loader.
 
     Args:
         given: the data.
@@ -72,7 +72,11 @@ def _example(batch: Any) -> tuple:
 
 
 def positive(name: str, value: Any) -> int:
-    """The value of an argument, if it is an int of at least 1."""
+    """The value of an argument, if it is an int of at least 1.
+
+    Raises:
+        ValueError: the value is no int of at least 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
     return value

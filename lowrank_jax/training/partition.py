@@ -25,14 +25,15 @@ def trained_leaves(variables: Any, rules: Rules | None = None) -> Any:
         rules: regular expressions to whether what they match is trained: ``{"stem": False}``
             freezes one layer, ``{"head": True, ".*": False}`` trains one alone. A rule matches a
             leaf by its name, such as "stage1/conv" for a kernel or its factors and
-            "stage1/conv/bias", or by that of anything that holds the leaf, such as "stage1". The
-            first rule that matches a leaf decides it. A leaf that no rule matches is trained.
+            "stage1/conv/bias", or by the name of anything that holds the leaf, such as "stage1".
+            The first rule that matches a leaf decides it. A leaf that no rule matches is trained.
 
     Returns:
         A tree of bools of the same structure.
 
     Raises:
-        ValueError: a leaf is no array, a rule is idle or no regular expression, or no leaf is left.
+        ValueError: a leaf is no array, a rule is idle or no regular expression, or no leaf is left
+            to train.
 
     Example:
         >>> tree = {"stem": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "head": jnp.ones(4)}
@@ -60,7 +61,7 @@ def trained_leaves(variables: Any, rules: Rules | None = None) -> Any:
 
 
 def split(tree: Any, trained: Any) -> tuple[Any, Any]:
-    """The trained leaves of a tree, and the others; None is in the places of those that lack."""
+    """The trained leaves of a tree, and the others; each tree has None in place of the rest."""
     mine = jax.tree.map(lambda leaf, own: leaf if own else None, tree, trained)
     rest = jax.tree.map(lambda leaf, own: None if own else leaf, tree, trained)
     return mine, rest

@@ -16,8 +16,8 @@ def placed(tree: Any, sharding: NamedSharding | None) -> Any:
 
     Args:
         tree: of arrays.
-        sharding: of each of them, such as ``NamedSharding(mesh, PartitionSpec("data"))``; None
-            leaves the tree as it is.
+        sharding: of each array, such as ``NamedSharding(mesh, PartitionSpec("data"))``; None leaves
+            the tree as it is.
 
     Raises:
         ValueError: the first axis of an array cannot be split so.
@@ -82,7 +82,7 @@ def beside(
 
 
 def like(tree: Any, other: Any) -> Any:
-    """The tree where another one of the same structure lies."""
+    """The tree on the devices where another tree of the same structure lies."""
     return jax.tree.map(lambda leaf, place: _moved(leaf, place.sharding), tree, other)
 
 

@@ -30,8 +30,8 @@ LOG = logging.getLogger("lowrank_jax")
 LINE = 50  # steps between two lines of metrics
 HINT = (
     "The step does not run on a batch of shapes {}. A batch is (inputs, labels), or inputs alone "
-    "where the loss needs no labels. A teacher is the tree of the dense network; one of another "
-    "model needs teacher_apply. Arguments that finetune does not know go to the model."
+    "where the loss needs no labels. A teacher is the tree of the dense network; a teacher of "
+    "another model needs teacher_apply. Arguments that finetune does not know go to the model."
 )
 AfterEpoch = Callable[[int, Any, Mapping[str, float]], Mapping[str, float] | None]
 
@@ -105,12 +105,12 @@ class Run:
             if facts.get(name, value) != value:
                 raise ValueError(
                     f"{self.folder} holds a run with {name}={facts[name]!r}, not {value!r}; "
-                    "give what it had, or another folder."
+                    "give what the run had, or another folder."
                 )
         if int(state.step) > self.steps:
             raise ValueError(
                 f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
-                "give as many, or another folder."
+                "give as many steps, or another folder."
             )
         self._tell(int(state.step), facts.get("rate", self.rate))
         return state if self.sharding is None else like(state, start)
@@ -122,7 +122,7 @@ class Run:
             return
         LOG.info("The run in %s goes on after step %d.", self.folder, step)
         if rate != self.rate:
-            LOG.warning("It had learning_rate=%s and goes on with %s.", rate, self.rate)
+            LOG.warning("The run had learning_rate=%s and goes on with %s.", rate, self.rate)
 
 
 class _Loop:

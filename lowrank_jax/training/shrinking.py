@@ -30,8 +30,8 @@ def shrink(
 ) -> tuple[Any, Plan]:
     """Compresses a dense network along a schedule of budgets, and tunes it at each of them.
 
-    The ranks of a stage are chosen by `plan` from the kernels that the stage before has trained, as
-    trained rank pruning does (Xu et al., 2020, arXiv 2004.14566), and the factors are fitted to
+    The ranks of a stage are chosen by `plan` from the kernels that the previous stage has trained,
+    as trained rank pruning does (Xu et al., 2020, arXiv 2004.14566), and the factors are fitted to
     what those kernels compute. The dense network is the teacher of every stage.
 
     Args:
@@ -48,7 +48,7 @@ def shrink(
         The network at the last budget, and its plan.
 
     Raises:
-        ValueError: the shares do not fall, or what `plan`, `compress` and `finetune` refuse.
+        ValueError: the shares do not fall, or `plan`, `compress` or `finetune` refuses an argument.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -71,7 +71,7 @@ def shrink(
 
 
 def last_stage(folder: str | os.PathLike) -> Path:
-    """The folder of the last stage within that of a run."""
+    """The folder of the last stage within the folder of a run."""
     return max(Path(folder).glob(f"*{STAGE}*"), key=_number)
 
 
@@ -80,7 +80,11 @@ def _number(path: Path) -> int:
 
 
 def check_schedule(macs: Sequence[float]) -> None:
-    """Refuses shares that do not fall, or are none."""
+    """Refuses shares that do not fall, or that are no shares.
+
+    Raises:
+        ValueError: a share is not between 0 and 1, or not smaller than the share before.
+    """
     shares = [1.0, *macs]
     falls = all(0 < after < before for before, after in itertools.pairwise(shares))
     if not macs or not falls:

@@ -11,7 +11,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit status of a run that SIGTERM ended: 14
 
 
 class Signals:
-    """Within it, SIGTERM and Ctrl-C are only noted; a second one acts at once.
+    """Within it, SIGTERM and Ctrl-C are only noted; a second signal acts at once.
 
     Outside the main thread, where Python handles no signals, nothing is noted.
 

@@ -39,14 +39,14 @@ def make_step(
 
     Args:
         apply: ``model.apply``, or any function of a tree; kernels may be factors.
-        tx: optimiser, that of the state.
+        tx: the optimiser that made the state.
         loss: a `Loss`, its name, or a function of what it needs.
         augment: function of (key, batch) to the batch that the networks get.
         average: decay of the moving average of the parameters, such as 0.999; the state must have
-            one. Early steps count more, as in (1 + step) / (10 + step).
+            an average. Early steps count more, as in (1 + step) / (10 + step).
         dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
             the loss keep their own.
-        teacher: the teacher's function, where it is another than ``apply``.
+        teacher: the teacher's function, where it is not ``apply``.
         train_kwargs, mutable, rngs: how the network is called in training, where that is not found
             out; see `Forward.of`.
         **kwargs: arguments of the model itself.
@@ -54,12 +54,12 @@ def make_step(
     Returns:
         Function of (state, batch) or, for a loss that needs a teacher, of (state, batch, variables
         of the teacher), to (state, metrics). A batch is a tuple of the network's inputs and the
-        labels; one that is no tuple has no labels. Metrics are scalars: "loss", each term of the
-        loss by its name, "gradient", the norm, and "not_finite", the number of the first parameter
-        whose value or gradient is not finite, or -1.
+        labels; a batch that is no tuple has no labels. Metrics are scalars: "loss", each term of
+        the loss by its name, "gradient", the norm, and "not_finite", the number of the first
+        parameter whose value or gradient is not finite, or -1.
 
     Raises:
-        ValueError: there is no such loss.
+        ValueError: there is no such loss, or the average is not allowed.
 
     Example:
         >>> tree, tx = {"w": jnp.ones((3, 2))}, optax.sgd(0.1)
@@ -114,7 +114,11 @@ def _check_labels(loss: Loss, labels: Any) -> None:
 
 
 def check_average(average: float | None) -> None:
-    """Refuses what is no decay of a moving average."""
+    """Refuses what is no decay of a moving average.
+
+    Raises:
+        ValueError: the average is not between 0 and 1.
+    """
     if average is not None and not 0 < average < 1:
         raise ValueError(
             f"average={average!r} is not allowed; give a decay between 0 and 1, such as 0.999."

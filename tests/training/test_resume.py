@@ -157,7 +157,7 @@ def test_a_folder_of_another_run_is_refused(tune, options, text):
 def test_another_learning_rate_and_a_complete_run_are_told(tune, caplog):
     tune(steps=5)
     tune(learning_rate=0.01)
-    assert "It had learning_rate=0.02 and goes on with 0.01." in caplog.text
+    assert "The run had learning_rate=0.02 and goes on with 0.01." in caplog.text
     tune(learning_rate=0.01)
     assert "has all its 8 steps; nothing is done." in caplog.text
 
