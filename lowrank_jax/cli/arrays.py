@@ -13,12 +13,12 @@ LABELS = ("labels", "label", "y")
 
 
 def load_array(path: str, names: Sequence[str], what: str) -> np.ndarray:
-    """The array of a .npy file, or that of one of some names in a .npz file.
+    """The array of a .npy file, or the array of one of some names in a .npz file.
 
     Args:
         path: of the file.
-        names: of the entry of a .npz file; one that holds a single array needs none of them.
-        what: the array is to be, for the messages.
+        names: of the entry of a .npz file; a file that holds a single array needs none of them.
+        what: what the array is to be, for the messages.
 
     Raises:
         FileNotFoundError: there is no file.

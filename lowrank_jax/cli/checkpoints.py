@@ -65,7 +65,7 @@ def find_variables(
     raise ValueError(
         f"{path} does not hold the variables of {network}: {'; '.join(closest[:3])}. It holds "
         f"{[str(name) for name in tree][:12]}. Give the checkpoint of this model, or --model-args "
-        "as it had."
+        "that it had."
     )
 
 

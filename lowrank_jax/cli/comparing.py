@@ -88,8 +88,8 @@ class Comparison:
 def add_comparison_options(command: argparse.ArgumentParser) -> None:
     """The options of what is found out beside the result itself."""
     about = (
-        "classes of the images, .npy or .npz, where these have none, for accuracies; of "
-        f"{ENOUGH} images and more every fourth is then scored and not fitted to"
+        "classes of the images, .npy or .npz, where the images have none, for accuracies; of "
+        f"{ENOUGH} images or more every fourth is then scored and left out of the fit"
     )
     command.add_argument("--labels", help=about)
     about = "measure every layer and the network, dense and low-rank, with --batch images at once"

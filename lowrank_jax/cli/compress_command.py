@@ -42,7 +42,7 @@ def add_command(commands: Any) -> None:
     about = "alternating refinements of the factors"
     command.add_argument("--sweeps", type=whole(0), default=1, help=about)
     about = (
-        "gradient steps of each block towards the dense network's outputs, without labels, as 200"
+        "gradient steps, such as 200, of each block towards the dense network's outputs; no labels"
     )
     command.add_argument("--steps", type=whole(0), default=0, help=about)
     add_comparison_options(command)

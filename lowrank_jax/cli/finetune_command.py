@@ -40,7 +40,7 @@ def add_command(commands: Any) -> None:
     command = new_command(commands, "finetune", about, run)
     add_network_options(command)
     add = command.add_argument
-    about = "classes of the images, .npy or .npz, where these have none; needed without a teacher"
+    about = "classes of the images, .npy or .npz, where these lack them; needed without a teacher"
     add("--labels", help=about)
     about = "plan.json, by which a dense checkpoint is compressed first; it is then the teacher"
     ranks = command.add_mutually_exclusive_group()
@@ -51,7 +51,7 @@ def add_command(commands: Any) -> None:
     )
     ranks.add_argument("--shrink", type=shares, help=about)
     add("--teacher", help="dense checkpoint whose probabilities are targets, too")
-    about = "weight of the teacher's probabilities from 0 to 1, the rest is that of the labels"
+    about = "weight of the teacher's probabilities from 0 to 1; the labels have the rest"
     add("--distill", type=share, default=0.5, help=about)
     add("--temperature", type=rate, default=4.0, help="of the probabilities")
     length = command.add_mutually_exclusive_group(required=True)
@@ -170,7 +170,7 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
 def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
     if labels is None and teacher is None:
         raise ValueError(
-            "There are no labels and no teacher, thus nothing to learn from; "
+            "There are no labels and no teacher, so there is nothing to learn from; "
             "give --labels, --teacher, or both."
         )
     if teacher is None:

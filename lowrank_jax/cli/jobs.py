@@ -1,4 +1,4 @@
-"""A checkpoint, a model and images of the user's own: what `plan` and `compress` work on."""
+"""A checkpoint, a model and images of the user: what `plan`, `compress`, `finetune` work on."""
 
 import argparse
 import dataclasses
@@ -121,9 +121,9 @@ def add_network_options(command: argparse.ArgumentParser, count: int | None = No
         "module, or of a function of (variables, images)"
     )
     add("--model", required=True, help=about)
-    about = "arguments of the class or function that makes it, as JSON"
+    about = "arguments of the class or function that makes the model, as JSON"
     add("--model-args", type=parse_object, default={}, help=about)
-    about = 'arguments of its call as JSON, such as {"train": false}'
+    about = 'arguments of the call as JSON, such as {"train": false}'
     add("--model-kwargs", type=parse_object, default={}, help=about)
     about = (
         "images: .npy or .npz (batch, h, w, c), float or uint8; a folder of pictures, or of a "
@@ -132,7 +132,7 @@ def add_network_options(command: argparse.ArgumentParser, count: int | None = No
     )
     add("--images", required=True, help=about)
     add("--data-dir", help=DATA_DIR.format("the data set of tfds:name"))
-    about = "images that are read at most, a random choice; of batches the first"
+    about = "images that are read at most, a random choice; the first ones of batches"
     add("--count", type=positive, default=count, help=f"{about}{'' if count else '; all without'}")
     about = "height and width, such as 224 or 224x320, to which pictures are scaled and cropped"
     add("--size", type=image_size, help=about)

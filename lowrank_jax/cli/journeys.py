@@ -48,7 +48,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=128, help="images in a step")
     about = "highest rate of the one-cycle schedule"
     add("--learning-rate", type=rate, default=0.1, help=about)
-    about = "the same, in the fine-tuning; 0.005, or 0.02 with --no-distill"
+    about = "highest rate in the fine-tuning; 0.005, or 0.02 with --no-distill"
     add("--finetune-learning-rate", type=rate, help=about)
     add("--crop", type=whole(1, 32), default=32, help="side of the random training crops, pixels")
     about = "tune towards the dense network's probabilities instead of the labels"

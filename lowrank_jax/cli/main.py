@@ -1,4 +1,4 @@
-"""The command ``lowrank-jax``: `demo`, `cifar10`, `plan`, `compress`, `finetune` and `paper`."""
+"""The command ``lowrank-jax`` with its subcommands, such as `demo`, `plan` and `compress`."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ exit status:
   130  Ctrl-C; a training saved its step before, and the same command goes on
   143  SIGTERM, likewise
 
-Progress and notes are on the standard error; --quiet after a command leaves errors alone.
+Progress and notes are on the standard error; with --quiet after a command only errors are.
 Completion in bash: lowrank-jax completion bash > ~/.lowrank-jax.bash, once, and the line
 source ~/.lowrank-jax.bash in ~/.bashrc. The argument zsh or tcsh prints the script of that shell.
 example:

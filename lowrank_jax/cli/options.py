@@ -174,6 +174,6 @@ def new_command(commands: Any, name: str, about: str, run: Callable) -> argparse
     command = commands.add_parser(name, help=about, description=wrapped, epilog=epilog)
     command.set_defaults(run=run)
     command.formatter_class = _Help
-    about = "no progress and no notes, errors alone"
+    about = "print errors only, no progress and no notes"
     command.add_argument("--quiet", action="store_true", help=about)
     return command

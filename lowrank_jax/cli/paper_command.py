@@ -23,7 +23,9 @@ from lowrank_jax.tuning.timing import compile_fastest, throughput
 
 def add_command(commands: Any) -> None:
     """Adds `paper` to the subcommands of ``lowrank-jax``."""
-    about = "print costs and speed of the networks of Tai et al. at their ranks, beside their own"
+    about = (
+        "print costs and speed of the networks of Tai et al. (2016), beside the authors' figures"
+    )
     command = new_command(commands, "paper", about, run)
     add = command.add_argument
     add("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED), metavar="NAME",

@@ -30,8 +30,8 @@ def add_command(commands: Any) -> None:
     command = new_command(commands, "plan", about, run)
     add_job_options(command, "lowrank-jax-plan")
     about = (
-        "shares, such as 0.3,0.5,0.7, to compress to, to draw and to save; of 256 images and more "
-        "every fourth is not fitted to, and scored"
+        "shares, such as 0.3,0.5,0.7, to compress to, to draw and to save; of 256 images or more "
+        "every fourth is scored and left out of the fit"
     )
     command.add_argument("--curve", type=shares, help=about)
     add_comparison_options(command)

@@ -77,5 +77,7 @@ def _array(value: Any, where: str) -> np.ndarray:
 def _joined(parts: list[np.ndarray], path: str) -> np.ndarray:
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) > 1:
-        raise ValueError(f"--images {path} gives images of shapes {shapes}; give them in one.")
+        raise ValueError(
+            f"--images {path} has images of shapes {shapes}; give images of one shape."
+        )
     return np.concatenate(parts)

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def named_builder(name: str, data_dir: str | None = None) -> "tfds.core.DatasetBuilder":
-    """The data set of a name, in TFDS_DATA_DIR or ``~/tensorflow_datasets`` without a folder.
+    """The data set of a name, in a folder, TFDS_DATA_DIR or ``~/tensorflow_datasets``.
 
     Raises:
         FileNotFoundError: no prepared copy is there, or it lacks files.

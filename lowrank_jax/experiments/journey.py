@@ -110,7 +110,7 @@ def run(
         test: images for every accuracy.
         recipe: of the tuning.
         tune_planned: whether the network of the plan is tuned, too.
-        images: so many of ``data`` are for the plan and the fits.
+        images: how many images of ``data`` the plan and the fits use.
         batch_size, rounds: images in a forward pass, and passes of each network in the timing.
         limit: seconds that the search for each fast program may take.
         log: called with a line after every step.

@@ -26,7 +26,8 @@ ALEXNET: Sequence[Layer] = (
 class CaffeNet(nn.Module):
     """The convolutions of AlexNet (Krizhevsky et al., 2012) as Caffe has them, in two groups.
 
-    Without its local response normalisations, which have no parameters, and its dense layers.
+    The class leaves out the local response normalisations, which have no parameters, and the dense
+    layers.
 
     Example:
         >>> import jax, jax.numpy as jnp

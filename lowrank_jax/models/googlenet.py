@@ -45,7 +45,7 @@ class Inception(nn.Module):
 class GoogLeNet(nn.Module):
     """GoogLeNet of Szegedy et al., 2014 (arXiv 1409.4842, table 1).
 
-    Without the auxiliary classifiers, which serve the training alone, and without the local
+    The class leaves out the auxiliary classifiers, which serve the training alone, and the local
     response normalisations, which have no parameters. The layers have Caffe's names.
 
     Attributes:

@@ -25,8 +25,8 @@ class NIN(nn.Module):
     Attributes:
         num_classes: features of the last convolution.
         ranks: layer name to rank; the named layers are `SeparableConv`, the others `nn.Conv`.
-        batch_norm: normalise after every convolution but the last; of a low-rank layer after the
-            horizontal convolution alone, as Tai et al. do.
+        batch_norm: whether to normalise after every convolution but the last; a low-rank layer
+            normalises after the horizontal convolution alone, as Tai et al. do.
         dtype: type of the computation; parameters and normalisation statistics stay float32.
         precision: numerical precision of the convolutions, as in `jax.lax.Precision`.
 
@@ -85,8 +85,8 @@ class NIN(nn.Module):
 class ImageNetNIN(nn.Module):
     """The network of Lin et al., 2013 (arXiv 1312.4400) for ImageNet, as Caffe's model zoo has it.
 
-    Four convolutions, each with two 1x1 ones behind it, and poolings between them. The layers are
-    named conv1 to conv4 and cccp1 to cccp8, as there.
+    It has four convolutions, each followed by two 1x1 convolutions, and poolings between them. The
+    layers are named conv1 to conv4 and cccp1 to cccp8, as there.
 
     Attributes:
         num_classes: features of the last convolution.

@@ -45,7 +45,8 @@ class Published:
         size: side of its images, pixels.
         ranks: rules for `lowrank_jax.decompose`; an int is the rank of one group.
         note: whose ranks these are, where they are not the authors'.
-        compression, speed_up: published factors of the weights and of the time; None if none is.
+        compression, speed_up: published factors of the weights and of the time; None where none was
+            published.
         weights: name of its pretrained convolutions in `lowrank_jax.models.pretrained`, if any.
     """
 

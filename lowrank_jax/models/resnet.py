@@ -38,9 +38,10 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR-10 network of He et al., 2015 (arXiv 1512.03385, section 4.2).
 
-    A 3x3 convolution, three stages of (depth - 2) / 6 blocks with 16, 32 and 64 features, global
-    average, a dense layer. A convolution pads by one pixel on every side with stride 2 too, where
-    "SAME" would not, so that weights trained in PyTorch fit (`lowrank_jax.io.torch_names`).
+    It has a 3x3 convolution, three stages of (depth - 2) / 6 blocks with 16, 32 and 64 features, a
+    global average and a dense layer. A convolution pads by one pixel on every side with stride 2
+    too, where "SAME" would not, so that weights trained in PyTorch fit
+    (`lowrank_jax.io.torch_names`).
 
     Attributes:
         depth: layers with weights, 6n + 2: 20, 32, 44, 56 or 110 in the paper.

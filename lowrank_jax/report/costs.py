@@ -148,7 +148,7 @@ def bars(layers: Sequence[LayerCost], measure: str) -> Picture:
     known = [layer for layer in layers if getattr(layer, measure)]
     costliest = sorted(known, key=lambda layer: -getattr(layer, measure)[0])[:MOST]
     drawn = [layer for layer in known if layer in costliest]
-    few = f" Drawn are the {MOST} layers that cost most of {len(known)}." * (len(known) > MOST)
+    few = f" It shows the {MOST} layers that cost most of {len(known)}." * (len(known) > MOST)
     return Picture(
         name=NAMES[measure].replace("-", "_"),
         title=f"{NAMES[measure].capitalize()} of each layer",

@@ -155,7 +155,7 @@ def legend_below(axis: "Axes", columns: int) -> None:
 
 
 def short(name: str, most: int = 22) -> str:
-    """The name of a layer, without its begin if it is long.
+    """The name of a layer, without its beginning if it is long.
 
     Example:
         >>> short("encoder/block_11/attention/query", most=16)

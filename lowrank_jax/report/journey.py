@@ -96,8 +96,7 @@ def _accuracy_picture(journey: Journey) -> Picture:
         name="accuracy",
         title="Test accuracy of each network",
         about="The dashed line is the dense network. Light bars have the given ranks, dark ones "
-        "those of the plan. Bars whose lengths differ by less than the accuracy is known to are "
-        "alike.",
+        "those of the plan. Two bars that differ by less than the error of an accuracy are alike.",
         draw=lambda: draw_accuracy(journey),
     )
 

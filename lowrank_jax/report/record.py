@@ -104,5 +104,5 @@ class Report:
 
     @property
     def pictures(self) -> list[Picture]:
-        """Of all sections, in their order."""
+        """The pictures of all sections, in their order."""
         return [picture for section in self.sections for picture in section.pictures]
