@@ -62,11 +62,6 @@ class Inputs:
         """Whether the batches can be had more than once."""
         return self._started is None
 
-    @property
-    def count(self) -> int | None:
-        """How many images there are; None where only a pass over the batches tells."""
-        return images(as_arguments(self._given)) if self.one_batch else None
-
     def __iter__(self) -> Iterator[tuple]:
         if self.one_batch:
             yield from self._cut(as_arguments(self._given))

@@ -61,7 +61,7 @@ def add_command(commands: Any) -> None:
     add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     about = "of the run: its checkpoints, metrics and result"
-    add("--folder", type=Path, default=Path("lowrank-jax-finetune"), help=about)
+    add("--out", type=Path, default=Path("lowrank-jax-finetune"), help=about)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     data = job.images if labels is None else (job.images, labels)
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
@@ -86,17 +86,17 @@ def run(args: argparse.Namespace) -> None:
         tuned, plan = _shrunk(job, data, options, args)
     else:
         plan = Plan.load(args.plan) if args.plan else None
-        known["before"] = _start(job, plan, args.folder / START)
-        tuned = _trained(job, known["before"], data, folder=args.folder, plan=plan, **options)
-    save_weights(args.folder / RESULT, job.model.weights(tuned))
+        known["before"] = _start(job, plan, args.out / START)
+        tuned = _trained(job, known["before"], data, folder=args.out, plan=plan, **options)
+    save_weights(args.out / RESULT, job.model.weights(tuned))
     if plan is not None:
-        plan.save(args.folder / PLAN)
+        plan.save(args.out / PLAN)
     report = _report(job, labels, known | {"after": tuned}, plan, args)
-    write_report(args.folder, report)
+    write_report(args.out, report)
     print(report.summary)
-    print(f"The network is {args.folder / RESULT}.")
-    print(f"The report is {args.folder / 'report.html'}.")
-    print(loading_lines(job.model, job.kwargs, args.folder / RESULT))
+    print(f"The network is {args.out / RESULT}.")
+    print(f"The report is {args.out / 'report.html'}.")
+    print(loading_lines(job.model, job.kwargs, args.out / RESULT))
 
 
 def _report(
@@ -116,12 +116,12 @@ def _report(
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
     training = Training(
         asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
-        metrics=read_metrics(last_stage(args.folder) if args.shrink else args.folder),
+        metrics=read_metrics(last_stage(args.out) if args.shrink else args.out),
         accuracy=accuracy,
         scored=len(part.images),
     )
     own, networks = setting(args, job.model), _networks(job, trees["after"], plan)
-    following = after_finetune(own, args.folder / RESULT)
+    following = after_finetune(own, args.out / RESULT)
     return tuned_report(own.subject, training, networks, following)
 
 
@@ -142,7 +142,7 @@ def _shrunk(
 ) -> tuple[Any, Plan]:
     """The network at the last share of the macs, and its plan."""
     inputs = job.images[:CALIBRATION]
-    schedule: dict[str, Any] = dict(macs=args.shrink, tune=options, folder=args.folder)
+    schedule: dict[str, Any] = dict(macs=args.shrink, tune=options, folder=args.out)
     return shrink(job.apply, job.variables, inputs, data, **schedule, **job.kwargs)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from lowrank_jax.calibration.amount import tell_amount
 from lowrank_jax.calibration.collecting import Calibration, prepared
 from lowrank_jax.calibration.curvature import channel_curvature, importance_of
+from lowrank_jax.calibration.inputs import Inputs, images
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.program.jaxprs import check_options
 from lowrank_jax.tree.decomposing import find_schemes
@@ -86,9 +87,8 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
         )
     variables, inputs, table, *args = given
     network, batches, trace = prepared(apply, variables, inputs, tuple(args), kwargs)
-    batches = batches.held()
-    if batches.count is not None:
-        tell_amount(trace, batches.count)
+    batches = Inputs(list(batches))  # all of them are needed at every layer
+    tell_amount(trace, sum(map(images, batches)))
     schemes = find_schemes(variables, table, trace=trace)
     curvature = channel_curvature(network, batches, trace, list(schemes))
     return Job(network, batches, schemes, importance_of(curvature))

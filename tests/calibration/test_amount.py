@@ -7,7 +7,7 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import calibrate, trace
+from lowrank_jax import calibrate, compress, trace
 from lowrank_jax.calibration.amount import ENOUGH, Amount
 
 
@@ -41,11 +41,20 @@ def test_so_many_images_as_are_wanted_are_enough_and_one_less_is_not(images):
     assert ("which is enough" in str(found)) == (images >= found.wanted)
 
 
+def _calibrated(run, tree, images):
+    calibrate(run, tree, images)
+
+
+def _compressed(run, tree, images):
+    compress(run, tree, images, {"head": 2})
+
+
+@pytest.mark.parametrize("verb", [_calibrated, _compressed])
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: [x[:2], x[2:]], lambda x: lambda: [x]])
 @pytest.mark.parametrize("count, level", [(4, "WARNING"), (400, "INFO")])
-def test_calibrate_says_whether_the_images_are_enough(count, level, caplog):
+def test_the_verbs_say_whether_the_images_are_enough(count, level, given, verb, caplog):
     caplog.set_level("INFO", "lowrank_jax")
-    kernel, images = jnp.ones((8, 4)), jnp.ones((count, 8))
-    calibrate(lambda tree, x: x @ tree["head"], {"head": kernel}, images)
+    verb(lambda tree, x: x @ tree["head"], {"head": jnp.ones((8, 4))}, given(jnp.ones((count, 8))))
     (line,) = [r for r in caplog.records if r.levelname == level and "widest layer" in r.message]
     assert f"{count} images give {count} samples for the 8 inputs" in line.message
 

@@ -52,7 +52,7 @@ def command(files, out, *options, checkpoint="dense.npz"):
         "--model": "trained_network:Trained",
         "--model-kwargs": '{"train": false}',
         "--batch-size": 16,
-        "--folder": out,
+        "--out": out,
     }
     return ["finetune", *(str(x) for pair in given.items() for x in pair), *options]
 

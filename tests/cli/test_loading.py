@@ -77,7 +77,7 @@ def test_the_lines_after_plan_decompose_and_run_the_network(model, user, tmp_pat
 @pytest.mark.parametrize("model", ["make", "Module"])
 def test_the_lines_after_finetune_load_and_run_the_network(model, user, tmp_path, capsys):
     write_module(user)
-    options = ["--labels", "y.npy", "--steps", "2", "--batch-size", "3", "--folder", "run"]
+    options = ["--labels", "y.npy", "--steps", "2", "--batch-size", "3", "--out", "run"]
     assert run(user, "finetune", model, *options) == 0
     assert result_of(printed_lines(capsys.readouterr().out), tmp_path)[:2] == ["6", "4"]
 
@@ -86,7 +86,7 @@ def test_the_lines_after_finetune_load_and_run_the_network(model, user, tmp_path
 def test_a_model_of_nnx_is_compressed_by_a_plan_taught_and_runs(user, capsys):
     assert run(user, "plan", "Module", "--budget", "macs=0.7") == 0
     options = ["--plan", "lowrank-jax-plan/plan.json", "--steps", "2", "--batch-size", "3"]
-    assert run(user, "finetune", "Module", *options, "--folder", "run") == 0
+    assert run(user, "finetune", "Module", *options, "--out", "run") == 0
     small = load_weights("run/variables.npz")
     apply, variables = functional(rebuilt(user.Module(rngs=nnx.Rngs(0)), small))
     assert lowrank(apply)(variables, user.X).shape == (6, 4)
