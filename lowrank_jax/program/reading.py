@@ -37,7 +37,7 @@ class Reading:
             spec, ndim = eqn.params["dimension_numbers"].rhs_spec, eqn.invars[1].aval.ndim
             letters = dict(zip(spec, "OI" + AXES.get(ndim - 2, "")[:-2], strict=False))
             return cls(eqn, 1, sources[1], letters, layout(sources[1], letters))
-        operand = next((i for i in (1, 0) if sources[i]), 1)
+        operand = _kernel_of_product(sources)
         roles = _roles(eqn, operand)
         return cls(eqn, operand, sources[operand], roles, product_layout(sources[operand], roles))
 
@@ -153,6 +153,20 @@ def _takes_whole(source: Source, axes: str) -> bool:
     stored = stored_letters(source, axes)
     letters = [(stored[axis], index) for axis, index in source.gone]
     return all(x == "." or (x not in "IO" and index is not None) for x, index in letters)
+
+
+def _kernel_of_product(sources: Sequence[Source | None]) -> int:
+    """Which operand of a product is the kernel: one that was only moved comes before a changed one.
+
+    Activations can pass for a changed parameter, such as the bias that was added to those of one
+    image.
+    """
+
+    def rank(operand: int) -> tuple[bool, bool, int]:
+        source = sources[operand]
+        return source is not None and source.dims is not None, source is not None, operand
+
+    return max((0, 1), key=rank)
 
 
 def _roles(eqn: Any, operand: int) -> dict[int, str]:

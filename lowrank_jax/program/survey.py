@@ -154,7 +154,8 @@ class Survey:
 
 def _altered(var: Any, known: list[tuple[Any, Source]], operation: str) -> Source | None:
     size, ndim = _size(var), len(getattr(var.aval, "shape", ()))
-    same = [source for operand, source in known if _size(operand) == size and ndim > 1]
+    matrices = [(operand, source) for operand, source in known if len(source.shape) > 1]
+    same = [source for operand, source in matrices if _size(operand) == size and ndim > 1]
     if not same:
         return None
     return same[0] if operation in UNALTERED and same[0].dims is None else same[0].after(operation)

@@ -221,3 +221,43 @@ def test_kernels_of_convolutions_run_in_products_of_any_axes():
     small = decompose(tree, {"kernel": Separable(2)})
     assert_same(lowrank(apply)(small, x), apply(reconstruct(small), x))
     assert count(lowrank(apply), small, x) == 2
+
+
+WRITINGS = {  # a layer of inputs (n, i), a kernel (i, o) or (o, i), and a bias (o,)
+    "x @ w": lambda w, b, x: x @ w + b,
+    "x @ w.T": lambda w, b, x: x @ w.T + b,
+    "(w @ x.T).T": lambda w, b, x: (w @ x.T).T + b,
+    "(w.T @ x.T + b).T": lambda w, b, x: (w.T @ x.T + b[:, None]).T,
+    "vmap w @ x": lambda w, b, x: jax.vmap(lambda row: w @ row + b)(x),
+    "vmap x @ w": lambda w, b, x: jax.vmap(lambda row: row @ w + b)(x),
+    "einsum": lambda w, b, x: jnp.einsum("oi,ni->no", w, x) + b,
+    "bias of two axes": lambda w, b, x: x @ w + b[None],
+    "scaled and shifted": lambda w, b, x: (x * b[0] @ w) * jnp.exp(b) + b,
+}
+TRANSPOSED = ("x @ w.T", "(w @ x.T).T", "vmap w @ x", "einsum")
+
+
+@many
+@given(
+    st.lists(st.sampled_from(sorted(WRITINGS)), min_size=2, max_size=4),
+    st.lists(st.sampled_from([1, 2, 3, 8]), min_size=5, max_size=5),
+    st.sampled_from([1, 2, 3, 8]),
+)
+def test_every_layer_is_found_for_every_number_of_images_and_no_bias_is_one(names, sizes, images):
+    def shape(number, name):
+        pair = sizes[number : number + 2]
+        return pair[::-1] if name in TRANSPOSED else pair
+
+    tree = {
+        f"layer{number}": {"w": normal(shape(number, name)), "b": normal(sizes[number + 1])}
+        for number, name in enumerate(names)
+    }
+
+    def network(tree, x):
+        for layer, name in zip(tree.values(), names, strict=True):
+            x = jax.nn.relu(WRITINGS[name](layer["w"], layer["b"], x))
+        return x
+
+    uses = trace(network, tree, jnp.ones((images, sizes[0])))
+    assert [use.path for use in uses] == list(tree)
+    assert all(use.safe and use.macs == images * tree[use.path]["w"].size for use in uses)
