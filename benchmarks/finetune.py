@@ -29,6 +29,7 @@ from lowrank_jax.training import (
 )
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.tuning.device import machine
 
 
@@ -98,7 +99,7 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
         small,
         epochs=args.epochs,
         batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        tx=one_cycle_sgd(args.learning_rate, args.epochs * (args.train // args.batch_size)),
         loss=wanted,
         teacher=dense if wanted.needs & {"teacher", "layers"} else None,
         average=args.average,

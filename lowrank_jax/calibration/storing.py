@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lowrank_jax.factorization.strips import Strips
 from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.io.missing import check_exists
 from lowrank_jax.io.npz import read_arrays, write_arrays
 
 VERSION = 2
@@ -58,6 +59,7 @@ def read_moments(
         FileNotFoundError: there is nothing at the path.
         ValueError: the file is damaged, holds something else, or belongs to other kernels.
     """
+    check_exists(path, "give what Calibration.save wrote")
     try:
         arrays = read_arrays(Path(path))
         head = json.loads(bytes(arrays["head"]))
@@ -69,8 +71,6 @@ def read_moments(
             found.setdefault(layer, {})[tuple(index)] = Strips(count=count, **fields)
         layers = enumerate(head["curvature"])
         curvature = {layer: arrays[f"curvature.{number}"] for number, layer in layers}
-    except FileNotFoundError:
-        raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no whole calibration: {str(error)[:80]}. Calibrate again, or give "

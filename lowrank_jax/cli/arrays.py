@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax.io import npz
+from lowrank_jax.io.missing import check_exists
 
 IMAGES = ("images", "image", "x")  # names of the images in a file or a batch
 LABELS = ("labels", "label", "y")
@@ -24,8 +25,7 @@ def load_array(path: str, names: Sequence[str], what: str) -> np.ndarray:
         FileNotFoundError: there is no file.
         ValueError: it is no such file, or it has no such entry.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}; give {what}, as numpy.save writes them.")
+    check_exists(path, f"give {what}, as numpy.save writes them")
     if Path(path).suffix.lower() == ".npz":
         arrays = load_entries(path, what)
         return next(iter(arrays.values())) if len(arrays) == 1 else entry(arrays, names, path)

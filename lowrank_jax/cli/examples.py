@@ -1,7 +1,6 @@
 """Images and labels of the user's own, wherever they are: what `--images` and `--labels` take."""
 
 import dataclasses
-import difflib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lowrank_jax.cli.choice import Choice, Examples
 from lowrank_jax.cli.pictures import read_pictures
 from lowrank_jax.cli.prepared import PREFIX, read_folder, read_named
 from lowrank_jax.cli.streams import read_stream
+from lowrank_jax.io.missing import check_exists
 
 WANTED = "images (batch, ..., channels)"
 KINDS = "give a .npy or .npz file, a folder of pictures, tfds:name/split or package.module:name"
@@ -39,16 +39,8 @@ def load_examples(path: str, choice: Choice) -> Examples:
         return read_folder(place, choice) if prepared else read_pictures(place, choice)
     if IMPORTED.fullmatch(path) and not place.exists():
         return read_stream(path, choice)
-    if not place.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}; {_near(place)}{KINDS}.")
+    check_exists(path, KINDS, "file or folder")
     return _of_file(path, choice)
-
-
-def _near(place: Path) -> str:
-    """What stands beside a missing path under nearly its name."""
-    beside = [own.name for own in place.parent.iterdir()] if place.parent.is_dir() else []
-    near = difflib.get_close_matches(place.name, beside, n=1)
-    return f"did you mean {place.with_name(near[0])}? Or " if near else ""
 
 
 def _of_file(path: str, choice: Choice) -> Examples:

@@ -17,6 +17,7 @@ from lowrank_jax.training.evaluation import evaluate
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import distillation
 from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.tree.decomposing import decompose
 
 Variables = dict[str, Any]
@@ -114,7 +115,7 @@ def fit(
         (data.images, data.labels),
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
-        learning_rate=recipe.peak,
+        tx=one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size)),
         loss=None if teacher is None else distillation(TEMPERATURE),
         teacher=teacher,
         augment=augment,

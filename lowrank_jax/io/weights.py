@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.io.formats import READERS, WRITERS
+from lowrank_jax.io.missing import check_exists
 from lowrank_jax.io.orbax import read_orbax, write_tree
 from lowrank_jax.io.training_state import variables_in
 
@@ -87,8 +88,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         {'conv1.bias': array([0., 0., 0.])}
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}. {READABLE}.")
+    check_exists(path, f"{READABLE[0].lower()}{READABLE[1:]}", "file or folder")
     reader = read_orbax if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
         remedy = (

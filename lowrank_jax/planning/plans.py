@@ -12,6 +12,7 @@ from lowrank_jax.factorization.layout import split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.io.missing import check_exists
 from lowrank_jax.planning.budget import Budget, check_measure, number
 from lowrank_jax.planning.leaves import Leaf
 from lowrank_jax.program.kernel_use import table
@@ -172,6 +173,7 @@ class Plan:
             FileNotFoundError: there is nothing at the path.
             ValueError: the file is damaged, holds something else, or is of another version.
         """
+        check_exists(path, "give what Plan.save wrote")
         try:
             data = json.loads(Path(path).read_text(), parse_constant=_refuse)
             if (version := data.pop("version")) != VERSION:

@@ -95,7 +95,7 @@ def check_function(apply: Any, variables: Any = ()) -> None:
 
 
 def check_options(verb: Callable, apply: Any, given: Iterable[str]) -> None:
-    """Refuses an argument that is nearly one of a verb's own, before it goes to the model.
+    """Refuses an argument that neither a verb nor the model names, before the model runs.
 
     Args:
         verb: the function that was called.
@@ -103,16 +103,19 @@ def check_options(verb: Callable, apply: Any, given: Iterable[str]) -> None:
         given: names of these arguments.
 
     Raises:
-        ValueError: the model does not name such an argument, and the verb has one that is near.
+        ValueError: the model does not name such an argument.
     """
     options = inspect.signature(verb).parameters.values()
     own = [option.name for option in options if option.kind is option.KEYWORD_ONLY]
     for name in given:
+        if _takes(apply, name):
+            continue
         near = difflib.get_close_matches(name, own, n=1, cutoff=NEAR)
-        if near and not _takes(apply, name):
+        if near or not hasattr(apply, "__self__"):  # a module's method has arguments of its own
+            known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(own)}."
             raise ValueError(
-                f"{verb.__name__} has no argument {name!r}; did you mean {near[0]!r}? What the "
-                "verb does not know goes to the model, which does not name it either."
+                f"{verb.__name__} has no argument {name!r}; {known} What the verb does not know "
+                "goes to the model, which does not name it either."
             )
 
 

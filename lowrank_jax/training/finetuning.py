@@ -24,6 +24,7 @@ from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
 
 TEACHES = {"teacher", "layers"}
+CLIP = 1.0  # without it a ResNet-20 whose statistics are frozen has an infinite loss in 15 steps
 
 
 def finetune(
@@ -73,7 +74,8 @@ def finetune(
             ``0.5 * cross_entropy() + 0.5 * distillation()`` learns from both.
         teacher: variables of the dense network, for a loss that needs them.
         teacher_apply: the teacher's function, where it is not ``apply``.
-        learning_rate: highest rate of the default optimiser, `one_cycle_sgd`.
+        learning_rate: highest rate of the default optimiser, `one_cycle_sgd` with gradients of a
+            norm of at most 1, so that networks with frozen statistics bear it, too.
         tx: an optimiser of optax, in place of the default one.
         accumulate: batches whose gradients are averaged for one update.
         average: decay of a moving average of the parameters, such as 0.999, which is returned in
@@ -140,7 +142,12 @@ def finetune(
         **kwargs,
     )
     start = TrainState.create(
-        variables, optimiser, seed=seed, trained=trained, average=average is not None
+        variables,
+        optimiser,
+        seed=seed,
+        trained=trained,
+        renewed=mutable or (),
+        average=average is not None,
     )
     start = start if sharding is None else beside(start, optimiser, sharding.mesh)
     run = Run(
@@ -149,6 +156,7 @@ def finetune(
         steps=count,
         seed=seed,
         loss=str(wanted),
+        labelled="labels" in wanted.needs,
         rate=learning_rate if tx is None else None,
         teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
@@ -203,5 +211,5 @@ def _optimiser(
     tx: optax.GradientTransformation | None, learning_rate: float, steps: int, accumulate: int
 ) -> optax.GradientTransformation:
     every = positive("accumulate", accumulate)
-    own = one_cycle_sgd(learning_rate, -(-steps // every)) if tx is None else tx
+    own = one_cycle_sgd(learning_rate, -(-steps // every), clip=CLIP) if tx is None else tx
     return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

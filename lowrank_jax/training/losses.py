@@ -121,7 +121,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         raise ValueError(f"smoothing={smoothing!r} is not allowed; give a share from 0 to below 1.")
 
     def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = outputs.astype(jnp.float32)
+        logits = _logits(outputs)
         targets = probabilities(labels, logits.shape)
         return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
 
@@ -149,8 +149,8 @@ def distillation(temperature: float = 1.0) -> Loss:
         raise ValueError(f"temperature={temperature!r} is not allowed; give a number above 0.")
 
     def distillation(outputs: jax.Array, teacher: jax.Array) -> jax.Array:
-        own = jax.nn.log_softmax(outputs.astype(jnp.float32) / temperature)
-        target = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+        own = jax.nn.log_softmax(_logits(outputs) / temperature)
+        target = jax.nn.log_softmax(_logits(teacher) / temperature)
         divergence = optax.losses.kl_divergence_with_log_targets(own, target)
         return temperature**2 * divergence.mean()
 
@@ -185,7 +185,7 @@ def squared_error() -> Loss:
     """
 
     def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.mean((outputs.astype(jnp.float32) - labels) ** 2)
+        return jnp.mean((_logits(outputs) - labels) ** 2)
 
     return Loss.of(squared_error)
 
@@ -237,6 +237,17 @@ def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return labels
     known = (labels >= 0) & (labels < shape[-1])
     return jnp.where(known[..., None], jax.nn.one_hot(labels, shape[-1]), jnp.nan)
+
+
+def _logits(outputs: Any) -> jax.Array:
+    """The outputs of a network in float32, if they are one array."""
+    if not hasattr(outputs, "astype"):
+        many = f"{type(outputs).__name__} of {len(jax.tree.leaves(outputs))} arrays"
+        raise ValueError(
+            f"The network gives a {many}, and this loss takes one array. Give a function of the "
+            "outputs alone, such as lambda tree, x: apply(tree, x)[0], or a loss of your own."
+        )
+    return outputs.astype(jnp.float32)
 
 
 def _relative_error(y: jax.Array, t: jax.Array) -> jax.Array:

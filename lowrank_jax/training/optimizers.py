@@ -16,7 +16,7 @@ LOG = logging.getLogger("lowrank_jax")
 
 
 def one_cycle_sgd(
-    peak: float, steps: int, weight_decay: float = 5e-4
+    peak: float, steps: int, weight_decay: float = 5e-4, clip: float | None = None
 ) -> optax.GradientTransformation:
     """SGD with Nesterov momentum 0.9 under a one-cycle cosine schedule.
 
@@ -26,6 +26,7 @@ def one_cycle_sgd(
         peak: highest learning rate, above 0.
         steps: of the whole run.
         weight_decay: share of a weight that is added to its gradient.
+        clip: largest norm of the whole gradient; None for no limit.
 
     Raises:
         ValueError: the peak is not allowed.
@@ -45,7 +46,8 @@ def one_cycle_sgd(
     decay = optax.add_decayed_weights(
         weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     )
-    return optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    limit = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    return optax.chain(limit, decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
 
 
 def carry_optimizer(

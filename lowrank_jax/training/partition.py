@@ -14,7 +14,9 @@ from lowrank_jax.tree.suggest import suggest
 Rules = Mapping[str, bool]
 
 
-def trained_leaves(variables: Any, rules: Rules | None = None) -> Any:
+def trained_leaves(
+    variables: Any, rules: Rules | None = None, renewed: Collection[str] = ()
+) -> Any:
     """For each leaf of a tree whether it is trained.
 
     Without rules these are the floating leaves of the collection "params" of Linen variables, and
@@ -27,6 +29,7 @@ def trained_leaves(variables: Any, rules: Rules | None = None) -> Any:
             leaf by its name, such as "stage1/conv" for a kernel or its factors and
             "stage1/conv/bias", or by the name of anything that holds the leaf, such as "stage1".
             The first rule that matches a leaf decides it. A leaf that no rule matches is trained.
+        renewed: collections that a call in training gives anew, which are not trained.
 
     Returns:
         A tree of bools of the same structure.
@@ -48,9 +51,9 @@ def trained_leaves(variables: Any, rules: Rules | None = None) -> Any:
                 f"{name}: a {type(leaf).__name__} is not allowed; give a tree of arrays, and keep "
                 "all else in the function."
             )
-    free = _free(variables)
+    free = _free(variables, renewed)
     candidates = [name for name, own in zip(names, free, strict=True) if own]
-    frozen = _frozen(candidates, rules or {})
+    frozen = _frozen(candidates, names, rules or {})
     found = [own and name not in frozen for name, own in zip(names, free, strict=True)]
     if not any(found):
         raise ValueError(
@@ -83,16 +86,18 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _free(variables: Any) -> list[bool]:
+def _free(variables: Any, renewed: Collection[str]) -> list[bool]:
     """For each leaf whether it is trained without rules."""
     paths = jax.tree_util.tree_leaves_with_path(variables)
     linen = isinstance(variables, Mapping) and COLLECTION in variables
-    inside = [not linen or getattr(path[0], "key", None) == COLLECTION for path, _ in paths]
+    holders = [getattr(path[0], "key", None) if path else None for path, _ in paths]
+    inside = [own == COLLECTION if linen else own not in renewed for own in holders]
     floats = [jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in paths]
     return [mine and floating for mine, floating in zip(inside, floats, strict=True)]
 
 
-def _frozen(names: Collection[str], rules: Rules) -> set[str]:
+def _frozen(candidates: Collection[str], names: Collection[str], rules: Rules) -> set[str]:
+    """Which candidates the rules freeze; a rule may also freeze what is never trained."""
     decided: dict[str, bool] = {}
     for key, value in rules.items():
         if not isinstance(value, bool):
@@ -100,8 +105,13 @@ def _frozen(names: Collection[str], rules: Rules) -> set[str]:
                 f"The rule {key!r}: {value!r} is not allowed; give True to train what it matches, "
                 "False to freeze it."
             )
-        fresh = [name for name in _matched(key, names) if name not in decided]
-        if not fresh:
+        found = _matched(key, candidates)
+        if not found and (value or not _matched(key, names)):
+            paths = list(dict.fromkeys(path for name in candidates for path in _holders(name)))
+            advice = suggest(key, paths, "no leaf can be trained.")
+            raise ValueError(f"The rule {key!r} matches nothing that can be trained; {advice}")
+        fresh = [name for name in found if name not in decided]
+        if found and not fresh:
             raise ValueError(
                 f"The rule {key!r} is idle: rules before it decide all that it matches. Put it "
                 "before them, or leave it out."
@@ -117,12 +127,7 @@ def _matched(key: str, names: Collection[str]) -> list[str]:
         raise ValueError(
             f"The rule {key!r} is no regular expression ({error}); give a path, or one that is."
         ) from error
-    found = [name for name in names if any(map(pattern.fullmatch, _holders(name)))]
-    if not found:
-        paths = list(dict.fromkeys(path for name in names for path in _holders(name)))
-        advice = suggest(key, paths, "no leaf can be trained.")
-        raise ValueError(f"The rule {key!r} matches nothing that can be trained; {advice}")
-    return found
+    return [name for name in names if any(map(pattern.fullmatch, _holders(name)))]
 
 
 def _holders(name: str) -> Iterator[str]:

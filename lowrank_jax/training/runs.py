@@ -28,8 +28,10 @@ from lowrank_jax.training.steps import FINITE, Step
 
 LOG = logging.getLogger("lowrank_jax")
 LINE = 50  # steps between two lines of metrics
+FEW = 10  # steps whose mean loss is compared
+RISE = 1.5  # more than the batches differ
 HINT = (
-    "The step does not run on a batch of shapes {}. A batch is (inputs, labels), or inputs alone "
+    "The step does not run on a batch of {}. A batch is (inputs, labels), or inputs alone "
     "where the loss needs no labels. A teacher is the tree of the dense network; a teacher of "
     "another model needs teacher_apply. Arguments that finetune does not know go to the model."
 )
@@ -47,6 +49,7 @@ class Run:
         seed: of the run.
         loss: what is minimised, in words.
         rate: the learning rate, where it is a number; a run may go on with another one.
+        labelled: whether the loss reads labels.
         teacher: variables of the teacher.
         folder: for checkpoints and metrics; nothing is kept without one.
         save_every: steps between two checkpoints.
@@ -62,6 +65,7 @@ class Run:
     seed: int = 0
     loss: str = ""
     rate: float | None = None
+    labelled: bool = True
     teacher: Any = None
     folder: Path | None = None
     save_every: int = 500
@@ -133,6 +137,8 @@ class _Loop:
         self.number = int(state.step)
         self.metrics = Metrics(run.folder, self.number) if run.folder else None
         self.recent: list[dict[str, jax.Array]] = []
+        self.batch: tuple = ()
+        self.first: float | None = None  # the loss of the first steps
         self.epoch: list[dict[str, float]] = []
         self.since = time.perf_counter()
 
@@ -151,6 +157,20 @@ class _Loop:
                     signals.stop(f"step {self.number} is saved in {self.run.folder}; call again")
         return self.state
 
+    def _tell_rise(self, losses: list[float]) -> None:
+        """Warns at the end of a run whose loss has risen since the first steps."""
+        first, last = np.mean(losses[:FEW]), np.mean(losses[-FEW:])
+        self.first = float(first) if self.first is None else self.first
+        if self.number == self.run.steps and last > RISE * self.first:
+            rate = "" if self.run.rate is None else f", which was {self.run.rate}"
+            LOG.warning(
+                "The loss rose from %.3g to %.3g. Lower the learning rate%s: a network without "
+                "batch statistics, or with frozen ones, may need a tenth or less.",
+                self.first,
+                last,
+                rate,
+            )
+
     def _progress(self) -> Progress:
         return Progress("training", self.run.steps, self.number)
 
@@ -168,9 +188,11 @@ class _Loop:
         try:
             self.state, metrics = self.run.step(self.state, batch, self.run.teacher)
         except Exception as error:
-            error.add_note(HINT.format([np.shape(x) for x in jax.tree.leaves(batch)]))
+            kinds = [f"{np.shape(x)} {x.dtype}" for x in jax.tree.leaves(batch)]
+            error.add_note(HINT.format(", ".join(kinds)))
             raise
         self.number += 1
+        self.batch = batch
         self.recent.append(metrics)
         if len(self.recent) > 1:  # the device works on the last one meanwhile
             self._check(self.number - 1, self.recent[-2])
@@ -187,11 +209,21 @@ class _Loop:
         if which == FINITE:
             return
         names = [*leaf_names(self.state.params, is_leaf=lambda _: False), "the loss alone"]
+        loss, norm = float(metrics["loss"]), float(metrics["gradient"])
         raise FloatingPointError(
-            f"Step {number}: the loss is {float(metrics['loss']):.3g}; the first that is not "
-            f"finite, in its value or its gradient, is {names[which]}. {self._last()}. Lower the "
-            "learning rate, or look at the data of this step: labels are ints from 0 to the number "
-            "of classes less 1."
+            f"Step {number}: the loss is {loss:.3g} and the norm of its gradient {norm:.3g}; the "
+            f"first that is not finite, in its value or its gradient, is {names[which]}. "
+            f"{self._last()}. Lower the learning rate, or look at the data{self._labels()}."
+        )
+
+    def _labels(self) -> str:
+        """What the labels of the last batch are, where the loss reads them and they are ints."""
+        labels = self.batch[-1] if self.run.labelled and len(self.batch) > 1 else None
+        if labels is None or not np.issubdtype(labels.dtype, np.integer):
+            return ""
+        return (
+            ": labels are ints from 0 to the number of classes less 1, and those of the last batch "
+            f"are {int(labels.min())} to {int(labels.max())}"
         )
 
     def _last(self) -> str:
@@ -210,6 +242,7 @@ class _Loop:
         now = time.perf_counter()
         speed = {"steps_per_second": len(rows) / (now - self.since)}
         self._write(_means(rows) | speed)
+        self._tell_rise([row["loss"] for row in rows])
         self.epoch = [*self.epoch, *rows] if self.run.after_epoch else []
         self.recent, self.since = [], now
 

@@ -1,6 +1,7 @@
 """The state of a training run: all that a step reads and changes."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import chex
@@ -40,6 +41,7 @@ class TrainState:
         *,
         seed: int = 0,
         trained: Rules | None = None,
+        renewed: Collection[str] = (),
         average: bool = False,
     ) -> "TrainState":
         """A state at step 0. The variables are copied, because a step may donate its state.
@@ -48,7 +50,7 @@ class TrainState:
             variables: Linen variables, or any tree of arrays.
             tx: optimiser.
             seed: of all random numbers of the run.
-            trained: what is trained and what is frozen, as `trained_leaves` takes it.
+            trained, renewed: what is trained and what is not, as `trained_leaves` takes them.
             average: whether to keep an average of the parameters.
 
         Raises:
@@ -63,7 +65,7 @@ class TrainState:
                    [1., 1.]], dtype=float32)}, dict_keys(['count', 'dense']))
         """
         variables = jax.tree.map(jnp.array, variables)
-        params, rest = split(variables, trained_leaves(variables, trained))
+        params, rest = split(variables, trained_leaves(variables, trained, renewed))
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,

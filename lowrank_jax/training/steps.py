@@ -190,11 +190,18 @@ def _first_not_finite(total: jax.Array, params: Any, grads: Any) -> jax.Array:
 
 def _renewed(rest: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The leaves that stay as they are, with renewed collections in the containers they had."""
-    own = {
-        name: jax.tree.unflatten(jax.tree.structure(rest[name]), jax.tree.leaves(found[name]))
-        for name in found
-    }
+    own = {name: _in_place_of(rest[name], value, name) for name, value in found.items()}
     return type(rest)({**rest, **own})  # type: ignore[call-arg]
+
+
+def _in_place_of(old: Any, new: Any, name: str) -> Any:
+    leaves, structure = jax.tree.leaves(new), jax.tree.structure(old)
+    if len(leaves) != structure.num_leaves:
+        raise ValueError(
+            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {structure.num_leaves} "
+            f"are not trained. Give TrainState.create renewed=[{name!r}], so that none is trained."
+        )
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _advanced(

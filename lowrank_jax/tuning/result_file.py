@@ -11,6 +11,7 @@ from typing import Any
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.atomic import whole_file
+from lowrank_jax.io.missing import check_exists
 from lowrank_jax.tuning.algorithms import NAMES, Layer
 from lowrank_jax.tuning.candidate import Candidate, Choices, Configuration
 from lowrank_jax.tuning.device import Device
@@ -51,6 +52,7 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is nothing at the path.
         ValueError: the file holds something else.
     """
+    check_exists(path, "give what Fast.save wrote")
     try:
         return _facts(json.loads(Path(path).read_text()))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

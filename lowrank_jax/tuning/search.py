@@ -102,7 +102,7 @@ def fast(
 
 
 def _check(rounds: int, limit: float | None) -> None:
-    if rounds < 2:
-        raise ValueError(f"{rounds=} is not allowed; give 2 or more.")
-    if limit is not None and not limit > 0:
+    if not isinstance(rounds, int) or rounds < 2:
+        raise ValueError(f"{rounds=} is not allowed; give an int of 2 or more.")
+    if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"{limit=} is not allowed; give a positive number of seconds, or None.")

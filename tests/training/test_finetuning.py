@@ -9,7 +9,14 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import SeparableConv, lowrank
-from lowrank_jax.training import distillation, evaluate, finetune, layer_matching
+from lowrank_jax.training import (
+    TrainState,
+    distillation,
+    evaluate,
+    finetune,
+    layer_matching,
+    make_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,57 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tune, batch):
     images = np.array(batch[0])
     images[40] = np.nan
     batches = [(images[i : i + 16], batch[1][i : i + 16]) for i in range(0, 64, 16)]
-    text = r"Step 3: the loss is nan; the first .* is bias\. There is no checkpoint"
+    text = r"Step 3: the loss is nan and .*; the first .* is bias\. There is no checkpoint"
     with pytest.raises(FloatingPointError, match=text):
         tune(batches, steps=8)
+
+
+def test_labels_that_are_no_classes_are_named_with_their_range(batch, tune):
+    with pytest.raises(FloatingPointError, match=r"those of the last batch are 5 to \d"):
+        tune((batch[0], batch[1] + 5), steps=1)
+
+
+def test_a_loss_that_rises_is_told_at_the_end(batch, tune, caplog):
+    def loss(outputs, labels):
+        return 0 * outputs.mean() + labels.mean()
+
+    rising = [(batch[0][:8], np.full(8, 1 + step / 10, np.float32)) for step in range(20)]
+    tune(rising[::-1], steps=20, loss=loss)
+    assert "rose" not in caplog.text
+    tune(rising, steps=20, loss=loss, learning_rate=0.25)
+    assert "The loss rose from 1.45 to 2.45" in caplog.text and "which was 0.25" in caplog.text
+
+
+def test_a_steep_loss_does_not_run_away_at_the_default_rate(batch):
+    def steep(tree, x):
+        return 1e4 * (x.reshape(len(x), -1)[:, :3] @ tree["weights"])
+
+    tuned = finetune(steep, {"weights": jnp.ones((3, 4))}, batch, steps=30, batch_size=8)
+    assert float(jnp.abs(tuned["weights"]).max()) < 3  # steps of 0.02 at most
+
+
+def test_collections_that_a_call_renews_are_not_trained(batch):
+    def network(tree, x, mutable=()):
+        outputs = x.reshape(len(x), -1)[:, :3] @ tree["weights"] + tree["state"]["mean"]
+        return (outputs, {"state": {"mean": tree["state"]["mean"] + 1}}) if mutable else outputs
+
+    tree = {"weights": jnp.ones((3, 4)), "state": {"mean": jnp.zeros(4)}}
+    for rules in (None, {"state": False}):
+        tuned = finetune(
+            network, tree, batch, steps=3, batch_size=8, mutable=["state"], trained=rules
+        )
+        assert tuned["state"]["mean"].tolist() == [3.0] * 4
+    step = make_step(network, optax.sgd(0.1), mutable=["state"])
+    with pytest.raises(ValueError, match=r"Give TrainState.create renewed=\['state'\]"):
+        step(TrainState.create(tree, optax.sgd(0.1)), batch)
+
+
+def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
+    def network(tree, x):
+        return x.reshape(len(x), -1)[:, :3] @ tree["weights"], {"mean": x.mean()}
+
+    with pytest.raises(ValueError, match=r"gives a tuple of 2 arrays.*apply\(tree, x\)\[0\]"):
+        finetune(network, {"weights": jnp.ones((3, 4))}, batch, steps=1, batch_size=8)
 
 
 @pytest.mark.parametrize(

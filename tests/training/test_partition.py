@@ -61,7 +61,7 @@ def test_a_tree_that_is_split_and_joined_is_the_same(name, request):
     "rules, text",
     [
         ({"Conv_O": False}, r"'Conv_O' matches nothing that can be trained; did you mean 'Conv_0'"),
-        ({"batch_stats": False}, "'batch_stats' matches nothing"),
+        ({"batch_stats": True}, "'batch_stats' matches nothing"),
         ({".*": True, "Conv_0": False}, "'Conv_0' is idle: rules before it decide"),
         ({"Conv(": False}, r"'Conv\(' is no regular expression"),
         ({"Conv_0": 0.5}, "'Conv_0': 0.5 is not allowed"),
