@@ -38,6 +38,7 @@ def add_command(commands: Any) -> None:
     """Adds `finetune` to the subcommands of ``lowrank-jax``."""
     about = "train a checkpoint, dense or decomposed; the same command goes on where it was stopped"
     command = new_command(commands, "finetune", about, run)
+    command.set_defaults(goes_on=True)  # in a folder that an earlier run began
     add_network_options(command)
     add = command.add_argument
     about = "classes of the images, .npy or .npz, where these lack them; needed without a teacher"
@@ -59,6 +60,8 @@ def add_command(commands: Any) -> None:
     length.add_argument("--epochs", type=positive, help="passes over the images")
     add("--batch-size", type=positive, default=128, help="images in a step")
     add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
+    about = "layer, or regular expression of layers, that is not trained; once for each"
+    add("--freeze", action="append", default=[], help=about)
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     about = "of the run: its checkpoints, metrics and result"
     add("--out", type=Path, default=Path("lowrank-jax-finetune"), help=about)
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"loss": wanted, "teacher": teacher if "teacher" in wanted.needs else None}
+    options["trained"] = dict.fromkeys(args.freeze, False)
     known = {} if teacher is None else {"dense": teacher}
     plan: Plan | None
     if args.shrink:

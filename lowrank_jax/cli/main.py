@@ -34,11 +34,13 @@ def main(argv: list[str] | None = None) -> int:
 
     SIGTERM ends a training with status 143, after the step was saved.
     """
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.refuse(unknown)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lowrank_jax").setLevel(logging.ERROR if args.quiet else logging.INFO)
     try:
-        if "out" in args:
+        if "out" in args and "goes_on" not in args:
             check_folder(args.out)
         args.run(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

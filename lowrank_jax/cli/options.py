@@ -1,10 +1,13 @@
 """Values of options on the command line, for argparse."""
 
 import argparse
+import difflib
+import functools
 import json
 import math
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -163,6 +166,14 @@ def parse_object(text: str) -> dict[str, Any]:
     return found
 
 
+def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """Ends a command that was given what it does not know, with the nearest of its options."""
+    known = re.findall(r"--[a-z-]+", command.format_help())
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    advice = f"; did you mean {near[0]}?" if near else "; see --help"
+    command.error(f"{unknown[0]} is not known{advice}")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the lines of the example."""
 
@@ -172,7 +183,7 @@ def new_command(commands: Any, name: str, about: str, run: Callable) -> argparse
     epilog = f"example:\n  {EXAMPLES[name]}"
     wrapped = textwrap.fill(about, 80)
     command = commands.add_parser(name, help=about, description=wrapped, epilog=epilog)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, refuse=functools.partial(_refuse, command))
     command.formatter_class = _Help
     about = "print errors only, no progress and no notes"
     command.add_argument("--quiet", action="store_true", help=about)

@@ -19,6 +19,12 @@ UNPICKLE = (
     "numpy.savez('weights.npz', **{name: tensor.numpy() for name, tensor in "
     "model.state_dict().items()}) writes one that is readable here"
 )
+EQUINOX = (
+    "of an Equinox model write the arrays by their names: numpy.savez('weights.npz', "
+    "**{jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in "
+    "jax.tree_util.tree_leaves_with_path(arrays)})"
+)
+CONVERT = {**dict.fromkeys(PICKLED, UNPICKLE), ".eqx": EQUINOX}
 
 
 def save_weights(path: str | os.PathLike, variables: Mapping[Any, Any]) -> None:
@@ -91,12 +97,8 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
     check_exists(path, f"{READABLE[0].lower()}{READABLE[1:]}", "file or folder")
     reader = read_orbax if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
-        remedy = (
-            f"; {UNPICKLE}"
-            if path.suffix.lower() in PICKLED
-            else "; rename the file if it is one of these"
-        )
-        raise ValueError(f"{path}: the format {path.suffix!r} is not known. {READABLE}{remedy}.")
+        remedy = CONVERT.get(path.suffix.lower(), "rename the file if it is one of these")
+        raise ValueError(f"{path}: the format {path.suffix!r} is not known. {READABLE}; {remedy}.")
     try:
         return variables_in(reader(path), path)
     except (ImportError, PermissionError):

@@ -257,6 +257,16 @@ def test_options_of_training(option, value, allowed, capsys, tmp_path):
     assert_refused(capsys, tmp_path, error.value.code, f"is not allowed; give {allowed}")
 
 
+@pytest.mark.parametrize(
+    "command, option, near", [("plan", "buget", "--budget"), ("finetune", "epoch_s", "--epochs")]
+)
+def test_an_option_that_is_not_known_is_refused_with_the_nearest(
+    folder, command, option, near, capsys, tmp_path
+):
+    status = run(folder, command, **{option: 1} | ({"steps": 1} if command == "finetune" else {}))
+    assert_refused(capsys, tmp_path, status, f"did you mean {near}?")
+
+
 def test_a_checkpoint_is_read_before_the_images(folder, capsys, tmp_path):
     status = run(folder, checkpoint="missing.npz", images="missing.npy")
     assert_refused(capsys, tmp_path, status, "missing.npz")

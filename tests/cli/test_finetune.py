@@ -96,9 +96,14 @@ def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files
     start = command(files, tmp_path / "a", "--plan", str(files / "plan.json"), "--steps", "1")
     assert main(start) == 0
     (files / "small.npz").write_bytes((tmp_path / "a" / "variables.npz").read_bytes())
-    teacher = ["--teacher", str(files / "dense.npz"), "--steps", "2"]
+    teacher = ["--teacher", str(files / "dense.npz"), "--steps", "2", "--freeze", "Conv_0"]
     assert main(command(files, tmp_path / "b", *teacher, checkpoint="small.npz")) == 0
     assert set(read_metrics(tmp_path / "b")[-1]) >= {"distillation"}
+    start, tuned = (load_weights(tmp_path / run / "variables.npz")["params"] for run in "ab")
+    same = {
+        name: jax.tree.all(jax.tree.map(np.array_equal, start[name], tuned[name])) for name in start
+    }
+    assert same.pop("Conv_0") and not any(same.values())
     assert json.loads((tmp_path / "b/checkpoints/000000002/facts.json").read_text())["seed"] == 0
 
 

@@ -1,5 +1,6 @@
 """Weights survive a round trip through every format, and nothing else is taken for weights."""
 
+import re
 import string
 import subprocess
 import sys
@@ -228,6 +229,16 @@ def test_pickled_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.array([object()]))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         load_weights(tmp_path / "w.npz")
+
+
+def test_a_file_of_equinox_is_refused_with_the_way_out(tmp_path):
+    arrays = {"layers": [np.ones((2, 3), np.float32)]}
+    (tmp_path / "net.eqx").touch()
+    with pytest.raises(ValueError, match="keystr") as caught:
+        load_weights(tmp_path / "net.eqx")
+    line = re.search(r"numpy.savez\(.*\)\}\)", str(caught.value)).group()
+    exec(line.replace("weights.npz", f"{tmp_path}/net.npz"), dict(numpy=np, jax=jax, arrays=arrays))
+    assert load_weights(tmp_path / "net.npz")["layers.0"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pkl"])
