@@ -72,10 +72,16 @@ class Autotuner:
         best = self.fastest()
         self.progress.note(f"{1e3 * self.seconds[best]:.3g} ms with {best}")
 
-    def with_slices(self, sizes: Sequence[int]) -> list[Candidate]:
-        """Slices under the compiler options that are not beaten, or under all if no batch ran."""
-        options = self._options_within(BEATEN) or candidate_options()
-        return [Candidate(Configuration(own, size)) for own in options for size in sizes]
+    def with_slices(self, sizes: Sequence[int]) -> Iterator[list[Candidate]]:
+        """Slices under the compiler options that are not beaten, or under all if no batch ran.
+
+        The fastest options come first. Once no slice is near the whole batch, there are no more.
+        """
+        for options in self._options_within(BEATEN) or candidate_options():
+            yield [Candidate(Configuration(options, size)) for size in sizes]
+            near = [self.candidates[name].configuration.size for name in self._within(BEATEN)]
+            if near and not any(near):
+                return
 
     def with_algorithms(self, timers: Timers) -> Iterator[list[Candidate]]:
         """The fastest algorithms of layers and poolings, for each set of compiler options in turn.
@@ -146,7 +152,9 @@ class Autotuner:
 
     def _within(self, margin: float, names: Sequence[str] | None = None) -> list[str]:
         """Names of candidates, all or some, up to so many times the fastest, which is first."""
-        ordered = sorted(names or self.seconds, key=lambda name: self.seconds[name])
+        ordered = sorted(
+            self.seconds if names is None else names, key=lambda name: self.seconds[name]
+        )
         return [name for name in ordered if self.seconds[name] <= margin * self.seconds[ordered[0]]]
 
     def _options_within(self, margin: float) -> list[Options]:

@@ -87,7 +87,8 @@ def fast(
     with Progress("fast") as progress:
         tuner = Autotuner(network, given, rounds, limit, progress)
         tuner.measure(whole)
-        tuner.measure(tuner.with_slices(sizes))
+        for candidates in tuner.with_slices(sizes) if sizes else ():
+            tuner.measure(candidates)
         for candidates in tuner.with_algorithms(timers):
             tuner.measure(candidates)
     best = tuner.fastest()

@@ -119,6 +119,20 @@ def test_options_that_cannot_win_are_not_searched_further(net, monkeypatch):
     assert all("all at once" in name and "algorithms" not in name for name in others)
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_slices_are_tried_under_other_options_only_where_they_are_near(net, monkeypatch, slow):
+    def made(calls, rounds, least, seconds):
+        return {
+            name: 9.0 if slow and "slices" in name else 1.0 + i / 100
+            for i, name in enumerate(calls)
+        }
+
+    monkeypatch.setattr(autotune, "measure", made)
+    found = run_of(net, timers=Usual)
+    tried = [name for name in found.seconds if "slices" in name]
+    assert len(tried) == (1 if slow else len(candidate_options()))
+
+
 def test_plain_algorithms_are_not_a_candidate_again(net, order):
     run = run_of(net, timers=Usual, slices=())
     assert not any("algorithms" in name for name in run.seconds) and run.algorithms == {}
@@ -298,14 +312,14 @@ def test_the_best_until_the_limit_is_kept(net, order, monkeypatch):
     assert any("algorithms" in name for name in run.left_out)
 
 
-@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("limit", ["3s", 0, -1.0, float("nan")])
 def test_a_limit_that_is_no_time_is_refused(net, limit):
     with pytest.raises(ValueError, match=r"limit=.* is not allowed; give a positive number"):
         run_of(net, limit=limit)
 
 
 def test_one_round_is_refused(net):
-    with pytest.raises(ValueError, match=r"rounds=1 is not allowed; give 2 or more"):
+    with pytest.raises(ValueError, match=r"rounds=1 is not allowed; give an int of 2 or more"):
         run_of(net, rounds=1)
 
 
