@@ -1,40 +1,42 @@
-"""Activations of all batches between two stops: in memory, or in a file where they are many."""
+"""Activations of all batches between two stops: in memory, or in files where they are many."""
 
+import ctypes
 import dataclasses
 import tempfile
 import warnings
 import weakref
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-IN_MEMORY = 2**32  # bytes of all batches together; more go to a file, which takes longer
+IN_MEMORY = 2**30  # bytes of all batches together; more go to files, which takes longer
 
 
 class Holding:
     """Keeps what the batches give at one stop.
 
-    The file lies in the folder for temporary files, which the variable TMPDIR of the environment
-    names. No name leads to it, so that nothing is left of it when the process ends, however it
-    ends.
+    The files lie in the folder for temporary files, which the variable TMPDIR of the environment
+    names. No name leads to them, so that nothing is left of them when the process ends, however it
+    ends. Each value of the program has a file of its own, which goes with the last of its arrays.
 
     Args:
         batches: how many there are.
+        taken: bytes of all batches that are in memory already.
     """
 
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-        self.file: IO[bytes] | None = None
+    def __init__(self, batches: int, taken: int = 0) -> None:
+        self.batches, self.taken = batches, taken
+        self.files: dict[str, _File] = {}
 
     def keep(self, values: Any) -> Any:
         """Keeps a tree of arrays of one batch; gives the tree that `loaded` reads."""
         arrays = jax.tree.map(np.asarray, values)
-        size = sum(array.nbytes for array in jax.tree.leaves(arrays))
-        if size * self.batches <= IN_MEMORY:
+        size = nbytes(arrays)
+        if size * self.batches + self.taken <= IN_MEMORY:
             return arrays
         try:
-            return jax.tree.map(self._in_file, arrays)
+            return jax.tree_util.tree_map_with_path(self._in_file, arrays)
         except OSError as error:
             warnings.warn(
                 f"{tempfile.gettempdir()} has no room for {size:,} bytes of activations ({error}), "
@@ -43,13 +45,25 @@ class Holding:
             )
             return arrays
 
-    def _in_file(self, array: np.ndarray) -> "Stored":
-        if self.file is None:
-            self.file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the last array
-            weakref.finalize(self, self.file.close)
+    def _in_file(self, path: Any, array: np.ndarray) -> "Stored":
+        name = jax.tree_util.keystr(path)
+        file = self.files[name] = self.files.get(name) or _File()
+        like = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        return Stored(file, file.append(array), like)
+
+
+class _File:
+    """A file without a name, for arrays one after the other."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the last array
+        weakref.finalize(self, self.file.close)
+
+    def append(self, array: np.ndarray) -> int:
+        """Writes an array, and gives the place where it starts."""
         start = self.file.seek(0, 2)
         np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(self.file)
-        return Stored(self, start, jax.ShapeDtypeStruct(array.shape, array.dtype))
+        return start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,23 +71,38 @@ class Stored:
     """An array in a file.
 
     Attributes:
-        holding: owner of the file; the file goes when its last array goes.
+        file: it goes when its last array goes.
         start: of this array in the file.
         like: its shape and type.
     """
 
-    holding: Holding
+    file: _File
     start: int
     like: jax.ShapeDtypeStruct
 
     def load(self) -> np.ndarray:
         """Reads the array."""
-        file, size = self.holding.file, self.like.size * self.like.dtype.itemsize
-        assert file is not None
-        file.seek(self.start)
-        return np.fromfile(file, np.uint8, size).view(self.like.dtype).reshape(self.like.shape)
+        size = self.like.size * self.like.dtype.itemsize
+        self.file.file.seek(self.start)
+        found = np.fromfile(self.file.file, np.uint8, size)
+        return found.view(self.like.dtype).reshape(self.like.shape)
 
 
 def loaded(values: Any) -> Any:
     """The arrays of a tree that `Holding.keep` gave."""
     return jax.tree.map(lambda x: x.load() if isinstance(x, Stored) else x, values)
+
+
+def nbytes(values: Any) -> int:
+    """The bytes in memory of what `Holding.keep` gave."""
+    return sum(x.nbytes for x in jax.tree.leaves(values) if not isinstance(x, Stored))
+
+
+def give_back() -> None:
+    """Gives memory that was freed back to the system, where the GNU allocator keeps it."""
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no library of the whole process
+        return
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

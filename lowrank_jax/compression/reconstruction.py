@@ -13,6 +13,7 @@ from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import Descent
+from lowrank_jax.compression.holding import give_back
 from lowrank_jax.compression.kernels import Factors, Parts, Slice
 from lowrank_jax.compression.notes import (
     drifted_mean,
@@ -157,6 +158,7 @@ class Reconstruction:
             fit = fit_layer(kernel, own, scheme, importance, self.sweeps)
             self.fits.setdefault(path, {})[index] = fit
             self.factors.fill(path, index, np.asarray(fit.first), np.asarray(fit.second))
+        give_back()
 
     def _descend(self, end: int) -> None:
         """Takes gradient steps on what was fitted since the mark, for the values at a place."""

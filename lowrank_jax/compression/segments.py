@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from lowrank_jax.compression.holding import Holding, loaded
+from lowrank_jax.compression.holding import Holding, give_back, loaded, nbytes
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import bind, step
@@ -93,17 +93,36 @@ class Segments:
         """
         programs: dict[int, Callable] = {}
         found: list[Any] = []
-        holding = Holding(len(self.lives))
+        still = [self._still(live, place) for live in self.lives]
+        holding = Holding(len(still), sum(map(nbytes, still)))
         for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
             if id(outline) not in programs:
                 run = _segment(outline, self.place, place, self.last)
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             held = loaded((live.dense, live.small))
-            results = programs[id(outline)](self.given, small, *held)
-            _add(found, turn % FOLDS, note(Live(*results), turn))
-            live.dense, live.small = holding.keep(results)
+            new = programs[id(outline)](self.given, small, *held)
+            _add(found, turn % FOLDS, note(_joined(_picked(held, still[turn]), new), turn))
+            self.lives[turn] = _joined(still[turn], holding.keep(new))
         self.place = place
+        give_back()
         return found
+
+    def _still(self, live: Live, place: int) -> tuple[Values, Values]:
+        """What was alive before and is needed after a place."""
+        one, two = (
+            {number: x for number, x in values.items() if self.last.get(number, -1) >= place}
+            for values in (live.dense, live.small)
+        )
+        return one, two
+
+
+def _picked(values: tuple[Values, Values], like: tuple[Values, Values]) -> tuple[Values, Values]:
+    one, two = ({n: x[n] for n in own} for x, own in zip(values, like, strict=True))
+    return one, two
+
+
+def _joined(old: tuple[Values, Values], new: tuple[Values, Values]) -> Live:
+    return Live({**old[0], **new[0]}, {**old[1], **new[1]})
 
 
 def _copies(lives: Sequence[Live]) -> list[Live]:
@@ -120,7 +139,10 @@ def _add(sums: list, fold: int, note: Any) -> None:
 
 
 def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Segment:
-    """A function of (given, small inputs, dense live values, small live values)."""
+    """A function of (given, small inputs, dense live values, small live values).
+
+    It gives the values that are new, of the dense and of the compressed network.
+    """
     ahead = outline.eqns[stop : stop + 1]  # none at the end of the program
     own = range(start, stop + len(ahead))
     needed = _fixed_equations(outline, own)
@@ -136,8 +158,8 @@ def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -
         for eqn in ahead:
             _dense(outline, stop, one)
             kept.update(outline.gives(eqn))
-        dense, other = ({n: x[n] for n in sorted(kept) if n in x} for x in (one, two))
-        return dense, other
+        pairs = ((one, dense), (two, other))
+        return tuple({n: x[n] for n in sorted(kept) if n in x and n not in old} for x, old in pairs)
 
     return run
 

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, max_rank, plan
+from lowrank_jax.compression import holding
 from lowrank_jax.factorization.forms import SCHEMES
 
 
@@ -279,6 +280,25 @@ def test_activations_in_files_give_the_same_factors(steps, monkeypatch):
     monkeypatch.setattr("lowrank_jax.compression.holding.IN_MEMORY", 0)
     found = compress(layer.apply, variables, [x[:8], x[8:]], table, steps=steps)
     chex.assert_trees_all_equal(found, wanted)
+
+
+class Shortcut(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(7, (3, 3))(x)
+        return x + nn.Conv(7, (3, 3))(nn.relu(nn.Conv(5, (3, 3))(nn.relu(x))))
+
+
+def test_a_value_that_stays_alive_is_written_once(monkeypatch):
+    x, written, append = images(8), [], holding._File.append
+    monkeypatch.setattr(holding, "IN_MEMORY", 0)
+    monkeypatch.setattr(
+        holding._File, "append", lambda file, x: written.append(x.shape[-1]) or append(file, x)
+    )
+    variables = Shortcut().init(jax.random.key(0), x)
+    compress(Shortcut().apply, variables, [x[:4], x[4:]], {"Conv_1": 2, "Conv_2": 2})
+    # Of each of two batches: the shortcut, its activation, and the outputs of the last layer.
+    assert written.count(7) == 2 * 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

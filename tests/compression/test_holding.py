@@ -43,7 +43,7 @@ def test_batches_share_a_file(monkeypatch):
     given = [holder.keep({"x": np.full((2, 3), own, np.float32)}) for own in range(3)]
     for own in (2, 0, 1):
         assert (loaded(given[own])["x"] == own).all()
-    assert len({own["x"].holding for own in given}) == 1
+    assert len({own["x"].file for own in given}) == 1
 
 
 def test_without_space_they_stay_in_memory_and_a_warning_says_so(monkeypatch):
