@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax import calibrate, compress, plan
-from lowrank_jax.models import ResNet50
+from lowrank_jax.models.imagenet import ResNet50
 from lowrank_jax.tuning.device import machine
 
 STATUS = Path("/proc/self/status")

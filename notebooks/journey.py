@@ -78,7 +78,7 @@ assert abs(measured - error[20]) < 1e-4  # float32 rounding of a sum over 460,80
 # and tuned; then the ranks that `plan` chooses at the same cost.
 
 # %%
-recipe = Recipe(epochs=1, peak=0.003, batch_size=50, crop=24, padding=0, distill=True)
+recipe = Recipe(epochs=1, peak=0.003, batch_size=50, crop=24, padding=0, distill=1.0)
 options = dict(images=512, batch_size=32, rounds=3, limit=5)  # less than the demo, to be quick
 few = data.Dataset(train.images[:600], train.labels[:600])
 found = journey.run(NIN(), variables, ranks, few, test, recipe, **options)

@@ -25,7 +25,7 @@ from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
 from lowrank_jax.training.finetuning import finetune
-from lowrank_jax.training.losses import Loss, cross_entropy, distillation
+from lowrank_jax.training.losses import Loss, taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.shrinking import last_stage, shrink
 from lowrank_jax.tree.paths import factored_leaves
@@ -178,11 +178,8 @@ def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
             "give --labels, --teacher, or both."
         )
     if teacher is None:
-        return cross_entropy()
-    towards = distillation(args.temperature)
-    if labels is None or args.distill == 1:
-        return towards
-    return args.distill * towards + (1 - args.distill) * cross_entropy()
+        return taught(0, args.temperature)
+    return taught(1 if labels is None else args.distill, args.temperature)
 
 
 def _start(job: Job, plan: Plan | None, path: Path) -> Any:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_jax import data
-from lowrank_jax.cli.options import DATA_DIR, new_command, parse_ranks, positive, rate, seed, whole
+from lowrank_jax.cli.options import (
+    DATA_DIR,
+    new_command,
+    parse_ranks,
+    positive,
+    rate,
+    seed,
+    share,
+    whole,
+)
 from lowrank_jax.experiments import cifar10 as experiment
 from lowrank_jax.experiments import journey as journeys
 from lowrank_jax.io.folders import whole_folder
@@ -48,11 +57,11 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=128, help="images in a step")
     about = "highest rate of the one-cycle schedule"
     add("--learning-rate", type=rate, default=0.1, help=about)
-    about = "highest rate in the fine-tuning; 0.005, or 0.02 with --no-distill"
-    add("--finetune-learning-rate", type=rate, help=about)
+    about = "highest rate of the fine-tuning"
+    add("--finetune-learning-rate", type=rate, default=0.02, help=about)
     add("--crop", type=whole(1, 32), default=32, help="side of the random training crops, pixels")
-    about = "tune towards the dense network's probabilities instead of the labels"
-    add("--distill", action=argparse.BooleanOptionalAction, default=True, help=about)
+    about = "weight of the dense network's probabilities from 0 to 1; the labels have the rest"
+    add("--distill", type=share, default=0.5, help=about)
     add("--padding", type=whole(0), default=4, help="zeros around an image before the crop, pixels")
 
 
@@ -66,7 +75,7 @@ def run_demo(args: argparse.Namespace) -> None:
         crop=20,
         padding=0,
         seed=args.seed,
-        distill=True,
+        distill=1.0,
     )
     variables = data.pretrained()
     experiment.check_ranks(variables, args.ranks)
@@ -86,9 +95,7 @@ def run_cifar10(args: argparse.Namespace) -> None:
     if recipe:
         variables, _ = experiment.fit(model, variables, train, test, recipe, folder=work / "dense")
     options = dict(distill=args.distill, **_training(args))
-    # At temperature 4 the gradient of the probabilities is about three times that of the labels.
-    peak = args.finetune_learning_rate or (0.005 if args.distill else 0.02)
-    tuning = experiment.Recipe(args.finetune_epochs, peak, **options)
+    tuning = experiment.Recipe(args.finetune_epochs, args.finetune_learning_rate, **options)
     _run(args, variables, train, test, tuning, work / "fine-tuning")
     shutil.rmtree(work, ignore_errors=True)
     print(f"Both networks are in {args.out}, and the report is report.html there")

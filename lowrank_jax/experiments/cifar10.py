@@ -15,7 +15,7 @@ from lowrank_jax.models import NIN
 from lowrank_jax.training.augmentation import crop_and_flip
 from lowrank_jax.training.evaluation import evaluate
 from lowrank_jax.training.finetuning import finetune
-from lowrank_jax.training.losses import distillation
+from lowrank_jax.training.losses import taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.tree.decomposing import decompose
@@ -37,7 +37,8 @@ class Recipe:
         crop: side in pixels of the random training crops; 24 costs about half of 32.
         padding: zeros around an image before the crop, in pixels.
         seed: of initialisation, augmentation and shuffling.
-        distill: fine-tune towards the dense network's probabilities instead of the labels.
+        distill: weight from 0 to 1 of the dense network's probabilities in the fine-tuning; the
+            labels have the rest.
     """
 
     epochs: int
@@ -46,7 +47,7 @@ class Recipe:
     crop: int = 32
     padding: int = 4
     seed: int = 0
-    distill: bool = False
+    distill: float = 0.0
 
 
 def init(model: NIN, seed: int = 0) -> Variables:
@@ -89,7 +90,7 @@ def fit(
         data, test: images to train with, and for the accuracy.
         recipe: how to train.
         log: called with a line after every epoch.
-        teacher: dense variables, whose probabilities are the targets in place of the labels.
+        teacher: dense variables, for a recipe whose ``distill`` is above 0.
         folder: for checkpoints; the same call goes on from there.
 
     Returns:
@@ -116,7 +117,7 @@ def fit(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         tx=one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size)),
-        loss=None if teacher is None else distillation(TEMPERATURE),
+        loss=taught(recipe.distill if teacher else 0, TEMPERATURE),
         teacher=teacher,
         augment=augment,
         seed=recipe.seed,

@@ -164,7 +164,7 @@ class _Walk:
 
     def tune(self, name: str, before: str) -> None:
         start = self.stages[before]
-        teacher = self.dense if self.recipe.distill else None
+        teacher = self.dense if self.recipe.distill > 0 else None
         folder = None if self.folder is None else self.folder / name.replace(" ", "-")
         given = (self.model, start.variables, self.data, self.test, self.recipe)
         tree, curve = fit(*given, self.log, teacher, folder)

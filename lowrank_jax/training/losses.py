@@ -157,6 +157,24 @@ def distillation(temperature: float = 1.0) -> Loss:
     return Loss.of(distillation)
 
 
+def taught(share: float, temperature: float) -> Loss:
+    """The teacher's probabilities with a weight from 0 to 1, the labels with the rest.
+
+    Args:
+        share: weight of `distillation`; at 1 no label is needed, at 0 no teacher.
+        temperature: of the probabilities.
+
+    Example:
+        >>> str(taught(0.75, 4.0)), sorted(taught(1.0, 4.0).needs)
+        ('0.75 distillation + 0.25 cross_entropy', ['outputs', 'teacher'])
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share!r} is not allowed; give a weight from 0 to 1.")
+    if share in (0, 1):
+        return distillation(temperature) if share else cross_entropy()
+    return share * distillation(temperature) + (1 - share) * cross_entropy()
+
+
 def layer_matching() -> Loss:
     """The squared error of each decomposed layer's outputs, over the square of the teacher's.
 

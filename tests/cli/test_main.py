@@ -65,7 +65,7 @@ def test_the_experiment_trains_and_then_starts_from_its_own_weights(tiny, tmp_pa
 
     given = []
     monkeypatch.setattr(journey, "run", stop)
-    again = [*options, "--ranks", "Conv_4=30", "--no-distill"]
+    again = [*options, "--ranks", "Conv_4=30", "--distill", "0"]
     again += ["--weights", str(first / "dense.npz"), "--out", str(second)]
     assert cli.main(["cifar10", *again]) == 2
     [(variables, ranks, distill)] = given
