@@ -18,8 +18,8 @@ from lowrank_jax.program.survey import Found, Survey
 
 NEEDED = (
     "Give inputs of the shape and the type that the model is for, the variables of this model, and "
-    "the arguments of its call for evaluation, such as train=False. A model of Equinox goes through "
-    "eqx.nn.inference_mode first."
+    "the arguments of its call for evaluation, such as train=False. A model of Equinox goes "
+    "through eqx.nn.inference_mode first."
 )
 
 

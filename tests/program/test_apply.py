@@ -85,8 +85,9 @@ def test_captured_intermediates_keep_the_names_of_the_dense_network():
     small = small_variables(RANKS)
     _, found = lowrank(Net().apply)(small, X, capture_intermediates=True)
     _, dense = Net().apply(reconstruct(small), X, capture_intermediates=True)
-    # Outputs of a product of two factors, one rounding apart at every step.
-    chex.assert_trees_all_close(found["intermediates"], dense["intermediates"], rtol=1e-4)
+    # Outputs near 1 of a product of two factors, some roundings apart: those near 0 as well.
+    same = dict(rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found["intermediates"], dense["intermediates"], **same)
 
 
 def test_frozen_variables_and_a_function_around_apply_work_too():
