@@ -196,9 +196,10 @@ def _renewed(rest: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, 
 
 def _in_place_of(old: Any, new: Any, name: str) -> Any:
     leaves, structure = jax.tree.leaves(new), jax.tree.structure(old)
-    if len(leaves) != structure.num_leaves:
+    fixed = len(jax.tree.leaves(old))
+    if len(leaves) != fixed:
         raise ValueError(
-            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {structure.num_leaves} "
+            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} "
             f"are not trained. Give TrainState.create renewed=[{name!r}], so that none is trained."
         )
     return jax.tree.unflatten(structure, leaves)
