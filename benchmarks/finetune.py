@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compress import images_of, interval, load, normalize, scorer
+from turns import told
 
 from lowrank_jax import Plan, calibrate, compress, load_weights, plan, save_weights
 from lowrank_jax.models import CifarResNet
@@ -29,7 +30,6 @@ from lowrank_jax.training import (
 )
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.metrics import read_metrics
-from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.tuning.device import machine
 
 
@@ -99,7 +99,8 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
         small,
         epochs=args.epochs,
         batch_size=args.batch_size,
-        tx=one_cycle_sgd(args.learning_rate, args.epochs * (args.train // args.batch_size)),
+        learning_rate=args.learning_rate,
+        clip=None,
         loss=wanted,
         teacher=dense if wanted.needs & {"teacher", "layers"} else None,
         average=args.average,
@@ -144,7 +145,7 @@ def write(
     found = {
         "benchmark": "finetune",
         "machine": machine(),
-        "options": {name: str(value) for name, value in vars(args).items()},
+        "options": told(args),
         "macs": chosen.total("macs"),
         "parameters": chosen.total("parameters"),
         "accuracy": before | {"fine-tuned": score},

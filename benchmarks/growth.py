@@ -112,7 +112,7 @@ def planning(count: int, seed: int) -> tuple[dict[str, Program], Program, int, i
 
 
 def memory(name: str) -> int:
-    """Bytes that this process holds ("VmRSS"), or held at most ("VmHWM")."""
+    """Bytes that this process holds ("VmRSS", without files "RssAnon") or held ("VmHWM")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 

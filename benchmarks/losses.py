@@ -18,6 +18,7 @@ from typing import Any
 import finetune
 import optax
 from compress import images_of, interval, load, normalize, scorer
+from turns import told
 
 from lowrank_jax import calibrate, compress, plan
 from lowrank_jax import finetune as train
@@ -111,8 +112,7 @@ def trained(
 
 def write(args: argparse.Namespace, rows: list[dict]) -> None:
     """The JSON with every run, and the table beside it."""
-    facts = {name: str(value) for name, value in vars(args).items()}
-    found = {"benchmark": "losses", "machine": machine(), "options": facts, "rows": rows}
+    found = {"benchmark": "losses", "machine": machine(), "options": told(args), "rows": rows}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(rows, args.test))
 

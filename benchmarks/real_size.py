@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from growth import memory
+from turns import told
 
 from lowrank_jax import calibrate, compress, plan
 from lowrank_jax.models.imagenet import ResNet50
 from lowrank_jax.tuning.device import machine
-
-STATUS = Path("/proc/self/status")
 
 
 def options() -> argparse.Namespace:
@@ -57,8 +57,7 @@ class Stages:
 
     def _watch(self) -> None:
         while True:
-            [line] = [x for x in STATUS.read_text().splitlines() if x.startswith("RssAnon")]
-            self.peak = max(self.peak, int(line.split()[1]) / 1e6)
+            self.peak = max(self.peak, memory("RssAnon") / 1e9)
             time.sleep(0.05)
 
     def run(self, name: str, function: Callable[[], Any]) -> Any:
@@ -84,7 +83,7 @@ def main() -> None:
     written = {
         "benchmark": "real_size",
         "machine": machine(),
-        "options": {name: str(value) for name, value in vars(args).items()},
+        "options": told(args),
         "stages": stages.found,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,12 @@ def check(what: str, value: float, limit: float) -> dict:
     return {"what": what, "value": value, "limit": limit, "reached": bool(value <= limit)}
 
 
+def told(options: Any) -> dict[str, str]:
+    """The options of a command that say what was measured; its paths are those of a machine."""
+    own = vars(options).items()
+    return {name: str(value) for name, value in own if not isinstance(value, Path)}
+
+
 def write(path: Path, benchmark: str, rows: list[dict], seed: int, **more: Any) -> dict:
     """Writes a result file and a Markdown table beside it.
 
