@@ -177,9 +177,8 @@ def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
             "There are no labels and no teacher, so there is nothing to learn from; "
             "give --labels, --teacher, or both."
         )
-    if teacher is None:
-        return taught(0, args.temperature)
-    return taught(1 if labels is None else args.distill, args.temperature)
+    weight = 0.0 if teacher is None else 1.0 if labels is None else args.distill
+    return taught(weight, args.temperature)
 
 
 def _start(job: Job, plan: Plan | None, path: Path) -> Any:

@@ -1,6 +1,5 @@
 """Activations of all batches between two stops: in memory, or in files where they are many."""
 
-import ctypes
 import dataclasses
 import tempfile
 import warnings
@@ -9,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from lowrank_jax.io.c_library import c_library
 
 IN_MEMORY = 2**30  # bytes of all batches together; more go to files, which takes longer
 
@@ -65,6 +66,12 @@ class _File:
         np.ascontiguousarray(array).reshape(-1).view(np.uint8).tofile(self.file)
         return start
 
+    def read(self, start: int, like: jax.ShapeDtypeStruct) -> np.ndarray:
+        """Reads the array that starts at a place, of a shape and a type."""
+        self.file.seek(start)
+        found = np.fromfile(self.file, np.uint8, like.size * like.dtype.itemsize)
+        return found.view(like.dtype).reshape(like.shape)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
@@ -82,10 +89,7 @@ class Stored:
 
     def load(self) -> np.ndarray:
         """Reads the array."""
-        size = self.like.size * self.like.dtype.itemsize
-        self.file.file.seek(self.start)
-        found = np.fromfile(self.file.file, np.uint8, size)
-        return found.view(self.like.dtype).reshape(self.like.shape)
+        return self.file.read(self.start, self.like)
 
 
 def loaded(values: Any) -> Any:
@@ -100,9 +104,6 @@ def nbytes(values: Any) -> int:
 
 def give_back() -> None:
     """Gives memory that was freed back to the system, where the GNU allocator keeps it."""
-    try:
-        library = ctypes.CDLL(None)
-    except (OSError, TypeError):  # Windows has no library of the whole process
-        return
+    library = c_library()
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -70,7 +70,7 @@ class Reconstruction:
 
     def __init__(self, job: Job, sweeps: int, match_means: bool, steps: int) -> None:
         self.job, self.sweeps, self.match_means, self.steps = job, sweeps, match_means, steps
-        batches = list(job.inputs.held())
+        batches = list(job.inputs)
         if steps:
             batches = cut(job.network, batches)
         outlines = _outlines(job.network, batches)

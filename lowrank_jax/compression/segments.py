@@ -101,7 +101,7 @@ class Segments:
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             held = loaded((live.dense, live.small))
             new = programs[id(outline)](self.given, small, *held)
-            _add(found, turn % FOLDS, note(_joined(_picked(held, still[turn]), new), turn))
+            _add(found, turn % FOLDS, note(_joined(held, new), turn))
             self.lives[turn] = _joined(still[turn], holding.keep(new))
         self.place = place
         give_back()
@@ -114,11 +114,6 @@ class Segments:
             for values in (live.dense, live.small)
         )
         return one, two
-
-
-def _picked(values: tuple[Values, Values], like: tuple[Values, Values]) -> tuple[Values, Values]:
-    one, two = ({n: x[n] for n in own} for x, own in zip(values, like, strict=True))
-    return one, two
 
 
 def _joined(old: tuple[Values, Values], new: tuple[Values, Values]) -> Live:

@@ -17,7 +17,6 @@ from lowrank_jax.training.evaluation import evaluate
 from lowrank_jax.training.finetuning import finetune
 from lowrank_jax.training.losses import taught
 from lowrank_jax.training.metrics import read_metrics
-from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.tree.decomposing import decompose
 
 Variables = dict[str, Any]
@@ -90,7 +89,7 @@ def fit(
         data, test: images to train with, and for the accuracy.
         recipe: how to train.
         log: called with a line after every epoch.
-        teacher: dense variables, for a recipe whose ``distill`` is above 0.
+        teacher: dense variables; a recipe whose ``distill`` is 0 needs none.
         folder: for checkpoints; the same call goes on from there.
 
     Returns:
@@ -109,6 +108,7 @@ def fit(
         )
         return {"test_accuracy": history[epoch]}
 
+    loss = taught(recipe.distill, TEMPERATURE)
     history = {} if folder is None else _history(folder)
     trained = finetune(
         model.apply,
@@ -116,9 +116,10 @@ def fit(
         (data.images, data.labels),
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
-        tx=one_cycle_sgd(recipe.peak, recipe.epochs * (len(data) // recipe.batch_size)),
-        loss=taught(recipe.distill if teacher else 0, TEMPERATURE),
-        teacher=teacher,
+        learning_rate=recipe.peak,
+        clip=None,
+        loss=loss,
+        teacher=teacher if "teacher" in loss.needs else None,
         augment=augment,
         seed=recipe.seed,
         folder=folder,

@@ -164,10 +164,9 @@ class _Walk:
 
     def tune(self, name: str, before: str) -> None:
         start = self.stages[before]
-        teacher = self.dense if self.recipe.distill > 0 else None
         folder = None if self.folder is None else self.folder / name.replace(" ", "-")
         given = (self.model, start.variables, self.data, self.test, self.recipe)
-        tree, curve = fit(*given, self.log, teacher, folder)
+        tree, curve = fit(*given, self.log, self.dense, folder)
         self.add(name, start.plan, tree, curve)
 
 

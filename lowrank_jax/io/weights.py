@@ -13,7 +13,7 @@ from lowrank_jax.io.training_state import variables_in
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar")
 FOLDERS = ("", ".orbax")  # ends of the names of folders of Orbax
-READABLE = "Readable are .npz, .safetensors and .msgpack files, and Orbax folders"
+FORMATS = ".npz, .safetensors and .msgpack files, and Orbax folders"
 UNPICKLE = (
     "such a file may hold pickled code, which runs when it is read. In PyTorch, "
     "numpy.savez('weights.npz', **{name: tensor.numpy() for name, tensor in "
@@ -94,11 +94,13 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         {'conv1.bias': array([0., 0., 0.])}
     """
     path = Path(path)
-    check_exists(path, f"{READABLE[0].lower()}{READABLE[1:]}", "file or folder")
+    check_exists(path, f"readable are {FORMATS}", "file or folder")
     reader = read_orbax if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
         remedy = CONVERT.get(path.suffix.lower(), "rename the file if it is one of these")
-        raise ValueError(f"{path}: the format {path.suffix!r} is not known. {READABLE}; {remedy}.")
+        raise ValueError(
+            f"{path}: the format {path.suffix!r} is not known. Readable are {FORMATS}; {remedy}."
+        )
     try:
         return variables_in(reader(path), path)
     except (ImportError, PermissionError):

@@ -154,8 +154,8 @@ class Survey:
 
 def _altered(var: Any, known: list[tuple[Any, Source]], operation: str) -> Source | None:
     size, ndim = _size(var), len(getattr(var.aval, "shape", ()))
-    matrices = [(operand, source) for operand, source in known if len(source.shape) > 1]
-    same = [source for operand, source in matrices if _size(operand) == size and ndim > 1]
+    matrices = [pair for pair in known if ndim > 1 and len(pair[1].shape) > 1]
+    same = [source for operand, source in matrices if _size(operand) == size]
     if not same:
         return None
     return same[0] if operation in UNALTERED and same[0].dims is None else same[0].after(operation)

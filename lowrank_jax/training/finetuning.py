@@ -24,7 +24,6 @@ from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
 
 TEACHES = {"teacher", "layers"}
-CLIP = 1.0  # without it a ResNet-20 whose statistics are frozen has an infinite loss in 15 steps
 
 
 def finetune(
@@ -39,6 +38,7 @@ def finetune(
     teacher: Any = None,
     teacher_apply: Callable | None = None,
     learning_rate: float = 0.02,
+    clip: float | None = 1.0,
     tx: optax.GradientTransformation | None = None,
     accumulate: int = 1,
     average: float | None = None,
@@ -74,8 +74,9 @@ def finetune(
             ``0.5 * cross_entropy() + 0.5 * distillation()`` learns from both.
         teacher: variables of the dense network, for a loss that needs them.
         teacher_apply: the teacher's function, where it is not ``apply``.
-        learning_rate: highest rate of the default optimiser, `one_cycle_sgd` with gradients of a
-            norm of at most 1, so that networks with frozen statistics bear it, too.
+        learning_rate, clip: highest rate and largest norm of the whole gradient in the default
+            optimiser, `one_cycle_sgd`. Without a limit a ResNet-20 with frozen statistics has an
+            infinite loss after 15 steps.
         tx: an optimiser of optax, in place of the default one.
         accumulate: batches whose gradients are averaged for one update.
         average: decay of a moving average of the parameters, such as 0.999, which is returned in
@@ -127,7 +128,7 @@ def finetune(
         batch = next(data.after(0))
         warn_if_raw(batch[:-1] or batch)
     wanted = _loss(loss, teacher)
-    optimiser = _optimiser(tx, learning_rate, count, accumulate)
+    optimiser = _optimiser(tx, learning_rate, clip, count, accumulate)
     step = make_step(
         apply,
         optimiser,
@@ -208,8 +209,12 @@ def _loss(loss: Loss | Term | Name | None, teacher: Any) -> Loss:
 
 
 def _optimiser(
-    tx: optax.GradientTransformation | None, learning_rate: float, steps: int, accumulate: int
+    tx: optax.GradientTransformation | None,
+    learning_rate: float,
+    clip: float | None,
+    steps: int,
+    accumulate: int,
 ) -> optax.GradientTransformation:
     every = positive("accumulate", accumulate)
-    own = one_cycle_sgd(learning_rate, -(-steps // every), clip=CLIP) if tx is None else tx
+    own = one_cycle_sgd(learning_rate, -(-steps // every), clip=clip) if tx is None else tx
     return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

@@ -121,7 +121,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         raise ValueError(f"smoothing={smoothing!r} is not allowed; give a share from 0 to below 1.")
 
     def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = _logits(outputs)
+        logits = _one_array(outputs)
         targets = probabilities(labels, logits.shape)
         return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing)).mean()
 
@@ -149,8 +149,8 @@ def distillation(temperature: float = 1.0) -> Loss:
         raise ValueError(f"temperature={temperature!r} is not allowed; give a number above 0.")
 
     def distillation(outputs: jax.Array, teacher: jax.Array) -> jax.Array:
-        own = jax.nn.log_softmax(_logits(outputs) / temperature)
-        target = jax.nn.log_softmax(_logits(teacher) / temperature)
+        own = jax.nn.log_softmax(_one_array(outputs) / temperature)
+        target = jax.nn.log_softmax(_one_array(teacher) / temperature)
         divergence = optax.losses.kl_divergence_with_log_targets(own, target)
         return temperature**2 * divergence.mean()
 
@@ -203,7 +203,7 @@ def squared_error() -> Loss:
     """
 
     def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.mean((_logits(outputs) - labels) ** 2)
+        return jnp.mean((_one_array(outputs) - labels) ** 2)
 
     return Loss.of(squared_error)
 
@@ -257,7 +257,7 @@ def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.where(known[..., None], jax.nn.one_hot(labels, shape[-1]), jnp.nan)
 
 
-def _logits(outputs: Any) -> jax.Array:
+def _one_array(outputs: Any) -> jax.Array:
     """The outputs of a network in float32, if they are one array."""
     if not hasattr(outputs, "astype"):
         many = f"{type(outputs).__name__} of {len(jax.tree.leaves(outputs))} arrays"

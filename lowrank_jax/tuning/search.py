@@ -87,7 +87,7 @@ def fast(
     with Progress("fast") as progress:
         tuner = Autotuner(network, given, rounds, limit, progress)
         tuner.measure(whole)
-        for candidates in tuner.with_slices(sizes) if sizes else ():
+        for candidates in tuner.with_slices(sizes):
             tuner.measure(candidates)
         for candidates in tuner.with_algorithms(timers):
             tuner.measure(candidates)

@@ -118,8 +118,11 @@ def test_a_steep_loss_does_not_run_away_at_the_default_rate(batch):
     def steep(tree, x):
         return 1e4 * (x.reshape(len(x), -1)[:, :3] @ tree["weights"])
 
-    tuned = finetune(steep, {"weights": jnp.ones((3, 4))}, batch, steps=30, batch_size=8)
+    options = dict(steps=30, batch_size=8)
+    tuned = finetune(steep, {"weights": jnp.ones((3, 4))}, batch, **options)
     assert float(jnp.abs(tuned["weights"]).max()) < 3  # steps of 0.02 at most
+    tuned = finetune(steep, {"weights": jnp.ones((3, 4))}, batch, clip=None, **options)
+    assert float(jnp.abs(tuned["weights"]).max()) > 3
 
 
 def test_collections_that_a_call_renews_are_not_trained(batch):

@@ -1,6 +1,6 @@
 """Freed memory that the process keeps: the arrays of the next run do not wait for new pages."""
 
-import ctypes
+from lowrank_jax.io.c_library import c_library
 
 # Of mallopt(3): the name as an environment variable to the number and the value.
 SETTINGS = {
@@ -17,8 +17,8 @@ def keep_memory() -> bool:
     more than 64 MiB. It also gives free memory at the end of its heap back. A network on the CPU
     that meets either case pays for fresh, zeroed pages in every run. Whether smaller arrays cost
     this, too, depends on what else the process holds. Call this once, before JAX computes anything:
-    then nothing is mapped, nothing given back, and threads share one heap. The process may grow to
-    three times the memory that it held without this call.
+    then nothing is mapped, nothing given back but by `compress`, and threads share one heap. The
+    process may grow to three times the memory that it held without this call.
 
     Returns:
         Whether the C library has these settings and took them. On macOS, on Windows and with musl
@@ -28,10 +28,7 @@ def keep_memory() -> bool:
         >>> import lowrank_jax as lr
         >>> kept = lr.keep_memory()
     """
-    try:
-        library = ctypes.CDLL(None)
-    except (OSError, TypeError):  # Windows has no library of the whole process
-        return False
+    library = c_library()
     if not (hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version")):
         return False
     return all(library.mallopt(setting, value) for setting, value in SETTINGS.values())
