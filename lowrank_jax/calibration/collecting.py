@@ -1,6 +1,7 @@
 """`calibrate`: one pass over unlabelled data, in one compiled program for each shape of a batch."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import length_hint
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.calibration.amount import tell_amount
-from lowrank_jax.calibration.curvature import channel_curvature, importance_of
+from lowrank_jax.calibration.curvature import importance_of, output_curvature
 from lowrank_jax.calibration.inputs import (
     Inputs,
     check_evaluation,
@@ -21,6 +22,7 @@ from lowrank_jax.calibration.inputs import (
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.calibration.strips import StripGeometry, strip_sums
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.strips import Strips
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
@@ -89,8 +91,8 @@ class Calibration:
         inputs: the batches.
         trace: of one image.
         moments: layer path to the moments of each kernel of its stack.
-        curvature: layer path to what an error of each output channel costs the network's outputs;
-            see `channel_curvature`.
+        curvature: layer path to what errors of the outputs cost the network's outputs;
+            see `output_curvature`.
         images: how many images there were.
     """
 
@@ -101,9 +103,9 @@ class Calibration:
     curvature: Mapping[str, np.ndarray]
     images: int
 
-    @property
-    def importance(self) -> dict[str, np.ndarray]:
-        """Layer path to how much each output channel counts, as a factor of its error."""
+    @functools.cached_property
+    def importance(self) -> dict[str, Importance]:
+        """Layer path to how much errors of the outputs count."""
         return importance_of(self.curvature)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -200,7 +202,7 @@ def calibrate(
     wanted = _wanted(trace, paths)
     batches = batches.held()
     moments, count = _moments(network, batches, wanted)
-    curvature = channel_curvature(network, batches, trace, list(moments))
+    curvature = output_curvature(network, batches, trace, list(moments))
     tell_amount(trace, count)
     return Calibration(network, batches, trace, moments, curvature, count)
 

@@ -1,9 +1,9 @@
 """What an error of a layer's outputs costs the network's outputs, to second order.
 
 With y the outputs of a layer at one position and f those of the network, an error d of y changes f
-by J d. The mean of |J d|^2 over inputs is about the sum over channels of F_n d_n^2, with F_n the
-sum over positions of the squared derivatives. A backward pass from r, random signs on the outputs,
-gives g = J^T r, and the mean of g_n^2 over r is F_n (Hutchinson, 1990). No label is needed.
+by J d. The mean of |J d|^2 over inputs is d^T F d, with F the sum over positions of J^T J, where
+errors at two positions do not agree. A backward pass from r, random signs on the outputs, gives
+g = J^T r, and the mean of g g^T over r is J^T J (Hutchinson, 1990). No label is needed.
 """
 
 import functools
@@ -18,12 +18,13 @@ import numpy as np
 from lowrank_jax.calibration.inputs import images, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
+from lowrank_jax.factorization.importance import Importance, block_size
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
 from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import dense, sources_of
-from lowrank_jax.program.kernel_use import Trace
+from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.reading import READERS, Reading
 
 IMAGES = 64  # more change the ranks of no network that was tried
@@ -33,14 +34,17 @@ ALIKE = "All layers count alike in a plan, because the network has no derivative
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tap(geometry: AnyGeometry, y: jax.Array, total: jax.Array) -> jax.Array:
-    """The outputs themselves; their squared derivatives are those of the total."""
+    """The outputs themselves; the products of their derivatives are those of the total."""
     del geometry, total
     return y
 
 
 def _backward(geometry: AnyGeometry, _: None, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows = geometry.outputs_of(g).astype(jnp.float32)  # (rows, S, groups, m)
-    return g, jnp.sum(rows**2, axis=(0, 1)).ravel()
+    block = block_size(rows.shape[3])
+    blocks = rows.reshape(-1, rows.shape[2] * rows.shape[3] // block, block)
+    products = jnp.einsum("rki,rkj->kij", blocks, blocks, precision=jax.lax.Precision.HIGHEST)
+    return g, products
 
 
 _tap.defvjp(lambda geometry, y, total: (y, None), _backward)
@@ -50,7 +54,7 @@ class Tap(Rule):
     """Taps the outputs of the layers at some paths.
 
     Attributes:
-        totals: path to zeros, one for each output, whose derivatives are the sums.
+        totals: path to zeros, the blocks of F, whose derivatives are the sums.
     """
 
     opens = True
@@ -72,35 +76,36 @@ class Tap(Rule):
         return [_tap(geometry_of(reading), outputs, total)], {}
 
 
-def importance_of(curvature: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Layer path to how much each output channel counts, as a factor of its error."""
-    return {path: np.sqrt(own) for path, own in curvature.items()}
+def importance_of(curvature: Mapping[str, np.ndarray]) -> dict[str, Importance]:
+    """Layer path to how much errors of the outputs count."""
+    return {path: Importance.of(own) for path, own in curvature.items()}
 
 
-def channel_curvature(
+def output_curvature(
     network: Network, batches: Iterable[tuple], trace: Trace, paths: Collection[str]
 ) -> dict[str, np.ndarray]:
-    """F of each output channel of some layers, by a backward pass over a few inputs.
+    """F of the outputs of some layers, by a backward pass over a few inputs.
 
     Args:
         network: where it has no derivative, as with ``while``, a warning says that all layers and
-            channels count alike.
+            outputs count alike.
         batches: of inputs; the first `IMAGES` are used.
         trace: of the network, which tells how many outputs a layer has.
         paths: of the layers.
 
     Returns:
-        Path to F, of shape (outputs,), float64: per input. A layer that no batch reaches has zeros.
+        Path to the blocks of F along its diagonal, (k, b, b) for k * b outputs, float64: per input.
+        A layer that no batch reaches has zeros.
     """
-    widths = {path: trace.at(path)[0].width for path in paths}
-    totals = {path: np.zeros(width) for path, width in widths.items()}
+    shapes = {path: _blocks_of(trace.at(path)[0]) for path in paths}
+    totals = {path: np.zeros(shape) for path, shape in shapes.items()}
     programs: dict[str, Any] = {}
     count = 0
     with Progress("derivatives", IMAGES // AT_ONCE) as progress:
         for turn, batch in enumerate(progress.over(_few(batches))):
             shape = shape_key(batch)
             if shape not in programs:
-                programs[shape] = _program(network, batch, widths)
+                programs[shape] = _program(network, batch, shapes)
             try:
                 sums = programs[shape](turn, network.leaves(batch))
             except NO_DERIVATIVE as error:
@@ -125,7 +130,12 @@ def _few(batches: Iterable[tuple]) -> Iterator[tuple]:
             return
 
 
-def _program(network: Network, batch: tuple, widths: Mapping[str, int]) -> Any:
+def _blocks_of(use: KernelUse) -> tuple[int, int, int]:
+    block = block_size(use.width // use.groups)
+    return use.width // block, block, block
+
+
+def _program(network: Network, batch: tuple, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     traced = network.program(batch)
 
     def outputs(totals: Mapping[str, jax.Array], inputs: list) -> list:
@@ -134,7 +144,7 @@ def _program(network: Network, batch: tuple, widths: Mapping[str, int]) -> Any:
         return [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
 
     def sums(turn: jax.Array, inputs: list) -> Any:
-        zeros = {path: jnp.zeros(width) for path, width in widths.items()}
+        zeros = {path: jnp.zeros(shape) for path, shape in shapes.items()}
         results, pullback = jax.vjp(lambda totals: outputs(totals, inputs), zeros)
         return pullback(_signs(turn, results))[0]
 

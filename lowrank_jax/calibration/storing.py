@@ -15,7 +15,7 @@ from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.io.missing import check_exists
 from lowrank_jax.io.npz import read_arrays, write_arrays
 
-VERSION = 2
+VERSION = 3
 FIELDS = ("x", "y", "yy", "strips", "offsets")
 LayerMoments = dict[tuple[int, ...], Strips]
 

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from lowrank_jax.calibration.patches import Geometry
 from lowrank_jax.calibration.products import ProductGeometry
+from lowrank_jax.factorization.importance import times
 from lowrank_jax.program.reading import Reading
 
 WIDE, BLOCKS = 512, 4  # rows from which a product with itself is computed in blocks, and how many
@@ -25,6 +27,7 @@ def patch_sums(
     y: jax.Array,
     turn: jax.Array | int,
     positions: int = POSITIONS,
+    roots: Float[jax.Array, "k b b"] | None = None,
 ) -> Sums:
     """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
 
@@ -34,6 +37,7 @@ def patch_sums(
         y: outputs that it is to give, as it gives them.
         turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
         positions: about how many positions of each image are taken.
+        roots: of the outputs' importance, which weigh them; see `Importance`.
 
     Returns:
         count (S,), x (S, g, p), y (S, g, m), xx (S, g, p, p), xy (S, g, p, m), yy (S, g, m) in
@@ -41,7 +45,10 @@ def patch_sums(
         order of the kernel's axes without the outputs, m outputs of a group.
     """
     rows, outputs = geometry.rows(x, y, turn, positions)
-    return _products(rows, outputs.astype(rows.dtype))
+    outputs = outputs.astype(rows.dtype)
+    if roots is not None:
+        outputs = times(outputs.reshape(*outputs.shape[:2], -1), roots).reshape(outputs.shape)
+    return _products(rows, outputs)
 
 
 def _products(x: jax.Array, y: jax.Array) -> Sums:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lowrank_jax.calibration.amount import tell_amount
 from lowrank_jax.calibration.collecting import Calibration, prepared
-from lowrank_jax.calibration.curvature import channel_curvature, importance_of
+from lowrank_jax.calibration.curvature import importance_of, output_curvature
 from lowrank_jax.calibration.inputs import Inputs, images
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.program.jaxprs import check_options
@@ -25,10 +25,13 @@ def compress(
 
     The dense network and the one being compressed run side by side. At each decomposed layer the
     factors are fitted, in closed form, to give the dense network's outputs from the inputs that the
-    compressed network has there, so that later layers make up for the errors of earlier ones. The
-    fit of a layer is held against images that it was not fitted to. The first parameter that is
-    added to a layer's output channel by channel, or subtracted, such as a bias or the mean of a
-    batch normalisation, is set so that the means are those of the dense network. Without ``steps``
+    compressed network has there, so that later layers make up for the errors of earlier ones.
+    Errors count by what they cost the network's outputs, to second order. The fit of a layer is
+    held against images that it was not fitted to. The first parameter that is added to a layer's
+    output channel by channel, or subtracted, such as a bias or the mean of a batch normalisation,
+    is set so that the means are those of the dense network. Where an activation such as a ReLU
+    follows, a layer is fitted again to the errors that are left behind the activation (Zhang et
+    al., 2015, arXiv 1505.06798), and the means behind the activation are matched. Without ``steps``
     nothing is trained. Layers within ``while`` and ``cond`` have the factors of `decompose`.
 
     With ``steps`` the layers of a block, once fitted, are trained without labels: Adam changes
@@ -76,7 +79,7 @@ def compress(
     job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)  # type: ignore[arg-type]
     run = Reconstruction(job, sweeps, match_means, steps)
     tree = run.fit()
-    return (tree, run.fits) if return_fits else tree
+    return (tree, run.layers.fits) if return_fits else tree
 
 
 def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
@@ -90,7 +93,7 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
     batches = Inputs(list(batches))  # all of them are needed at every layer
     tell_amount(trace, sum(map(images, batches)))
     schemes = find_schemes(variables, table, trace=trace)
-    curvature = channel_curvature(network, batches, trace, list(schemes))
+    curvature = output_curvature(network, batches, trace, list(schemes))
     return Job(network, batches, schemes, importance_of(curvature))
 
 

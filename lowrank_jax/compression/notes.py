@@ -19,30 +19,50 @@ from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
+Wanted = Callable[[Live, int], tuple[jax.Array, dict[str, Any]]]
 
-def fit_note(outline: Outline, place: int, shortcut: Shortcut | None) -> Note:
-    """What a fit needs of a batch: moments, and sums for the means."""
+
+def dense_outputs(outline: Outline, place: int, shortcut: Shortcut | None) -> Wanted:
+    """The outputs of the dense layer, and what another branch lacks beside them."""
+    (number,) = outline.gives(outline.eqns[place])
+
+    def wanted(live: Live, turn: int) -> tuple[jax.Array, dict[str, Any]]:
+        del turn
+        y = live.dense[number]
+        return (shortcut.wanted(live, y) if shortcut else y), {}
+
+    return wanted
+
+
+def fit_note(outline: Outline, place: int, wanted: Wanted, roots: jax.Array | None) -> Note:
+    """What a fit needs of a batch: moments, and sums for the means.
+
+    Args:
+        outline: of the program.
+        place: of the layer's equation.
+        wanted: function of what a batch has given, and of its number, to the outputs that the layer
+            is to give, and to sums that are noted, too.
+        roots: of the importance of the outputs; None where only the means count.
+    """
     reading = outline.readings[place]
     x_number = outline.number(reading.eqn.invars[1 - reading.operand])
-    y_number, geometry = outline.gives(reading.eqn)[0], geometry_of(reading)
+    sums = _fit_sums(geometry_of(reading))
 
     def note(live: Live, turn: int) -> dict[str, Any]:
-        x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
-        wanted = shortcut.wanted(live, y) if shortcut else y
-        return _fit_sums(geometry, x, wanted, turn // FOLDS)  # type: ignore[arg-type]
+        x = live.small.get(x_number, live.dense[x_number])
+        y, more = wanted(live, turn)
+        return {**sums(x, y, turn // FOLDS, roots), **more}
 
     return note
 
 
-def _fit_sums(geometry: AnyGeometry, x: jax.Array, y: jax.Array, turn: int) -> dict[str, Any]:
-    """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
-    return _compiled(geometry)(x, y, turn)
-
-
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
-def _compiled(geometry: AnyGeometry) -> Callable:
-    def sums(x: jax.Array, y: jax.Array, turn: jax.Array) -> dict[str, Any]:
-        return {"sums": patch_sums(geometry, x, y, turn), **_mean_sums(geometry, x, y)}
+def _fit_sums(geometry: AnyGeometry) -> Callable:
+    """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
+
+    def sums(x: jax.Array, y: jax.Array, turn: jax.Array, roots: Any) -> dict[str, Any]:
+        moments = patch_sums(geometry, x, y, turn, roots=roots)
+        return {"sums": moments, **_mean_sums(geometry, x, y)}
 
     return jax.jit(sums, compiler_options=default_options())
 

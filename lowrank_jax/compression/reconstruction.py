@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ import numpy as np
 
 from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
+from lowrank_jax.compression.activations import Activation, find_activations
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import Descent
-from lowrank_jax.compression.holding import give_back
 from lowrank_jax.compression.kernels import Factors, Parts, Slice
+from lowrank_jax.compression.layer_fits import LayerFits
 from lowrank_jax.compression.notes import (
+    Wanted,
+    dense_outputs,
     drifted_mean,
     fit_note,
-    folds_of,
     lacking_mean,
     mean_note,
     trusted,
@@ -36,7 +39,7 @@ from lowrank_jax.compression.segments import Live, Segments, Values
 from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
 from lowrank_jax.factorization.factors import wide
-from lowrank_jax.factorization.fitting import Fit, fit_layer
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.reading import Reading
@@ -44,7 +47,7 @@ from lowrank_jax.program.transform import prepare
 from lowrank_jax.tree.decomposing import replaced
 from lowrank_jax.tree.paths import map_named
 
-Fits = dict[str, dict[Slice, Fit]]
+AGAIN = 2  # fits to what an activation shows; more gain little
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,37 +55,39 @@ class Job:
     """What is to be compressed: the network, its inputs, the scheme of each layer.
 
     Attributes:
-        importance: layer path to how much each of its output channels counts.
+        importance: layer path to how much errors of its outputs count.
     """
 
     network: Network
     inputs: Inputs
     schemes: Mapping[str, Scheme]
-    importance: Mapping[str, np.ndarray]
+    importance: Mapping[str, Importance]
 
 
 class Reconstruction:
     """One run of the algorithm.
 
     Attributes:
-        fits: of the layers so far.
+        layers: the fits so far.
     """
 
     def __init__(self, job: Job, sweeps: int, match_means: bool, steps: int) -> None:
-        self.job, self.sweeps, self.match_means, self.steps = job, sweeps, match_means, steps
+        self.job, self.match_means, self.steps = job, match_means, steps
         batches = list(job.inputs)
         if steps:
             batches = cut(job.network, batches)
         outlines = _outlines(job.network, batches)
         self.outline = outlines[0]
-        self.fits: Fits = {}
-        self.factors = Factors(job.network, job.schemes)
+        self.layers = LayerFits(job.network, job.schemes, job.importance, sweeps)
+        self.factors = self.layers.factors
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
         self.done: set = set()  # kernels and shifts whose steps are over
         self.places = fit_places(self.outline, job.schemes)
-        self.shortcuts = find_shortcuts(self.outline, self.places, job.network.leaves(batches[0]))
+        values = job.network.leaves(batches[0])
+        self.shortcuts = find_shortcuts(self.outline, self.places, values)
+        self.activations = find_activations(self.outline, self.places, values)
 
     def _given(self, batch: tuple) -> Values:
         outline, inputs = self.outline, self.outline.jaxpr.invars
@@ -136,29 +141,60 @@ class Reconstruction:
     def _fit(self, place: int, path: str, matched: Matched) -> None:
         """Fits the kernels that an equation reads, unless they are, and matches the means."""
         reading = self.outline.readings[place]
-        wanted = set(slices(reading)) - set(self.fits.get(path, {}))
         axis = reading.channel_axis if self.match_means else None
         shift = None if axis is None else shift_after(self.outline, place, axis)
-        if not wanted and shift is None:
+        lacks = self.layers.lacks(path, reading)
+        if not lacks and shift is None:
             return
-        note = fit_note(self.outline, place, self.shortcuts.get(place))
-        found = self.segments.advance(place, self._small(), note)
-        if wanted:
-            self._fit_slices(path, reading, found)
+        found = self._noted(place, dense_outputs(self.outline, place, self.shortcuts.get(place)))
+        if lacks:
+            self.layers.fit(path, reading, found)
+        self._match_outputs(reading, shift, found, matched)
+        if lacks and place in self.activations and self.layers.supported(path):
+            self._fit_again(self.activations[place], shift, matched)
+
+    def _noted(self, place: int, wanted: Wanted) -> list:
+        """The notes of all batches for a fit to some outputs."""
+        note = fit_note(self.outline, place, wanted, self.layers.roots(self.places[place]))
+        return self.segments.advance(place, self._small(), note)
+
+    def _fit_again(self, activation: Activation, shift: Shift | None, matched: Matched) -> None:
+        """Fits a layer to what an activation shows of its errors, as long as these fall."""
+        path, reading = self.places[activation.place], self.outline.readings[activation.place]
+        least, kept, shifts = math.inf, list(self.layers.of(path)), self.shifts
+        for _ in range(AGAIN):
+            found = self._noted(activation.place, self._shown(activation, shift))
+            error = self.layers.shown(path, found)
+            if error >= least:
+                for index, fit in kept:
+                    self.layers.take(path, index, fit)
+                self.shifts = shifts
+                return
+            least, kept, shifts = error, list(self.layers.of(path)), dict(self.shifts)
+            self.layers.fit(path, reading, found)
+            self._match_outputs(reading, shift, found, matched)
+
+    def _shown(self, activation: Activation, shift: Shift | None) -> Wanted:
+        """What a layer is to give, as far as an activation shows its errors."""
+        small, given, lack = self._small(), self.segments.given, np.zeros(activation.channels)
+        if shift is not None:
+            old, new = given[shift.leaf], self.shifts[shift.leaf]
+            lack = shift.sign * np.ravel(np.asarray(new, np.float64) - np.asarray(old, np.float64))
+
+        def wanted(live: Live, turn: int) -> tuple[jax.Array, dict[str, Any]]:
+            outline = self.segments.outlines[turn]
+            outputs, errors = activation.wanted(outline, given, small, live, lack)
+            return outputs, {"errors": errors}
+
+        return wanted
+
+    def _match_outputs(
+        self, reading: Reading, shift: Shift | None, found: Sequence[Mapping], matched: Matched
+    ) -> None:
+        """Gives the parameter after a layer what the means of its outputs lack."""
         if shift is not None and reading.source is not None:
             lack = functools.partial(lacking_mean, reading, self.factors.part(reading.source))
             self._set_shift(shift, trusted(lack, found), matched)
-
-    def _fit_slices(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
-        scheme, importance = self.job.schemes[path], self.job.importance.get(path)
-        folds = folds_of(found, path)
-        for number, index in enumerate(slices(reading)):
-            own = [fold[number] for fold in folds]
-            kernel = np.asarray(self.factors.stored[path][index], np.float64)
-            fit = fit_layer(kernel, own, scheme, importance, self.sweeps)
-            self.fits.setdefault(path, {})[index] = fit
-            self.factors.fill(path, index, np.asarray(fit.first), np.asarray(fit.second))
-        give_back()
 
     def _descend(self, end: int) -> None:
         """Takes gradient steps on what was fitted since the mark, for the values at a place."""
@@ -177,13 +213,13 @@ class Reconstruction:
             self._note_steps(found)
         if found is not None and found.helped:
             self._take(found.arrays)
-        self.done = {(path, index) for path, own in self.fits.items() for index in own}
+        self.done = {(path, index) for path, own in self.layers.fits.items() for index in own}
         self.done.update(self.shifts)
 
     def _untrained(self) -> Trained:
         """What was fitted and set since the steps before."""
         factors: dict[str, dict[Slice, Parts]] = {}
-        for path, own in self.fits.items():
+        for path, own in self.layers.fits.items():
             new = [index for index in own if (path, index) not in self.done]
             if new:
                 factors[path] = {index: self.factors.parts(path, index) for index in new}
@@ -194,9 +230,9 @@ class Reconstruction:
         """Adds to the fits what steps were worth."""
         for path, own in found.arrays.factors.items():
             for index in own:
-                fit = self.fits[path][index]
+                fit = self.layers.fits[path][index]
                 new = dataclasses.replace(fit, closed=found.before, stepped=found.after)
-                self.fits[path][index] = new
+                self.layers.fits[path][index] = new
 
     def _take(self, new: Trained) -> None:
         """Takes over what steps gave."""
@@ -206,9 +242,9 @@ class Reconstruction:
             for index, parts in own.items():
                 pair = self.job.schemes[path].joined(parts)
                 first, second = (np.asarray(x, np.float64) for x in pair)
-                self.factors.fill(path, index, first, second)
-                fit = self.fits[path][index]
-                self.fits[path][index] = dataclasses.replace(fit, first=first, second=second)
+                fit = self.layers.fits[path][index]
+                trained = dataclasses.replace(fit, first=first, second=second)
+                self.layers.take(path, index, trained)
 
     def _match(self, place: int, matched: Matched) -> None:
         """Corrects the mean of a normalisation whose input has drifted."""

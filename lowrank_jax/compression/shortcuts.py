@@ -61,7 +61,7 @@ def find_shortcuts(
         for step in steps:
             by = along(next(known), step.axis)
             scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
-        found[place] = Shortcut(other, _placed(scale, axis, outline, place))
+        found[place] = Shortcut(other, placed(scale, axis, outline, place))
     return found
 
 
@@ -77,7 +77,7 @@ def _chain(outline: Outline, place: int) -> tuple[list[Step], int, int] | None:
     return [step for step in steps if step.name in SCALES], outline.number(other), axis
 
 
-def _placed(scale: np.ndarray, axis: int, outline: Outline, place: int) -> np.ndarray:
+def placed(scale: np.ndarray, axis: int, outline: Outline, place: int) -> np.ndarray:
     kept = np.abs(scale) >= SMALLEST * np.abs(scale).max(initial=0)
     shape = [1] * outline.eqns[place].outvars[0].aval.ndim
     shape[axis] = len(scale)

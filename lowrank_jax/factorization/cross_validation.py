@@ -104,7 +104,6 @@ def _parts(layer: Groups, folds: Sequence[Moments]) -> "list[_Part]":
                 group=group,
                 count=fold.count,
                 own=own,
-                weights=layer.weights[group],
                 target=targets[index][group],
                 rest=fitted[index][group],
                 gap=gaps[group],
@@ -121,7 +120,6 @@ class _Part:
         fold, group: their numbers.
         count: patches of the fold.
         own: the kernel.
-        weights: importance of the outputs.
         target: moments of the fold, on which factors are measured.
         rest: moments of the other folds, to which they are fitted.
         gap: how far the means of the fold are from those of the rest, which set the bias.
@@ -131,7 +129,6 @@ class _Part:
     group: int
     count: int
     own: Float[Array, "b r n"]
-    weights: Float[Array, "n"]
     target: Target
     rest: Target
     gap: Gap
@@ -139,7 +136,7 @@ class _Part:
     @property
     def variance(self) -> float:
         """Of the wanted outputs, about the means of the rest."""
-        return self._weighted(self.target.variance + self.gap[1] ** 2)
+        return float(np.sum(self.target.variance + self.gap[1] ** 2))
 
     def error(self, first: Float[Array, "r K"], second: Float[Array, "b K n"]) -> float:
         """Error of factors on the fold."""
@@ -149,12 +146,12 @@ class _Part:
         """Errors on the fold of fits to the rest with every shrinkage."""
         variance = mean_variance(self.rest)
         metric = whitening.kronecker(self.rest.blocks, start * variance)
-        first = whitening.whitened_left(self.own * self.weights, *metric, ranks[0])
+        first = whitening.whitened_left(self.own, *metric, ranks[0])
         given, measured = self.rest.reduced(first), self.target.reduced(first)
         dense, gap, found = first.T @ self.own, self.gap[0] @ first, []
         for shrinkage in SHRINKAGES:
             ridged = given.ridged(dense, shrinkage * variance)
-            second = whitening.best_second(ridged, ranks[1:], self.weights)
+            second = whitening.best_second(ridged, ranks[1:])
             found.append(self._error(measured, second, gap))
         return np.array(found)
 
@@ -162,10 +159,7 @@ class _Part:
         self, target: Target, second: Float[Array, "b K n"], gap: Float[Array, "b K"]
     ) -> float:
         missed = self.gap[1] - np.einsum("xk,xkn->n", gap, second)
-        return self._weighted(target.error(second) + missed**2)
-
-    def _weighted(self, errors: Float[Array, "n"]) -> float:
-        return float(self.weights**2 @ errors)
+        return float(np.sum(target.error(second) + missed**2))
 
 
 def _without(folds: Sequence[Moments], index: int) -> Moments:

@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
 from lowrank_jax.factorization.cross_validation import choose, samples_for_dimension
 from lowrank_jax.factorization.groups import Groups
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.parallel import one_core_each
 from lowrank_jax.factorization.scheme import Scheme
@@ -29,8 +29,8 @@ FEW = 5  # samples for each dimension; below, a fit gains much from more images
 class Fit:
     """The two kernels of a layer, and how far the data supported them.
 
-    Errors are mean squared errors of the outputs on images that were not fitted to, each output by
-    its importance, relative to the variance of the outputs.
+    Errors are mean squared errors of the outputs on images that were not fitted to, weighted by
+    their importance, relative to the variance of the outputs.
 
     Attributes:
         first, second: kernels as `Separable.factor` lays them out, float64.
@@ -58,25 +58,34 @@ class Fit:
         """Whether no fit won on held-out images, so that the factors are the plain ones."""
         return math.isinf(self.shrinkage)
 
+    def again(self, fit: "Fit") -> "Fit":
+        """The factors of a fit to other outputs, unless they are plain; the figures stay."""
+        if fit.is_plain:
+            return self
+        return dataclasses.replace(
+            self, first=fit.first, second=fit.second, shrinkage=fit.shrinkage
+        )
+
 
 def fit_layer(
     kernel: Array,
     folds: Sequence[Moments],
     scheme: Scheme,
-    scale: Float[Array, "n"] | None = None,
+    importance: Importance | None = None,
     sweeps: int = 1,
 ) -> Fit:
     """The factors of a kernel that give the wanted outputs best, as far as held-out data tell.
 
     Args:
         kernel: the dense kernel, in the layout of the scheme.
-        folds: moments of disjoint sets of images, such as the even and the odd ones. With one fold
-            nothing can be held out, and the factors are the plain ones.
+        folds: moments of disjoint sets of images, such as the even and the odd ones, whose outputs
+            are weighted by their importance. With one fold nothing can be held out, and the factors
+            are the plain ones.
         scheme: the layer's scheme.
-        scale: importance of each output channel; ones if None.
+        importance: of the outputs; all count alike if None.
         sweeps: alternating refinements of the two factors.
     """
-    layer = Groups(np.asarray(kernel, np.float64), scheme, scale)
+    layer = Groups(np.asarray(kernel, np.float64), scheme, importance)
     with one_core_each():
         return _fitted(layer, folds, sweeps)
 

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, patch_axes, split_axes
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
@@ -14,44 +15,50 @@ from lowrank_jax.factorization.whitening import Pair, Target
 
 Array = np.ndarray
 Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
-UNIMPORTANT = 1e-6  # of the most important output; outputs below count as this
 
 
 class Groups:
     """One layer, with its kernel and its moments in the order of `whitening`, by groups.
 
+    Outputs are weighted by their importance, in the kernel as in the moments.
+
     Attributes:
         own: kernel (b, r, n) of each group.
-        weights: importance of the outputs (n,) of each group.
+        importance: of the outputs of each group.
     """
 
-    def __init__(self, kernel: Array, scheme: Scheme, scale: Float[Array, "n"] | None) -> None:
+    def __init__(self, kernel: Array, scheme: Scheme, importance: Importance | None = None) -> None:
         self.scheme, self.sizes = scheme, dict(zip(scheme.axes, kernel.shape, strict=True))
         self.stored, self.order = patch_axes(scheme.axes, scheme.first)
         _, two = split_axes(scheme.axes, scheme.first)
         outputs = only(scheme.axes, OUTPUTS)
         self.taps = math.prod(self.sizes[letter] for letter in two)
         width = math.prod(self.sizes[letter] for letter in outputs)
-        self.weights = _importance(scale, width).reshape(scheme.groups, -1)
+        importance = importance or Importance.even(width)
+        self.importance = importance.of_groups(scheme.groups)
         parts = merged(kernel, scheme.axes, [self.order, outputs])
-        split = parts.reshape(self.taps, -1, *self.weights.shape)
-        self.own = split.transpose(2, 0, 1, 3)
+        split = parts.reshape(self.taps, -1, scheme.groups, width // scheme.groups)
+        self.dense = split.transpose(2, 0, 1, 3)
+        pairs = zip(self.dense, self.importance, strict=True)
+        self.own = [weights.weighted(dense) for dense, weights in pairs]
 
     def plain(self) -> list[Pair]:
         """The factors of each group's kernel by its scheme, without data."""
-        return [self._plain(own) for own in self.own]
+        pairs = zip(self.dense, self.importance, strict=True)
+        return [self._plain(dense, weights) for dense, weights in pairs]
 
-    def _plain(self, own: Float[Array, "b r n"]) -> Pair:
-        left, right = self.scheme.truncated(whitening.matrix_of(own), self.taps)
-        return left, right.reshape(len(right), self.taps, -1).transpose(1, 0, 2)
+    def _plain(self, dense: Float[Array, "b r n"], weights: Importance) -> Pair:
+        left, right = self.scheme.truncated(whitening.matrix_of(dense), self.taps)
+        second = right.reshape(len(right), self.taps, -1).transpose(1, 0, 2)
+        return left, weights.weighted(second)
 
     def fit(self, targets: list[Target], shrinkage: float, sweeps: int) -> list[Pair]:
         """The factors of each group with a ridge towards its kernel."""
         pairs = []
-        for own, target, weights in zip(self.own, targets, self.weights, strict=True):
+        for own, target in zip(self.own, targets, strict=True):
             ridged = target.ridged(own, shrinkage * mean_variance(target))
             start = whitening.least_squares(ridged)
-            pairs.append(whitening.fit(start, ridged, self.scheme.ranks, weights, sweeps))
+            pairs.append(whitening.fit(start, ridged, self.scheme.ranks, sweeps))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:
@@ -95,7 +102,10 @@ class Groups:
 
     def kernels(self, pairs: list) -> tuple[Array, Array]:
         """The two kernels of the factors of all groups."""
-        pairs = [whitening.balance(*pair) for pair in pairs]
+        pairs = [
+            whitening.balance(first, weights.restored(second))
+            for (first, second), weights in zip(pairs, self.importance, strict=True)
+        ]
         channels = math.prod(self.sizes[letter] for letter in only(self.scheme.axes, INPUTS))
         first = np.concatenate([v.reshape(-1, 1, channels, v.shape[-1]) for v, _ in pairs], -1)
         second = np.concatenate([h[None] for _, h in pairs], -1)
@@ -106,10 +116,3 @@ def mean_variance(target: Target) -> float:
     """The mean variance of the patches' entries; one where the patches do not vary."""
     mean = float(np.trace(target.covariance)) / len(target.covariance)
     return mean if mean > TINY else 1.0
-
-
-def _importance(scale: Float[Array, "n"] | None, width: int) -> Float[Array, "n"]:
-    if scale is None or not np.max(scale) > 0:
-        return np.ones(width)
-    scale = np.asarray(scale, np.float64)
-    return np.maximum(scale, UNIMPORTANT * scale.max())

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.groups import Groups
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import INPUTS, only, split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.solving import TINY
@@ -76,7 +77,7 @@ class Strips:
 
 
 def whitened_spectrum(
-    kernel: Array, strips: Strips, scheme: Scheme, scale: Float[Array, "n"] | None = None
+    kernel: Array, strips: Strips, scheme: Scheme, importance: Importance | None = None
 ) -> Float[Array, "g k"]:
     """Singular values of the whitened matrix of each group: the errors of the outputs.
 
@@ -84,22 +85,22 @@ def whitened_spectrum(
         kernel: the dense kernel, in the layout of the scheme.
         strips: the layer's sums.
         scheme: its rank is not used.
-        scale: importance of each output channel; ones if None.
+        importance: of the outputs; all count alike if None.
     """
-    layer = Groups(np.asarray(kernel, np.float64), scheme, scale)
+    layer = Groups(np.asarray(kernel, np.float64), scheme, importance)
     if scheme.first in strips.strips:
         squares = _of_strips(layer, strips)
     else:
         squares = _of_outputs(layer, strips)
-    limit = min(layer.own.shape[2], layer.own.shape[1] * layer.own.shape[3])
+    limit = min(layer.dense.shape[2], layer.dense.shape[1] * layer.dense.shape[3])
     return np.sqrt(np.maximum(np.stack(squares)[:, ::-1][:, :limit], 0))
 
 
 def _of_outputs(layer: Groups, strips: Strips) -> list[Array]:
-    """Eigenvalues of the covariance of the outputs of each group, each by its importance."""
+    """Eigenvalues of the covariance of the outputs of each group, weighted by their importance."""
     covariances = _blocks(strips.output_covariance, layer.scheme.groups)
-    pairs = zip(covariances, layer.weights, strict=True)
-    return [_eigenvalues(own * scale * scale[:, None]) for own, scale in pairs]
+    pairs = zip(covariances, layer.importance, strict=True)
+    return [_eigenvalues(weights.weighted(weights.weighted(own).T)) for own, weights in pairs]
 
 
 def _blocks(covariances: Float[Array, "g m m"], groups: int) -> list[Array]:
@@ -114,9 +115,9 @@ def _blocks(covariances: Float[Array, "g m m"], groups: int) -> list[Array]:
 def _of_strips(layer: Groups, strips: Strips) -> list[Array]:
     found = []
     every = zip(*(layer.of_groups(x) for x in _centred(layer, strips)), strict=True)
-    for own, scale, (strip, offset) in zip(layer.own, layer.weights, every, strict=True):
+    for own, (strip, offset) in zip(layer.own, every, strict=True):
         ridge = SHRINKAGES[0] * max(np.trace(offset) / layer.taps / len(strip), TINY)
-        matrix, _ = whitening.whitened(own * scale, *whitening.ridged(strip, offset, ridge))
+        matrix, _ = whitening.whitened(own, *whitening.ridged(strip, offset, ridge))
         small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
         found.append(_eigenvalues(small @ small.T))
     return found

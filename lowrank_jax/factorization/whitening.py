@@ -81,7 +81,6 @@ def fit(
     kernel: Float[Array, "b r n"],
     target: Target,
     ranks: Sequence[int],
-    weights: Float[Array, "n"] | float = 1.0,
     sweeps: int = 1,
 ) -> Pair:
     """Factors of a rank that give the wanted outputs best.
@@ -91,7 +90,6 @@ def fit(
             the wanted outputs best.
         target: what is fitted to, with a definite covariance.
         ranks: K, and the rank of the second factor's matrix where that is to have one.
-        weights: importance of each output to the start.
         sweeps: alternating refinements, after the first of the second factor. With one tap of the
             second factor the start is the optimum, and there are none.
 
@@ -99,30 +97,27 @@ def fit(
         V, of orthonormal columns, and H.
     """
     strips, offsets = kronecker(target.blocks)
-    first = whitened_left(kernel * weights, strips, offsets, ranks[0])
-    second = best_second(target.reduced(first), ranks[1:], weights)
+    first = whitened_left(kernel, strips, offsets, ranks[0])
+    second = best_second(target.reduced(first), ranks[1:])
     for _ in range(sweeps if target.taps > 1 else 0):
         first = _orthonormal(refit_first(first, second, target, strips, offsets))
-        second = best_second(target.reduced(first), ranks[1:], weights)
+        second = best_second(target.reduced(first), ranks[1:])
     return first, second
 
 
-def best_second(
-    target: Target, ranks: Sequence[int], weights: Float[Array, "n"] | float
-) -> Float[Array, "b r n"]:
+def best_second(target: Target, ranks: Sequence[int]) -> Float[Array, "b r n"]:
     """The second factor that gives the wanted outputs best.
 
     Args:
         target: of the second factor.
         ranks: empty, or of the matrix with a row for each tap and channel: its two factors are a
             reduced-rank regression (Izenman, 1975), which one truncated SVD solves.
-        weights: importance of each output; it counts where there is a rank.
     """
     whole = least_squares(target)
     if not ranks:
         return whole
     flat = dataclasses.replace(target, taps=1)
-    pair = fit(whole.reshape(1, *target.cross.shape), flat, ranks, weights)
+    pair = fit(whole.reshape(1, *target.cross.shape), flat, ranks)
     return merged(*pair).reshape(whole.shape)
 
 

@@ -168,16 +168,17 @@ def calibrated_spectra(found: Calibration) -> Spectra:
 def layer_weights(found: Calibration) -> dict[str, float]:
     """How much the relative error of each layer counts in a plan; one on the average.
 
-    To second order, an error of a layer costs the network's outputs c = sum over channels of F_n
-    times the squared error. That holds for small errors alone, and later layers are fitted to make
-    up for the error. So the weight is the root of c at an error of 1, between no weight and c
-    itself.
+    To second order, an error of a layer costs the network's outputs c = sum over channels of F_nn
+    times the squared error, where errors of two channels do not agree. That holds for small errors
+    alone, and later layers are fitted to make up for the error. So the weight is the root of c at
+    an error of 1, between no weight and c itself.
     """
     costs = {}
     for path, curvature in found.curvature.items():
         own = found.moments[path].values()
         variance = np.mean([strips.variance.ravel() for strips in own], axis=0)
-        costs[path] = math.sqrt(float(curvature @ variance))
+        diagonal = np.diagonal(curvature, axis1=1, axis2=2).ravel()
+        costs[path] = math.sqrt(float(diagonal @ variance))
     mean = sum(costs.values()) / max(len(costs), 1)
     return {path: cost / mean for path, cost in costs.items()} if mean else {}
 
@@ -187,9 +188,9 @@ def _spectra(found: Calibration) -> Spectra:
     values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
     jobs, sizes = {}, []  # type: ignore[var-annotated]
     for path, first, kernel, moments in _matrices(found):
-        use, scale = found.trace.at(path)[0], found.importance.get(path)
+        use, importance = found.trace.at(path)[0], found.importance.get(path)
         jobs[len(jobs), path, first] = functools.partial(
-            whitened_spectrum, kernel, moments, use.scheme(1, first), scale
+            whitened_spectrum, kernel, moments, use.scheme(1, first), importance
         )
         sizes.append(kernel.size)
     with Progress("singular values", len(jobs)) as progress:

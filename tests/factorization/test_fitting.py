@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.fitting import FEW, fit_layer
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
+from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.moments import Moments
@@ -207,22 +208,67 @@ def test_three_folds_are_each_held_out():
     np.testing.assert_allclose(fit.held_out, layer.error(fit.first, fit.second), rtol=0.3)
 
 
+def weighted_folds(layer, importance, count=50):
+    found = []
+    for _ in range(2):
+        x, y = layer.images(count)
+        found.append(moments_of(x, importance.weighted(y.reshape(len(y), -1)).reshape(y.shape)))
+    return found
+
+
+def fit_weighted(layer, scheme, importance, count=50):
+    return fit_layer(layer.kernel, weighted_folds(layer, importance, count), scheme, importance)
+
+
+@few
+@given(seeds, st.sampled_from([(6, "HWIO", 1), (8, "HWIO", 2), (6, "OIHW", 1)]))
+def test_a_fit_costs_less_where_it_knows_what_errors_cost(seed, case):
+    width, axes, groups = case
+    costs = {"known": 0.0, "unknown": 0.0}
+    for own in range(4):
+        shape = (3, 3, 2, width) if axes == "HWIO" else (width, 2, 3, 3)
+        layer, rng = Layer(seed + own, shape, axes, groups, 0), np.random.default_rng(seed + own)
+        size = width // groups
+        half = rng.standard_normal((groups, size, size)) * np.exp(rng.standard_normal(size))
+        cost, scheme = half @ half.mT, Separable(2, groups, axes)
+        x, _ = layer.images(100)
+        for name, importance in (
+            ("known", Importance.of(cost)),
+            ("unknown", Importance.even(width)),
+        ):
+            fit = fit_weighted(layer, scheme, importance)
+            flat = layer.flat(np.asarray(merge(fit.first, fit.second, axes)) - layer.kernel)
+            error = np.einsum("igp,gpm->igm", x, flat)
+            costs[name] += np.einsum("igm,gmn,ign->", error, cost, error, optimize=True)
+    assert costs["known"] < costs["unknown"]
+
+
 def test_important_outputs_are_kept_better():
     layer = Layer(3, drift=0)
-    folds, scale = [layer.moments(50), layer.moments(50)], np.array([10.0, 1, 1, 1, 1, 1])
+    important = Importance.of(np.square([10.0, 1, 1, 1, 1, 1])[:, None, None])
     gaps = []
-    for given_scale in (scale, None):
-        fit = fit_layer(layer.kernel, folds, Separable(3), given_scale)
+    for importance in (important, Importance.even(6)):
+        fit = fit_weighted(layer, Separable(3), importance)
         gaps.append(np.square(merge(fit.first, fit.second) - layer.kernel)[..., 0].sum())
     assert gaps[0] < gaps[1]
 
 
-def test_outputs_of_no_importance_leave_finite_factors():
-    layer = Layer(4)
-    folds = [layer.moments(8), layer.moments(8)]
-    for scale in (np.zeros(6), np.array([0.0, 1, 0, 0, 0, 0])):
-        fit = fit_layer(layer.kernel, folds, Separable(3), scale)
-        assert np.isfinite(fit.first).all() and np.isfinite(fit.second).all()
+@pytest.mark.parametrize("costs", [np.zeros(6), np.array([0.0, 1, 0, 0, 0, 0])])
+@pytest.mark.parametrize("make", [np.diag, lambda x: x[:, None, None]], ids=["block", "channels"])
+def test_outputs_of_no_importance_leave_finite_factors(costs, make):
+    layer, importance = Layer(4), Importance.of(make(costs).reshape(-1, *make(costs).shape[-2:]))
+    fit = fit_weighted(layer, Separable(3), importance, 8)
+    assert np.isfinite(fit.first).all() and np.isfinite(fit.second).all()
+
+
+def test_the_plain_factors_do_not_depend_on_what_errors_cost():
+    layer, half = Layer(8), np.random.default_rng(0).standard_normal((6, 6))
+    importance = Importance.of((half @ half.T)[None])
+    one = weighted_folds(layer, importance)[:1]
+    fits = [fit_layer(layer.kernel, one, Separable(3), own) for own in (importance, None)]
+    assert all(fit.is_plain for fit in fits)
+    known, plain = (merge(fit.first, fit.second) for fit in fits)
+    np.testing.assert_allclose(known, plain, atol=1e-9)  # float64, well-conditioned roots
 
 
 def silent(moments):

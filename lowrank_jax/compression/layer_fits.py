@@ -1,0 +1,91 @@
+"""The fits of the layers so far, and their factors."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.calibration.network import Network
+from lowrank_jax.compression.holding import give_back
+from lowrank_jax.compression.kernels import Factors, Slice
+from lowrank_jax.compression.notes import folds_of
+from lowrank_jax.compression.outline import slices
+from lowrank_jax.factorization.fitting import Fit, fit_layer
+from lowrank_jax.factorization.importance import Importance
+from lowrank_jax.factorization.layout import OUTPUTS, only, sizes_of
+from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.program.reading import Reading
+
+
+class LayerFits:
+    """Fits layers, and keeps what it finds.
+
+    Args:
+        network: the dense network.
+        schemes: layer path to its scheme.
+        importance: layer path to how much errors of its outputs count; all alike without.
+        sweeps: alternating refinements of the two factors.
+
+    Attributes:
+        factors: of all layers.
+        fits: layer path and index in its stack to the fit of a kernel.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        schemes: Mapping[str, Scheme],
+        importance: Mapping[str, Importance],
+        sweeps: int,
+    ) -> None:
+        self.schemes, self.sweeps = schemes, sweeps
+        self.factors = Factors(network, schemes)
+        self.fits: dict[str, dict[Slice, Fit]] = {}
+        self._importance = {path: self._within(path, importance.get(path)) for path in schemes}
+
+    def _within(self, path: str, importance: Importance | None) -> Importance:
+        scheme = self.schemes[path]
+        sizes = sizes_of(scheme.axes, self.factors.stored[path].shape)
+        outputs = math.prod(sizes[letter] for letter in only(scheme.axes, OUTPUTS))
+        return (importance or Importance.even(outputs)).within(scheme.groups)
+
+    def roots(self, path: str) -> jax.Array:
+        """What weighs the outputs of a layer; see `Importance`."""
+        return jnp.asarray(self._importance[path].roots, jnp.float32)
+
+    def lacks(self, path: str, reading: Reading) -> bool:
+        """Whether a reading has kernels that are not fitted."""
+        return not set(slices(reading)) <= set(self.fits.get(path, {}))
+
+    def of(self, path: str) -> Iterator[tuple[Slice, Fit]]:
+        """The fits of a layer, by the index in its stack."""
+        yield from self.fits.get(path, {}).items()
+
+    def fit(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
+        """Fits the kernels of a reading to the notes of all batches, for the first time or again.
+
+        A kernel that was fitted keeps its factors where the plain ones would be better now.
+        """
+        scheme, folds, known = self.schemes[path], folds_of(found, path), dict(self.of(path))
+        for number, index in enumerate(slices(reading)):
+            own = [fold[number] for fold in folds]
+            kernel = np.asarray(self.factors.stored[path][index], np.float64)
+            fit = fit_layer(kernel, own, scheme, self._importance[path], self.sweeps)
+            self.take(path, index, known[index].again(fit) if index in known else fit)
+        give_back()
+
+    def take(self, path: str, index: Slice, fit: Fit) -> None:
+        """Gives a kernel the factors of a fit."""
+        self.fits.setdefault(path, {})[index] = fit
+        self.factors.fill(path, index, np.asarray(fit.first), np.asarray(fit.second))
+
+    def supported(self, path: str) -> bool:
+        """Whether the data support a fit of every kernel of a layer."""
+        return not any(fit.is_plain for _, fit in self.of(path))
+
+    def shown(self, path: str, found: Sequence[Mapping]) -> float:
+        """The errors of a layer that notes show, each channel by what errors of it cost."""
+        errors = np.sum([note["errors"] for note in found], axis=0)
+        return float(self._importance[path].diagonal @ errors)

@@ -1,0 +1,120 @@
+"""How much errors of a layer's outputs count: F, and outputs turned so that all errors count alike.
+
+An error e of the outputs costs e^T F e. With F = L L^T that is the square of e L. So factors that
+are fitted to the outputs times L, in place of the outputs, cost the least. Blocks of neighbouring
+channels stand for F, so that it stays small where a layer is wide.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
+BLOCK = 1024  # channels of a block, at most
+# Of F; the rest of it is its diagonal. F is known from few inputs, its diagonal best.
+SHARE = 0.9
+UNIMPORTANT = 1e-12  # of the largest entry; channels below count as this
+
+
+def block_size(outputs: int) -> int:
+    """The size of the blocks of so many outputs: the largest divisor that is allowed.
+
+    Example:
+        >>> block_size(64), block_size(3072)
+        (64, 1024)
+    """
+    return next(size for size in range(min(outputs, BLOCK), 0, -1) if outputs % size == 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Importance:
+    """F of a layer.
+
+    Attributes:
+        roots: L of each block of its outputs, as float32 holds them, in float64.
+    """
+
+    roots: Float[np.ndarray, "k b b"]
+
+    @classmethod
+    def of(cls, curvature: Float[np.ndarray, "k b b"]) -> "Importance":
+        """The importance for the blocks of F, which may be zero."""
+        own = np.asarray(curvature, np.float64)
+        diagonal = np.diagonal(own, axis1=1, axis2=2)
+        largest = diagonal.max(initial=0)
+        if not largest > 0:
+            return cls.even(diagonal.size)
+        kept = np.maximum(diagonal, UNIMPORTANT * largest)
+        eye = np.eye(own.shape[1])
+        definite = SHARE * own + (kept - SHARE * diagonal)[:, :, None] * eye
+        return cls(_root(definite))
+
+    @classmethod
+    def even(cls, outputs: int) -> "Importance":
+        """All outputs count alike."""
+        return cls(np.ones((outputs, 1, 1)))
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs there are."""
+        return self.roots.shape[0] * self.roots.shape[1]
+
+    @property
+    def diagonal(self) -> Float[np.ndarray, "n"]:
+        """The diagonal of F: what an error of each output costs, alone."""
+        return np.sum(self.roots**2, axis=2).ravel()
+
+    def within(self, groups: int) -> "Importance":
+        """The same with blocks that lie within one group of the outputs each."""
+        size = self.roots.shape[1]
+        new = math.gcd(self.outputs // groups, size)
+        if new == size:
+            return self
+        whole = self.roots @ self.roots.mT
+        parts = [whole[:, i : i + new, i : i + new] for i in range(0, size, new)]
+        return Importance(_root(np.stack(parts, 1).reshape(-1, new, new)))
+
+    def of_groups(self, groups: int) -> "list[Importance]":
+        """The importance of the outputs of each group."""
+        return [Importance(part) for part in np.split(self.within(groups).roots, groups)]
+
+    def weighted(self, values: Float[Array, "... n"]) -> Float[Array, "... n"]:
+        """Values whose last axis are the outputs, times L."""
+        return times(values, self.roots)
+
+    def restored(self, values: Float[Array, "... n"]) -> Float[Array, "... n"]:
+        """What `weighted` had."""
+        return times(values, np.linalg.inv(self.roots))
+
+
+def _root(definite: Float[np.ndarray, "k b b"]) -> Float[np.ndarray, "k b b"]:
+    """L, as a device with float32 holds it."""
+    return np.linalg.cholesky(definite).astype(np.float32).astype(np.float64)
+
+
+def times(
+    values: Float[Array, "... n"], blocks: Float[jax.Array | np.ndarray, "k b b"]
+) -> Float[Array, "... n"]:
+    """Values times the blocks of a matrix, along the last axis.
+
+    Example:
+        >>> times(np.ones((3, 4)), 2 * np.ones((2, 2, 2))).tolist()[0]
+        [4.0, 4.0, 4.0, 4.0]
+    """
+    count, size, _ = blocks.shape
+    if size == 1:
+        return values * blocks.reshape(-1)
+    matmul: Any = np.matmul if isinstance(values, np.ndarray) else _precise
+    if count == 1:  # a plain product runs twice as fast on the CPU as a batch of one
+        return matmul(values, blocks[0])
+    spread = values.reshape(-1, count, size).swapaxes(0, 1)
+    return matmul(spread, blocks).swapaxes(0, 1).reshape(values.shape)
+
+
+_precise = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
