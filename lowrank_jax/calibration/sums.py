@@ -28,6 +28,7 @@ def patch_sums(
     turn: jax.Array | int,
     positions: int = POSITIONS,
     roots: Float[jax.Array, "k b b"] | None = None,
+    squares: bool = True,
 ) -> Sums:
     """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
 
@@ -38,6 +39,7 @@ def patch_sums(
         turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
         positions: about how many positions of each image are taken.
         roots: of the outputs' importance, which weigh them; see `Importance`.
+        squares: whether xx is wanted, which costs most.
 
     Returns:
         count (S,), x (S, g, p), y (S, g, m), xx (S, g, p, p), xy (S, g, p, m), yy (S, g, m) in
@@ -48,21 +50,21 @@ def patch_sums(
     outputs = outputs.astype(rows.dtype)
     if roots is not None:
         outputs = times(outputs.reshape(*outputs.shape[:2], -1), roots).reshape(outputs.shape)
-    return _products(rows, outputs)
+    return _products(rows, outputs, squares)
 
 
-def _products(x: jax.Array, y: jax.Array) -> Sums:
+def _products(x: jax.Array, y: jax.Array, squares: bool) -> Sums:
     """The sums over all rows of (rows, S, g, p), or (rows, 1, g, p), and (rows, S, g, m)."""
     # Without a barrier XLA compiles the gathering into each of the five sums.
     x, y = jax.lax.optimization_barrier((x, y))
     rows, stack = y.shape[:2]
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
-    xx = summed_squares(x)
+    xx = {"xx": summed_squares(x)} if squares else {}
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
         "y": y.sum(0),
-        "xx": jnp.broadcast_to(xx, (stack, *xx.shape[1:])),
+        **{name: jnp.broadcast_to(own, (stack, *own.shape[1:])) for name, own in xx.items()},
         "xy": summed_products(every, y),
         "yy": (y * y).sum(0),
     }

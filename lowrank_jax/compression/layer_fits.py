@@ -12,7 +12,7 @@ from lowrank_jax.compression.holding import give_back
 from lowrank_jax.compression.kernels import Factors, Slice
 from lowrank_jax.compression.notes import folds_of
 from lowrank_jax.compression.outline import slices
-from lowrank_jax.factorization.fitting import Fit, fit_layer
+from lowrank_jax.factorization.fitting import Fit, fit_again, fit_layer
 from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import OUTPUTS, only, sizes_of
 from lowrank_jax.factorization.scheme import Scheme
@@ -64,16 +64,17 @@ class LayerFits:
         yield from self.fits.get(path, {}).items()
 
     def fit(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
-        """Fits the kernels of a reading to the notes of all batches, for the first time or again.
-
-        A kernel that was fitted keeps its factors where the plain ones would be better now.
-        """
-        scheme, folds, known = self.schemes[path], folds_of(found, path), dict(self.of(path))
+        """Fits the kernels of a reading to the notes of all batches, or fits them again."""
+        folds, known = folds_of(found, path), dict(self.of(path))
         for number, index in enumerate(slices(reading)):
-            own = [fold[number] for fold in folds]
             kernel = np.asarray(self.factors.stored[path][index], np.float64)
-            fit = fit_layer(kernel, own, scheme, self._importance[path], self.sweeps)
-            self.take(path, index, known[index].again(fit) if index in known else fit)
+            given = kernel, [fold[number] for fold in folds], self.schemes[path]
+            importance, old = self._importance[path], known.get(index)
+            if old is None:
+                fit = fit_layer(*given, importance, self.sweeps)
+            else:
+                fit = fit_again(*given, importance, old, self.sweeps)
+            self.take(path, index, fit)
         give_back()
 
     def take(self, path: str, index: Slice, fit: Fit) -> None:

@@ -34,7 +34,9 @@ def dense_outputs(outline: Outline, place: int, shortcut: Shortcut | None) -> Wa
     return wanted
 
 
-def fit_note(outline: Outline, place: int, wanted: Wanted, roots: jax.Array | None) -> Note:
+def fit_note(
+    outline: Outline, place: int, wanted: Wanted, roots: jax.Array, squares: bool = True
+) -> Note:
     """What a fit needs of a batch: moments, and sums for the means.
 
     Args:
@@ -42,11 +44,12 @@ def fit_note(outline: Outline, place: int, wanted: Wanted, roots: jax.Array | No
         place: of the layer's equation.
         wanted: function of what a batch has given, and of its number, to the outputs that the layer
             is to give, and to sums that are noted, too.
-        roots: of the importance of the outputs; None where only the means count.
+        roots: of the importance of the outputs.
+        squares: whether the second moments of the inputs are wanted.
     """
     reading = outline.readings[place]
     x_number = outline.number(reading.eqn.invars[1 - reading.operand])
-    sums = _fit_sums(geometry_of(reading))
+    sums = _fit_sums(geometry_of(reading), squares)
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x = live.small.get(x_number, live.dense[x_number])
@@ -57,11 +60,11 @@ def fit_note(outline: Outline, place: int, wanted: Wanted, roots: jax.Array | No
 
 
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
-def _fit_sums(geometry: AnyGeometry) -> Callable:
+def _fit_sums(geometry: AnyGeometry, squares: bool) -> Callable:
     """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
 
     def sums(x: jax.Array, y: jax.Array, turn: jax.Array, roots: Any) -> dict[str, Any]:
-        moments = patch_sums(geometry, x, y, turn, roots=roots)
+        moments = patch_sums(geometry, x, y, turn, roots=roots, squares=squares)
         return {"sums": moments, **_mean_sums(geometry, x, y)}
 
     return jax.jit(sums, compiler_options=default_options())
@@ -129,6 +132,12 @@ def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> 
     assert axis is not None
     mean = np.asarray(outputs, np.float64).mean(_others(outputs, axis))
     return totals["outputs"] / totals["positions"] - mean
+
+
+def beside(first: Sequence[Mapping], again: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """Notes of a fit again, with what only the first ones have: moments of the same inputs."""
+    pairs = zip(first, again, strict=True)
+    return [{**one, **two, "sums": {**one["sums"], **two["sums"]}} for one, two in pairs]
 
 
 def _total(found: Sequence[Mapping], name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from lowrank_jax.compression.kernels import Factors, Parts, Slice
 from lowrank_jax.compression.layer_fits import LayerFits
 from lowrank_jax.compression.notes import (
     Wanted,
+    beside,
     dense_outputs,
     drifted_mean,
     fit_note,
@@ -146,24 +147,29 @@ class Reconstruction:
         lacks = self.layers.lacks(path, reading)
         if not lacks and shift is None:
             return
-        found = self._noted(place, dense_outputs(self.outline, place, self.shortcuts.get(place)))
+        wanted = dense_outputs(self.outline, place, self.shortcuts.get(place))
+        found = self._noted(place, wanted)
         if lacks:
             self.layers.fit(path, reading, found)
         self._match_outputs(reading, shift, found, matched)
         if lacks and place in self.activations and self.layers.supported(path):
-            self._fit_again(self.activations[place], shift, matched)
+            self._fit_again(self.activations[place], shift, found, matched)
 
-    def _noted(self, place: int, wanted: Wanted) -> list:
+    def _noted(self, place: int, wanted: Wanted, squares: bool = True) -> list:
         """The notes of all batches for a fit to some outputs."""
-        note = fit_note(self.outline, place, wanted, self.layers.roots(self.places[place]))
+        roots = self.layers.roots(self.places[place])
+        note = fit_note(self.outline, place, wanted, roots, squares)
         return self.segments.advance(place, self._small(), note)
 
-    def _fit_again(self, activation: Activation, shift: Shift | None, matched: Matched) -> None:
+    def _fit_again(
+        self, activation: Activation, shift: Shift | None, first: Sequence, matched: Matched
+    ) -> None:
         """Fits a layer to what an activation shows of its errors, as long as these fall."""
         path, reading = self.places[activation.place], self.outline.readings[activation.place]
         least, kept, shifts = math.inf, list(self.layers.of(path)), self.shifts
         for _ in range(AGAIN):
-            found = self._noted(activation.place, self._shown(activation, shift))
+            shown = self._shown(activation, shift)
+            found = beside(first, self._noted(activation.place, shown, squares=False))
             error = self.layers.shown(path, found)
             if error >= least:
                 for index, fit in kept:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.parallel import one_core_each
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.whitening import Pair
 
 Array = np.ndarray
 FEW = 5  # samples for each dimension; below, a fit gains much from more images
@@ -34,6 +36,7 @@ class Fit:
 
     Attributes:
         first, second: kernels as `Separable.factor` lays them out, float64.
+        bases: the columns of the first factor of each group, in the order of `whitening`.
         shrinkage: lambda over the mean variance of the patches; infinite for plain factors.
         held_out: error of factors of that shrinkage, fitted without the images that they are
             measured on, and before the sweeps, which lower the error.
@@ -46,6 +49,7 @@ class Fit:
 
     first: Array
     second: Array
+    bases: Sequence[Array]
     shrinkage: float
     held_out: float
     plain: float
@@ -57,14 +61,6 @@ class Fit:
     def is_plain(self) -> bool:
         """Whether no fit won on held-out images, so that the factors are the plain ones."""
         return math.isinf(self.shrinkage)
-
-    def again(self, fit: "Fit") -> "Fit":
-        """The factors of a fit to other outputs, unless they are plain; the figures stay."""
-        if fit.is_plain:
-            return self
-        return dataclasses.replace(
-            self, first=fit.first, second=fit.second, shrinkage=fit.shrinkage
-        )
 
 
 def fit_layer(
@@ -90,6 +86,27 @@ def fit_layer(
         return _fitted(layer, folds, sweeps)
 
 
+def _kernels(layer: Groups, pairs: list[Pair]) -> dict[str, Any]:
+    first, second = layer.kernels(pairs)
+    return {"first": first, "second": second, "bases": [one for one, _ in pairs]}
+
+
+def fit_again(
+    kernel: Array,
+    folds: Sequence[Moments],
+    scheme: Scheme,
+    importance: Importance,
+    known: Fit,
+    sweeps: int = 1,
+) -> Fit:
+    """The same fit to other outputs: it goes on from the factors, and its figures stay."""
+    layer = Groups(np.asarray(kernel, np.float64), scheme, importance)
+    with one_core_each():
+        targets = layer.targets(functools.reduce(Moments.__add__, folds))
+        pairs = layer.fit_again(known.bases, targets, known.shrinkage, sweeps)
+    return dataclasses.replace(known, **_kernels(layer, pairs))
+
+
 def _fitted(layer: Groups, folds: Sequence[Moments], sweeps: int) -> Fit:
     plain = layer.plain()
     choice = choose(layer, folds, plain)
@@ -99,10 +116,8 @@ def _fitted(layer: Groups, folds: Sequence[Moments], sweeps: int) -> Fit:
         shrinkage *= 1 - 1 / len(folds)
         targets = layer.targets(functools.reduce(Moments.__add__, folds))
         pairs = layer.fit(targets, shrinkage, sweeps)
-    first, second = layer.kernels(pairs)
     return Fit(
-        first=first,
-        second=second,
+        **_kernels(layer, pairs),
         shrinkage=shrinkage,
         held_out=choice.held_out,
         plain=choice.plain,

@@ -1,6 +1,7 @@
 """A layer's kernel and moments in the order of `whitening`, one group after the other."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from lowrank_jax.factorization.solving import TINY
 from lowrank_jax.factorization.whitening import Pair, Target
 
 Array = np.ndarray
+FEW_STEPS = 4  # of conjugate gradients, for factors that were fitted before
 Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
 
 
@@ -59,6 +61,16 @@ class Groups:
             ridged = target.ridged(own, shrinkage * mean_variance(target))
             start = whitening.least_squares(ridged)
             pairs.append(whitening.fit(start, ridged, self.scheme.ranks, sweeps))
+        return pairs
+
+    def fit_again(
+        self, bases: Sequence[Array], targets: list[Target], shrinkage: float, sweeps: int
+    ) -> list[Pair]:
+        """The factors of each group, from a first one on, with a ridge towards its kernel."""
+        pairs = []
+        for own, base, target in zip(self.own, bases, targets, strict=True):
+            ridged = target.ridged(own, shrinkage * mean_variance(target))
+            pairs.append(whitening.alternated(base, ridged, self.scheme.ranks, sweeps, FEW_STEPS))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:

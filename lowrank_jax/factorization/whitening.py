@@ -96,11 +96,28 @@ def fit(
     Returns:
         V, of orthonormal columns, and H.
     """
-    strips, offsets = kronecker(target.blocks)
-    first = whitened_left(kernel, strips, offsets, ranks[0])
+    first = whitened_left(kernel, *kronecker(target.blocks), ranks[0])
+    return alternated(first, target, ranks, sweeps if target.taps > 1 else 0)
+
+
+def alternated(
+    first: Float[Array, "r K"],
+    target: Target,
+    ranks: Sequence[int],
+    sweeps: int,
+    steps: int = STEPS,
+) -> Pair:
+    """Factors that go on from a first one: the best second one, then sweeps of both in turn.
+
+    Args:
+        first: where they start.
+        target, ranks, sweeps: as in `fit`.
+        steps: of conjugate gradients for the first factor, at most.
+    """
     second = best_second(target.reduced(first), ranks[1:])
-    for _ in range(sweeps if target.taps > 1 else 0):
-        first = _orthonormal(refit_first(first, second, target, strips, offsets))
+    metric = kronecker(target.blocks) if sweeps else ()
+    for _ in range(sweeps):
+        first = _orthonormal(refit_first(first, second, target, *metric, steps=steps))
         second = best_second(target.reduced(first), ranks[1:])
     return first, second
 
