@@ -28,8 +28,7 @@ def patch_sums(
     turn: jax.Array | int,
     positions: int = POSITIONS,
     roots: Float[jax.Array, "k b b"] | None = None,
-    squares: bool = True,
-) -> Sums:
+) -> tuple[Sums, jax.Array]:
     """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
 
     Args:
@@ -39,32 +38,31 @@ def patch_sums(
         turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
         positions: about how many positions of each image are taken.
         roots: of the outputs' importance, which weigh them; see `Importance`.
-        squares: whether xx is wanted, which costs most.
 
     Returns:
         count (S,), x (S, g, p), y (S, g, m), xx (S, g, p, p), xy (S, g, p, m), yy (S, g, m) in
         float32 or wider: S kernels that run at once, g groups, p entries of a patch in the stored
-        order of the kernel's axes without the outputs, m outputs of a group.
+        order of the kernel's axes without the outputs, m outputs of a group. And the patches.
     """
     rows, outputs = geometry.rows(x, y, turn, positions)
-    outputs = outputs.astype(rows.dtype)
-    if roots is not None:
-        outputs = times(outputs.reshape(*outputs.shape[:2], -1), roots).reshape(outputs.shape)
-    return _products(rows, outputs, squares)
-
-
-def _products(x: jax.Array, y: jax.Array, squares: bool) -> Sums:
-    """The sums over all rows of (rows, S, g, p), or (rows, 1, g, p), and (rows, S, g, m)."""
+    x, y = rows, outputs.astype(rows.dtype)
     # Without a barrier XLA compiles the gathering into each of the five sums.
     x, y = jax.lax.optimization_barrier((x, y))
+    xx = summed_squares(x)
+    whole = {"xx": jnp.broadcast_to(xx, (y.shape[1], *xx.shape[1:]))}
+    return row_sums(x, y, roots) | whole, x
+
+
+def row_sums(x: jax.Array, y: jax.Array, roots: Float[jax.Array, "k b b"] | None) -> Sums:
+    """The sums of `patch_sums` but xx, of rows of patches and of outputs."""
     rows, stack = y.shape[:2]
+    if roots is not None:
+        y = times(y.reshape(rows, stack, -1), roots).reshape(y.shape)
     every = jnp.broadcast_to(x, (rows, stack, *x.shape[2:]))
-    xx = {"xx": summed_squares(x)} if squares else {}
     return {
         "count": jnp.full(stack, rows, x.dtype),
         "x": jnp.broadcast_to(x.sum(0), (stack, *x.shape[2:])),
         "y": y.sum(0),
-        **{name: jnp.broadcast_to(own, (stack, *own.shape[1:])) for name, own in xx.items()},
         "xy": summed_products(every, y),
         "yy": (y * y).sum(0),
     }

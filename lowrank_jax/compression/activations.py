@@ -8,21 +8,20 @@ most one for one.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
+from jaxtyping import Float
 
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.compression.scales import along, evaluate
-from lowrank_jax.compression.segments import Live, Values, both, fixed_equations
-from lowrank_jax.compression.shortcuts import placed
-from lowrank_jax.factorization.factors import wide
+from lowrank_jax.compression.shortcuts import trimmed
 from lowrank_jax.program.channels import SCALES
-from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.interpreter import bind
 
 STRAIGHT = ("add", "sub", "mul", "div", "neg", "convert_element_type", "copy")
 BENT = (
@@ -31,64 +30,73 @@ BENT = (
 )  # fmt: skip
 COMPARED = ("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not")
 
+Rows = Float[jax.Array, "r s g m"]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Link:
+    """An equation, with the numbers of what it reads, None for a literal, and of what it gives."""
+
+    eqn: Any
+    reads: Sequence[int | None]
+    gives: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Activation:
     """The way from a layer's outputs to the result of an activation, alone or after a sum.
 
     Attributes:
-        place: index of the layer's equation.
-        axis: of the channels in its outputs.
-        chain: indices of the equations of the way.
-        result: number of the activation's result.
-        scale: of each of the layer's outputs on the way, along the axis; zero where a channel is to
-            be left alone.
+        outputs: number of the layer's outputs.
+        chain: the equations of the way.
+        other: number of the value that is added on the way; None if none is.
+        fixed: number of a value that does not depend on the images to its entries: one, or one a
+            channel.
+        scale: of each channel of the layer's outputs on the way; zero where it is to be left alone.
     """
 
-    place: int
-    axis: int
-    chain: tuple[int, ...]
-    result: int
-    scale: np.ndarray
+    outputs: int
+    chain: Sequence["Link"]
+    other: int | None
+    fixed: Mapping[int, np.ndarray]
+    scale: Float[np.ndarray, "n"]
 
-    @property
-    def channels(self) -> int:
-        """How many channels the layer's outputs have."""
-        return int(self.scale.shape[self.axis])
+    def behind(self, outputs: Rows, other: Rows | None) -> Rows:
+        """What the activation makes of some outputs of the layer."""
+        shape = outputs.shape
+        known: dict[Any, Any] = {n: by_row(own, shape) for n, own in self.fixed.items()}
+        known |= {self.outputs: outputs, self.other: other}
+        for link in self.chain:
+            pairs = zip(link.reads, link.eqn.invars, strict=True)
+            values = [(var.val if n is None else known[n], var.aval.dtype) for n, var in pairs]
+            spread = [jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x, dtype in values]
+            (known[link.gives],) = bind(link.eqn, spread)
+        return known[self.chain[-1].gives].astype(outputs.dtype)
 
-    def wanted(self, outline: Outline, given: Values, small: Values, live: Live, lack: Any) -> Any:
+    def wanted(
+        self, dense: Rows, own: Rows, added: Rows | None = None, own_added: Rows | None = None
+    ) -> tuple[Rows, Rows]:
         """The outputs that the layer is to give, as far as errors are seen behind the activation.
 
         Args:
-            outline: of the program at the batch's shapes.
-            given: number of an input to its value in the dense network.
-            small: the inputs that differ in the compressed network, with the layer's factors.
-            live: what the batch has given.
-            lack: what the layer's outputs lack on the average, which a shift adds, by channel.
+            dense: outputs of the dense layer.
+            own: those of the layer, with what is added to them on the average.
+            added, own_added: what is added to them on the way in the dense and in the compressed
+                network; None if nothing is.
 
         Returns:
-            The outputs, and for each channel the sum of the squared errors behind the activation.
+            The outputs, and the errors behind the activation, in units of the outputs.
         """
-        return self._program(outline)(given, small, live.dense, live.small, lack)
+        hidden = self.behind(dense, added) - self.behind(own, own_added)
+        scale = by_row(self.scale, dense.shape)
+        error = hidden * np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale))
+        error = error.astype(dense.dtype)
+        return jnp.where(scale == 0, dense, own + error), error
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  # the activation goes with the run
-    def _program(self, outline: Outline) -> Any:
-        y = outline.gives(outline.eqns[self.place])[0]
-        own = (self.place, *self.chain)
-        fixed = fixed_equations(outline, own)
-        others = tuple(i for i in range(self.scale.ndim) if i != self.axis)
-        inverse = np.where(self.scale == 0, 0, 1 / np.where(self.scale == 0, 1, self.scale))
 
-        def run(given: Values, small: Values, dense: Values, other: Values, lack: Any) -> Any:
-            one, two = {**given, **dense}, {**small, **other}
-            for place in (*fixed, *own):
-                both(outline, place, one, two)
-            hidden = wide(one[self.result]) - wide(two[self.result])
-            error = hidden * inverse.astype(hidden.dtype)
-            found = wide(two[y]) + lack.reshape(self.scale.shape)
-            return jnp.where(self.scale == 0, wide(one[y]), found + error), (error**2).sum(others)
-
-        return jax.jit(run, compiler_options=default_options())
+def by_row(channels: Any, shape: Sequence[int]) -> Any:
+    """Entries of channels for rows (r, S, g, m): of all S kernels or of each, or one for all."""
+    return channels.reshape(() if channels.size == 1 else (-1, *shape[2:]))
 
 
 def find_activations(
@@ -101,69 +109,98 @@ def find_activations(
         places: of the equations.
         values: of the program's inputs in the dense network.
     """
-    ways = {place: way for place in places if (way := _way(outline, place))}
-    steps = {place: _scales(outline, place, chain) for place, (chain, _) in ways.items()}
-    wanted = [step.by for own in steps.values() for step in own]
+    ways = {place: way for place in places if (way := _Way.of(outline, place))}
+    wanted = [var for way in ways.values() for var in way.fixed]
     known = iter(evaluate(outline.flat, outline.channels, wanted, values))
-    found = {}
-    for place, (chain, result) in ways.items():
-        axis = outline.readings[place].channel_axis
-        assert axis is not None
-        scale = np.ones(outline.eqns[place].outvars[0].aval.shape[axis])
-        for step in steps[place]:
-            by = along(next(known), step.axis)
-            scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
-        own = placed(scale, axis, outline, place)
-        found[place] = Activation(place, axis, tuple(chain), result, own)
-    return found
+    return {place: way.activation([next(known) for _ in way.fixed]) for place, way in ways.items()}
 
 
-def _scales(outline: Outline, place: int, chain: Sequence[int]) -> list:
-    axis = outline.readings[place].channel_axis
-    assert axis is not None
-    own = [outline.eqns[index] for index in chain]
-    steps = outline.channels.after(outline.eqns[place].outvars[0], axis)
-    return [s for s in steps if s.name in SCALES and any(s.eqn is eqn for eqn in own)]
-
-
-def _way(outline: Outline, place: int) -> tuple[list[int], int] | None:
+@dataclasses.dataclass
+class _Way:
     """The equations from a layer to where its outputs, changed one by one, are in one value."""
-    if outline.readings[place].channel_axis is None:
-        return None
-    made, last = _made(outline), outline.last_reads()
-    members = {*outline.gives(outline.eqns[place])}
-    shape, bent, chain = outline.eqns[place].outvars[0].aval.shape, False, list[int]()
-    for index in range(place + 1, len(outline.eqns)):
-        eqn = outline.eqns[index]
-        if members.isdisjoint(outline.reads(eqn)):
-            continue
-        if not _one_by_one(outline, eqn, members, shape, made, place):
+
+    outline: Outline
+    place: int
+    axis: int
+    chain: list[int] = dataclasses.field(default_factory=list)
+    other: int | None = None
+    fixed: list = dataclasses.field(default_factory=list)  # variables that no image changes
+
+    @classmethod
+    def of(cls, outline: Outline, place: int) -> "_Way | None":
+        """The way from a layer; None where no activation follows."""
+        axis = outline.readings[place].channel_axis
+        if axis is None:
             return None
-        chain.append(index)
-        members.update(outline.gives(eqn))
-        bent = bent or eqn.primitive.name in BENT
-        ahead = [number for number in members if last.get(number, -1) > index]
-        if bent and ahead == outline.gives(eqn):
-            return chain, ahead[0]
-    return None
+        way = cls(outline, place, axis)
+        return way if way._goes_on() else None
 
-
-def _one_by_one(
-    outline: Outline,
-    eqn: Any,
-    members: set[int],
-    shape: tuple[int, ...],
-    made: Mapping[int, int],
-    place: int,
-) -> bool:
-    """Whether an equation changes each output on its own, or adds what is known at the place."""
-    name = eqn.primitive.name
-    if name not in (*STRAIGHT, *BENT, *COMPARED) or eqn.outvars[0].aval.shape != shape:
+    def _goes_on(self) -> bool:
+        outline, last = self.outline, self.outline.last_reads()
+        members, bent = {*outline.gives(outline.eqns[self.place])}, False
+        for index in range(self.place + 1, len(outline.eqns)):
+            eqn = outline.eqns[index]
+            if members.isdisjoint(outline.reads(eqn)):
+                continue
+            if not self._takes(eqn, members):
+                return False
+            self.chain.append(index)
+            members.update(outline.gives(eqn))
+            bent = bent or eqn.primitive.name in BENT
+            ahead = [number for number in members if last.get(number, -1) > index]
+            if bent and ahead == outline.gives(eqn):
+                return True
         return False
-    others = set(outline.reads(eqn)) - members - outline.fixed
-    return not others or (name == "add" and all(made.get(n, -1) < place for n in others))
+
+    def _takes(self, eqn: Any, members: set[int]) -> bool:
+        """Whether an equation changes each output on its own, or adds what is known by then."""
+        outline, shape = self.outline, self.outline.eqns[self.place].outvars[0].aval.shape
+        name = eqn.primitive.name
+        if name not in (*STRAIGHT, *BENT, *COMPARED) or eqn.outvars[0].aval.shape != shape:
+            return False
+        for var in eqn.invars:
+            if isinstance(var, Literal) or outline.number(var) in members:
+                continue
+            if outline.channels.is_fixed(var):
+                if outline.channels.varies(var, len(shape)) not in (self.axis, -1):
+                    return False
+                self.fixed.append(var)
+            elif not self._adds(name, outline.number(var)):
+                return False
+        return True
+
+    def _adds(self, name: str, number: int) -> bool:
+        made = (n for eqn in self.outline.eqns[: self.place] for n in self.outline.gives(eqn))
+        if name != "add" or self.other is not None or number not in {*made, *self.outline.images}:
+            return False
+        self.other = number
+        return True
+
+    def activation(self, values: Sequence[jax.Array]) -> Activation:
+        """The way with the values of what no image changes."""
+        outline, eqns = self.outline, [self.outline.eqns[index] for index in self.chain]
+        outputs = outline.eqns[self.place].outvars[0]
+        fixed = {}
+        for var, value in zip(self.fixed, values, strict=True):
+            axis = outline.channels.varies(var, outputs.aval.ndim)
+            fixed[outline.number(var)] = np.asarray(along(value, -1 if axis is None else axis))
+        scale = np.ones(outputs.aval.shape[self.axis])
+        for step in outline.channels.after(outputs, self.axis):
+            if step.name in SCALES and any(step.eqn is eqn for eqn in eqns):
+                literal = isinstance(step.by, Literal)
+                by = np.asarray(step.by.val if literal else fixed[outline.number(step.by)])
+                scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
+        return Activation(
+            outputs=outline.number(outputs),
+            chain=[
+                Link(eqn, [_number(outline, x) for x in eqn.invars], outline.gives(eqn)[0])
+                for eqn in eqns
+            ],
+            other=self.other,
+            fixed=fixed,
+            scale=trimmed(scale),
+        )
 
 
-def _made(outline: Outline) -> dict[int, int]:
-    """The equation that gives each variable."""
-    return {n: index for index, eqn in enumerate(outline.eqns) for n in outline.gives(eqn)}
+def _number(outline: Outline, var: Any) -> int | None:
+    return None if isinstance(var, Literal) else outline.number(var)

@@ -14,7 +14,8 @@ from lowrank_jax.compression.notes import folds_of
 from lowrank_jax.compression.outline import slices
 from lowrank_jax.factorization.fitting import Fit, fit_again, fit_layer
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import OUTPUTS, only, sizes_of
+from lowrank_jax.factorization.layout import OUTPUTS, merged, only, sizes_of
+from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
 
@@ -88,5 +89,18 @@ class LayerFits:
 
     def shown(self, path: str, found: Sequence[Mapping]) -> float:
         """The errors of a layer that notes show, each channel by what errors of it cost."""
+        cost = self._importance[path].diagonal
         errors = np.sum([note["errors"] for note in found], axis=0)
-        return float(self._importance[path].diagonal @ errors)
+        return float(np.sum(errors.reshape(-1, cost.size) @ cost))
+
+    def kernel(self, path: str, reading: Reading) -> jax.Array:
+        """The kernels of a reading (S, g, p, m), as its patches are laid out."""
+        axes, fits = self.schemes[path].axes, dict(self.of(path))
+        groups = reading.groups if reading.is_convolution else 1
+        parts = ["".join(x for x in axes if x not in OUTPUTS), only(axes, OUTPUTS)]
+        found = []
+        for index in slices(reading):
+            whole = merge(jnp.asarray(fits[index].first), jnp.asarray(fits[index].second), axes)
+            rows = merged(whole, axes, parts)
+            found.append(rows.reshape(len(rows), groups, -1).swapaxes(0, 1))
+        return jnp.stack(found)

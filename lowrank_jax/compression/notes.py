@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.sums import AnyGeometry, geometry_of, patch_sums
+from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
@@ -19,53 +19,57 @@ from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
-Wanted = Callable[[Live, int], tuple[jax.Array, dict[str, Any]]]
 
+class Kept(Protocol):
+    """Keeps rows of what a layer reads and gives in a batch, and of what is added to that."""
 
-def dense_outputs(outline: Outline, place: int, shortcut: Shortcut | None) -> Wanted:
-    """The outputs of the dense layer, and what another branch lacks beside them."""
-    (number,) = outline.gives(outline.eqns[place])
+    def added(self, live: Live) -> tuple: ...
 
-    def wanted(live: Live, turn: int) -> tuple[jax.Array, dict[str, Any]]:
-        del turn
-        y = live.dense[number]
-        return (shortcut.wanted(live, y) if shortcut else y), {}
-
-    return wanted
+    def keep(self, rows: Any) -> None: ...
 
 
 def fit_note(
-    outline: Outline, place: int, wanted: Wanted, roots: jax.Array, squares: bool = True
+    outline: Outline,
+    place: int,
+    shortcut: Shortcut | None,
+    roots: jax.Array,
+    kept: Kept | None = None,
 ) -> Note:
     """What a fit needs of a batch: moments, and sums for the means.
 
     Args:
         outline: of the program.
         place: of the layer's equation.
-        wanted: function of what a batch has given, and of its number, to the outputs that the layer
-            is to give, and to sums that are noted, too.
+        shortcut: what is added to the layer's outputs.
         roots: of the importance of the outputs.
-        squares: whether the second moments of the inputs are wanted.
+        kept: takes the rows whose moments these are.
     """
     reading = outline.readings[place]
     x_number = outline.number(reading.eqn.invars[1 - reading.operand])
-    sums = _fit_sums(geometry_of(reading), squares)
+    y_number = outline.gives(reading.eqn)[0]
+    sums = _fit_sums(geometry_of(reading), kept is not None)
 
     def note(live: Live, turn: int) -> dict[str, Any]:
-        x = live.small.get(x_number, live.dense[x_number])
-        y, more = wanted(live, turn)
-        return {**sums(x, y, turn // FOLDS, roots), **more}
+        x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
+        wanted = shortcut.wanted(live, y) if shortcut else y
+        more = (y, *kept.added(live)) if kept else ()
+        found, rows = sums(x, wanted, more, turn // FOLDS, roots)
+        if kept:
+            kept.keep(rows)
+        return found
 
     return note
 
 
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
-def _fit_sums(geometry: AnyGeometry, squares: bool) -> Callable:
+def _fit_sums(geometry: AnyGeometry, sampled: bool) -> Callable:
     """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
 
-    def sums(x: jax.Array, y: jax.Array, turn: jax.Array, roots: Any) -> dict[str, Any]:
-        moments = patch_sums(geometry, x, y, turn, roots=roots, squares=squares)
-        return {"sums": moments, **_mean_sums(geometry, x, y)}
+    def sums(x: jax.Array, y: jax.Array, more: tuple, turn: jax.Array, roots: jax.Array) -> Any:
+        moments, patches = patch_sums(geometry, x, y, turn, roots=roots)
+        outputs = [wide(geometry.rows(x, other, turn, POSITIONS)[1]) for other in more]
+        rows = (patches, outputs) if sampled else ()
+        return {"sums": moments, **_mean_sums(geometry, x, y)}, rows
 
     return jax.jit(sums, compiler_options=default_options())
 
@@ -132,12 +136,6 @@ def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> 
     assert axis is not None
     mean = np.asarray(outputs, np.float64).mean(_others(outputs, axis))
     return totals["outputs"] / totals["positions"] - mean
-
-
-def beside(first: Sequence[Mapping], again: Sequence[Mapping]) -> list[dict[str, Any]]:
-    """Notes of a fit again, with what only the first ones have: moments of the same inputs."""
-    pairs = zip(first, again, strict=True)
-    return [{**one, **two, "sums": {**one["sums"], **two["sums"]}} for one, two in pairs]
 
 
 def _total(found: Sequence[Mapping], name: str) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +11,12 @@ import numpy as np
 
 from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.compression.activations import Activation, find_activations
+from lowrank_jax.compression.activations import find_activations
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import Descent
 from lowrank_jax.compression.kernels import Factors, Parts, Slice
 from lowrank_jax.compression.layer_fits import LayerFits
 from lowrank_jax.compression.notes import (
-    Wanted,
-    beside,
-    dense_outputs,
     drifted_mean,
     fit_note,
     lacking_mean,
@@ -36,6 +32,7 @@ from lowrank_jax.compression.outline import (
     shift_after,
     slices,
 )
+from lowrank_jax.compression.refitting import Sample, fit_again
 from lowrank_jax.compression.segments import Live, Segments, Values
 from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
@@ -47,8 +44,6 @@ from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.transform import prepare
 from lowrank_jax.tree.decomposing import replaced
 from lowrank_jax.tree.paths import map_named
-
-AGAIN = 2  # fits to what an activation shows; more gain little
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,52 +142,29 @@ class Reconstruction:
         lacks = self.layers.lacks(path, reading)
         if not lacks and shift is None:
             return
-        wanted = dense_outputs(self.outline, place, self.shortcuts.get(place))
-        found = self._noted(place, wanted)
+        activation = self.activations.get(place) if lacks else None
+        batches = len(self.segments.lives)
+        sample = Sample(self.outline, place, activation, batches) if activation else None
+        roots, shortcut = self.layers.roots(path), self.shortcuts.get(place)
+        note = fit_note(self.outline, place, shortcut, roots, sample)
+        found = self.segments.advance(place, self._small(), note)
         if lacks:
             self.layers.fit(path, reading, found)
         self._match_outputs(reading, shift, found, matched)
-        if lacks and place in self.activations and self.layers.supported(path):
-            self._fit_again(self.activations[place], shift, found, matched)
-
-    def _noted(self, place: int, wanted: Wanted, squares: bool = True) -> list:
-        """The notes of all batches for a fit to some outputs."""
-        roots = self.layers.roots(self.places[place])
-        note = fit_note(self.outline, place, wanted, roots, squares)
-        return self.segments.advance(place, self._small(), note)
+        if sample and self.layers.supported(path):
+            self._fit_again(path, sample, shift, found, matched)
 
     def _fit_again(
-        self, activation: Activation, shift: Shift | None, first: Sequence, matched: Matched
+        self, path: str, sample: Sample, shift: Shift | None, first: Sequence, matched: Matched
     ) -> None:
-        """Fits a layer to what an activation shows of its errors, as long as these fall."""
-        path, reading = self.places[activation.place], self.outline.readings[activation.place]
-        least, kept, shifts = math.inf, list(self.layers.of(path)), self.shifts
-        for _ in range(AGAIN):
-            shown = self._shown(activation, shift)
-            found = beside(first, self._noted(activation.place, shown, squares=False))
-            error = self.layers.shown(path, found)
-            if error >= least:
-                for index, fit in kept:
-                    self.layers.take(path, index, fit)
-                self.shifts = shifts
-                return
-            least, kept, shifts = error, list(self.layers.of(path)), dict(self.shifts)
-            self.layers.fit(path, reading, found)
-            self._match_outputs(reading, shift, found, matched)
-
-    def _shown(self, activation: Activation, shift: Shift | None) -> Wanted:
-        """What a layer is to give, as far as an activation shows its errors."""
-        small, given, lack = self._small(), self.segments.given, np.zeros(activation.channels)
+        """Fits a layer to what an activation shows of its errors."""
+        lack = np.zeros(sample.activation.scale.size)
         if shift is not None:
-            old, new = given[shift.leaf], self.shifts[shift.leaf]
+            old, new = self.segments.given[shift.leaf], self.shifts[shift.leaf]
             lack = shift.sign * np.ravel(np.asarray(new, np.float64) - np.asarray(old, np.float64))
-
-        def wanted(live: Live, turn: int) -> tuple[jax.Array, dict[str, Any]]:
-            outline = self.segments.outlines[turn]
-            outputs, errors = activation.wanted(outline, given, small, live, lack)
-            return outputs, {"errors": errors}
-
-        return wanted
+        lack = fit_again(self.layers, path, sample, first, lack, shift is not None)
+        if shift is not None:
+            self._set_shift(shift, lack, matched)
 
     def _match_outputs(
         self, reading: Reading, shift: Shift | None, found: Sequence[Mapping], matched: Matched

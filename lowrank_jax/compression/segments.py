@@ -101,7 +101,7 @@ class Segments:
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             held = loaded((live.dense, live.small))
             new = programs[id(outline)](self.given, small, *held)
-            _add(found, turn % FOLDS, note(_joined(held, new), turn))
+            added(found, turn % FOLDS, note(_joined(held, new), turn))
             self.lives[turn] = _joined(still[turn], holding.keep(new))
         self.place = place
         give_back()
@@ -124,7 +124,7 @@ def _copies(lives: Sequence[Live]) -> list[Live]:
     return [dataclasses.replace(live) for live in lives]
 
 
-def _add(sums: list, fold: int, note: Any) -> None:
+def added(sums: list, fold: int, note: Any) -> None:
     """Adds a note to the sum of its fold."""
     new = jax.tree.map(lambda value: np.asarray(value, np.float64), note)
     if fold == len(sums):
@@ -140,15 +140,15 @@ def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -
     """
     ahead = outline.eqns[stop : stop + 1]  # none at the end of the program
     own = range(start, stop + len(ahead))
-    needed = fixed_equations(outline, own)
+    needed = _fixed_equations(outline, own)
 
     def run(given: Values, small: Values, dense: Values, other: Values) -> tuple:
         one, two = {**given, **dense}, {**small, **other}
         for place in needed:
-            both(outline, place, one, two)
+            _both(outline, place, one, two)
         for place in range(start, stop):
             if place not in needed:
-                both(outline, place, one, two)
+                _both(outline, place, one, two)
         kept = {n for n in (*one, *two) if n not in outline.fixed and last.get(n, -1) >= stop}
         for eqn in ahead:
             _dense(outline, stop, one)
@@ -159,7 +159,7 @@ def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -
     return run
 
 
-def fixed_equations(outline: Outline, places: Sequence[int]) -> list[int]:
+def _fixed_equations(outline: Outline, places: Sequence[int]) -> list[int]:
     """The equations that do not depend on the images, and that some equations need."""
     wanted = {n for place in places for n in outline.reads(outline.eqns[place])}
     found = []
@@ -182,7 +182,7 @@ def _read(outline: Outline, eqn: Any, values: Values, others: Values | None = No
     return [value(var) for var in eqn.invars]
 
 
-def both(outline: Outline, place: int, dense: Values, small: Values) -> None:
+def _both(outline: Outline, place: int, dense: Values, small: Values) -> None:
     """Runs an equation for the dense network, and for the other where it differs."""
     eqn = outline.eqns[place]
     _dense(outline, place, dense)

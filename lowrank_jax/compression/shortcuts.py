@@ -61,7 +61,7 @@ def find_shortcuts(
         for step in steps:
             by = along(next(known), step.axis)
             scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
-        found[place] = Shortcut(other, placed(scale, axis, outline, place))
+        found[place] = Shortcut(other, _placed(scale, axis, outline, place))
     return found
 
 
@@ -77,8 +77,13 @@ def _chain(outline: Outline, place: int) -> tuple[list[Step], int, int] | None:
     return [step for step in steps if step.name in SCALES], outline.number(other), axis
 
 
-def placed(scale: np.ndarray, axis: int, outline: Outline, place: int) -> np.ndarray:
+def trimmed(scale: np.ndarray) -> np.ndarray:
+    """A scale of each channel, with zero where a channel has no say."""
     kept = np.abs(scale) >= SMALLEST * np.abs(scale).max(initial=0)
+    return np.where(kept & np.isfinite(scale), scale, 0)
+
+
+def _placed(scale: np.ndarray, axis: int, outline: Outline, place: int) -> np.ndarray:
     shape = [1] * outline.eqns[place].outvars[0].aval.ndim
     shape[axis] = len(scale)
-    return np.where(kept & np.isfinite(scale), scale, 0).reshape(shape)
+    return trimmed(scale).reshape(shape)

@@ -115,9 +115,11 @@ def alternated(
         steps: of conjugate gradients for the first factor, at most.
     """
     second = best_second(target.reduced(first), ranks[1:])
-    metric = kronecker(target.blocks) if sweeps else ()
+    if not sweeps:
+        return first, second
+    strips, offsets = kronecker(target.blocks)
     for _ in range(sweeps):
-        first = _orthonormal(refit_first(first, second, target, *metric, steps=steps))
+        first = _orthonormal(refit_first(first, second, target, strips, offsets, steps))
         second = best_second(target.reduced(first), ranks[1:])
     return first, second
 

@@ -87,10 +87,10 @@ class Channels:
         if len(data) != 1 or (data[0] == 1 and name in ("sub", "div")):
             return None
         by, out = eqn.invars[1 - data[0]], eqn.outvars[0].aval
-        axis = self._varies(by, out.ndim)
+        axis = self.varies(by, out.ndim)
         return None if axis is None else Step(eqn, data[0], by, axis)
 
-    def _varies(self, var: Any, ndim: int) -> int | None:
+    def varies(self, var: Any, ndim: int) -> int | None:
         """The one axis along which a value differs; -1 for one number, None for more axes."""
         if isinstance(var, Literal) or not var.aval.ndim:
             return -1

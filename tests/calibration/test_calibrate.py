@@ -33,7 +33,8 @@ class Whole(Rule):
         reading = Reading.of(eqn, sources_of(values))
         outputs = bind(eqn, [dense(value) for value in values])
         x = dense(values[1 - reading.operand])
-        return outputs, {reading.source.path: patch_sums(geometry_of(reading), x, outputs[0], 0)}
+        sums, _ = patch_sums(geometry_of(reading), x, outputs[0], 0)
+        return outputs, {reading.source.path: sums}
 
 
 def whole_moments(apply, variables, x):

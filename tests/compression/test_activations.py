@@ -9,7 +9,7 @@ from flax import linen as nn
 from lowrank_jax import compress, lowrank
 from lowrank_jax.calibration.inputs import Inputs
 from lowrank_jax.calibration.network import Network
-from lowrank_jax.compression import reconstruction
+from lowrank_jax.compression import refitting
 from lowrank_jax.compression.activations import find_activations
 from lowrank_jax.compression.outline import Outline, fit_places
 
@@ -81,7 +81,7 @@ def found(after):
 def test_an_activation_is_found_behind_a_normalisation_and_a_sum(name):
     (activation,) = found(SHOWN[name])
     slope = -3 if name == "scaled" else 1
-    np.testing.assert_allclose(activation.scale.ravel(), slope / np.sqrt(1 + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(activation.scale, slope / np.sqrt(1 + 1e-5), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -108,7 +108,7 @@ def test_the_outputs_on_other_images_are_not_worse_and_mostly_better(name, monke
     model, variables = network(SHOWN[name], x)
     errors = []
     for again in (0, 2):
-        monkeypatch.setattr(reconstruction, "AGAIN", again)
+        monkeypatch.setattr(refitting, "AGAIN", again)
         small = compress(model.apply, variables, x, {"conv": 2})
         errors.append(shown_error(model, variables, small, fresh))
     assert errors[1] < 1.05 * errors[0]
@@ -121,7 +121,7 @@ def test_fits_that_show_larger_errors_are_dropped(monkeypatch):
     x = images(64)
     model, variables = network(lambda y, skip: y * nn.relu(20 * y), x)
     small = compress(model.apply, variables, x, {"conv": 2})
-    monkeypatch.setattr(reconstruction, "AGAIN", 0)
+    monkeypatch.setattr(refitting, "AGAIN", 0)
     plain = compress(model.apply, variables, x, {"conv": 2})
     assert shown_error(model, variables, small, x) <= shown_error(model, variables, plain, x)
 
