@@ -57,6 +57,7 @@ HIDDEN = {
     "read before and after": lambda y, skip: jnp.concatenate([y, nn.relu(y)], -1),
     "gate": lambda y, skip: nn.relu(y * skip),
     "softmax": lambda y, skip: nn.softmax(y),
+    "transposed": lambda y, skip: jnp.moveaxis(nn.relu(jnp.moveaxis(y, -1, 1)), 1, -1),
     "pooling": lambda y, skip: nn.relu(nn.max_pool(y, (2, 2))),
 }
 
