@@ -54,7 +54,7 @@ class LayerFits:
 
     def roots(self, path: str) -> jax.Array:
         """What weighs the outputs of a layer; see `Importance`."""
-        return jnp.asarray(self._importance[path].roots, jnp.float32)
+        return jnp.asarray(self._importance[path].roots)
 
     def lacks(self, path: str, reading: Reading) -> bool:
         """Whether a reading has kernels that are not fitted."""

@@ -126,11 +126,11 @@ def _copies(lives: Sequence[Live]) -> list[Live]:
 
 def added(sums: list, fold: int, note: Any) -> None:
     """Adds a note to the sum of its fold."""
-    new = jax.tree.map(lambda value: np.asarray(value, np.float64), note)
     if fold == len(sums):
-        sums.append(new)
-    else:
-        sums[fold] = jax.tree.map(np.add, sums[fold], new)
+        sums.append(jax.tree.map(lambda value: np.array(value, np.float64), note))
+        return
+    for old, new in zip(jax.tree.leaves(sums[fold]), jax.tree.leaves(note), strict=True):
+        np.add(old, np.asarray(new), out=old)  # in place, since moments are large
 
 
 def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Segment:

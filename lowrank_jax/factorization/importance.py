@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
-BLOCK = 1024  # channels of a block, at most
+BLOCK = 512  # channels of a block, at most
 # Of F; the rest of it is its diagonal. F is known from few inputs, its diagonal best.
 SHARE = 0.9
 UNIMPORTANT = 1e-12  # of the largest entry; channels below count as this
@@ -27,7 +27,7 @@ def block_size(outputs: int) -> int:
 
     Example:
         >>> block_size(64), block_size(3072)
-        (64, 1024)
+        (64, 512)
     """
     return next(size for size in range(min(outputs, BLOCK), 0, -1) if outputs % size == 0)
 
@@ -37,7 +37,7 @@ class Importance:
     """F of a layer.
 
     Attributes:
-        roots: L of each block of its outputs, as float32 holds them, in float64.
+        roots: L of each block of its outputs, in float32, as a device has them.
     """
 
     roots: Float[np.ndarray, "k b b"]
@@ -58,7 +58,7 @@ class Importance:
     @classmethod
     def even(cls, outputs: int) -> "Importance":
         """All outputs count alike."""
-        return cls(np.ones((outputs, 1, 1)))
+        return cls(np.ones((outputs, 1, 1), np.float32))
 
     @property
     def outputs(self) -> int:
@@ -68,7 +68,7 @@ class Importance:
     @property
     def diagonal(self) -> Float[np.ndarray, "n"]:
         """The diagonal of F: what an error of each output costs, alone."""
-        return np.sum(self.roots**2, axis=2).ravel()
+        return np.sum(self.roots.astype(np.float64) ** 2, axis=2).ravel()
 
     def within(self, groups: int) -> "Importance":
         """The same with blocks that lie within one group of the outputs each."""
@@ -76,7 +76,8 @@ class Importance:
         new = math.gcd(self.outputs // groups, size)
         if new == size:
             return self
-        whole = self.roots @ self.roots.mT
+        roots = self.roots.astype(np.float64)
+        whole = roots @ roots.mT
         parts = [whole[:, i : i + new, i : i + new] for i in range(0, size, new)]
         return Importance(_root(np.stack(parts, 1).reshape(-1, new, new)))
 
@@ -84,18 +85,18 @@ class Importance:
         """The importance of the outputs of each group."""
         return [Importance(part) for part in np.split(self.within(groups).roots, groups)]
 
-    def weighted(self, values: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    def weighted(self, values: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:
         """Values whose last axis are the outputs, times L."""
-        return times(values, self.roots)
+        return times(values, self.roots.astype(np.float64))
 
-    def restored(self, values: Float[Array, "... n"]) -> Float[Array, "... n"]:
+    def restored(self, values: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "... n"]:
         """What `weighted` had."""
-        return times(values, np.linalg.inv(self.roots))
+        return times(values, np.linalg.inv(self.roots.astype(np.float64)))
 
 
 def _root(definite: Float[np.ndarray, "k b b"]) -> Float[np.ndarray, "k b b"]:
-    """L, as a device with float32 holds it."""
-    return np.linalg.cholesky(definite).astype(np.float32).astype(np.float64)
+    """L, in float32."""
+    return np.linalg.cholesky(definite).astype(np.float32)
 
 
 def times(
