@@ -56,7 +56,7 @@ class Activation:
     """
 
     outputs: int
-    chain: Sequence["Link"]
+    chain: Sequence[Link]
     other: int | None
     fixed: Mapping[int, np.ndarray]
     scale: Float[np.ndarray, "n"]
@@ -129,8 +129,8 @@ class _Way:
     @classmethod
     def of(cls, outline: Outline, place: int) -> "_Way | None":
         """The way from a layer; None where no activation follows."""
-        axis = outline.readings[place].channel_axis
-        if axis is None:
+        axis, source = outline.readings[place].channel_axis, outline.readings[place].source
+        if axis is None or source is None or source.flips:  # rows are in the order as stored
             return None
         way = cls(outline, place, axis)
         return way if way._goes_on() else None
