@@ -106,7 +106,7 @@ class Calibration:
     @functools.cached_property
     def importance(self) -> dict[str, Importance]:
         """Layer path to how much errors of the outputs count."""
-        return importance_of(self.curvature)
+        return importance_of(self.curvature, self.images)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the moments to a ``.npz`` file.

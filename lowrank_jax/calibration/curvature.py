@@ -18,7 +18,7 @@ import numpy as np
 from lowrank_jax.calibration.inputs import images, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
-from lowrank_jax.factorization.importance import SHARE, Importance, block_size
+from lowrank_jax.factorization.importance import Importance, block_size
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
@@ -28,7 +28,6 @@ from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.reading import READERS, Reading
 
 IMAGES = 64  # more change the ranks of no network that was tried
-FEW = 7  # inputs; from so many, half of what is beside the diagonal of F counts
 AT_ONCE = 32  # a backward pass holds all activations
 ALIKE = "All layers count alike in a plan, because the network has no derivative"
 
@@ -77,9 +76,9 @@ class Tap(Rule):
         return [_tap(geometry_of(reading), outputs, total)], {}
 
 
-def importance_of(curvature: Mapping[str, np.ndarray]) -> dict[str, Importance]:
-    """Layer path to how much errors of the outputs count."""
-    return {path: Importance.of(own) for path, own in curvature.items()}
+def importance_of(curvature: Mapping[str, np.ndarray], inputs: int) -> dict[str, Importance]:
+    """Layer path to how much errors of the outputs count, by F from some inputs."""
+    return {path: Importance.of(own, inputs) for path, own in curvature.items()}
 
 
 def output_curvature(
@@ -115,14 +114,7 @@ def output_curvature(
             for path, own in sums.items():
                 totals[path] += np.asarray(own, np.float64)
             count += images(batch)
-    return {path: _trusted(total / max(count, 1), count) for path, total in totals.items()}
-
-
-def _trusted(blocks: np.ndarray, count: int) -> np.ndarray:
-    """F with less of what is beside its diagonal, the fewer inputs there were."""
-    share = min(1.0, count / (count + FEW) / SHARE)
-    beside = blocks * (1 - np.eye(blocks.shape[1]))
-    return blocks - (1 - share) * beside
+    return {path: total / max(count, 1) for path, total in totals.items()}
 
 
 def _few(batches: Iterable[tuple]) -> Iterator[tuple]:

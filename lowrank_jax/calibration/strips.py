@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, summed_squares
-from lowrank_jax.factorization.layout import OUTPUTS, forms_of, only, patch_axes, split_axes
+from lowrank_jax.factorization.layout import forms_of, patch_axes, split_axes, width_of
 from lowrank_jax.factorization.strips import needed
 from lowrank_jax.program.reading import Reading
 
@@ -45,7 +45,7 @@ class StripGeometry:
     @property
     def outputs(self) -> int:
         """Of one group."""
-        return math.prod(self.sizes[x] for x in only(self.axes, OUTPUTS)) // self.groups
+        return width_of(self.axes, self.shape) // self.groups
 
     def in_taps(self, patches: jax.Array, first: str) -> jax.Array:
         """Patches (rows, S, g, p) as (rows, S, g, taps of the second factor, strip)."""

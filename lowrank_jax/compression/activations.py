@@ -18,9 +18,8 @@ from jax.extend.core import Literal
 from jaxtyping import Float
 
 from lowrank_jax.compression.outline import Outline
-from lowrank_jax.compression.scales import along, evaluate
-from lowrank_jax.compression.shortcuts import trimmed
-from lowrank_jax.program.channels import SCALES
+from lowrank_jax.compression.scales import along, evaluate, inverse, product_of
+from lowrank_jax.program.channels import SCALES, Step
 from lowrank_jax.program.interpreter import bind
 
 STRAIGHT = ("add", "sub", "mul", "div", "neg", "convert_element_type", "copy")
@@ -89,8 +88,7 @@ class Activation:
         """
         hidden = self.behind(dense, added) - self.behind(own, own_added)
         scale = by_row(self.scale, dense.shape)
-        error = hidden * np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale))
-        error = error.astype(dense.dtype)
+        error = (hidden * inverse(scale)).astype(dense.dtype)
         return jnp.where(scale == 0, dense, own + error), error
 
 
@@ -110,9 +108,8 @@ def find_activations(
         values: of the program's inputs in the dense network.
     """
     ways = {place: way for place in places if (way := _Way.of(outline, place))}
-    wanted = [var for way in ways.values() for var in way.fixed]
-    known = iter(evaluate(outline.flat, outline.channels, wanted, values))
-    return {place: way.activation([next(known) for _ in way.fixed]) for place, way in ways.items()}
+    known = evaluate(outline, {place: way.wanted for place, way in ways.items()}, values)
+    return {place: way.activation(known[place]) for place, way in ways.items()}
 
 
 @dataclasses.dataclass
@@ -124,7 +121,7 @@ class _Way:
     axis: int
     chain: list[int] = dataclasses.field(default_factory=list)
     other: int | None = None
-    fixed: list = dataclasses.field(default_factory=list)  # variables that no image changes
+    fixed: list = dataclasses.field(default_factory=list)  # variables, their axes of the channels
 
     @classmethod
     def of(cls, outline: Outline, place: int) -> "_Way | None":
@@ -136,7 +133,7 @@ class _Way:
         return way if way._goes_on() else None
 
     def _goes_on(self) -> bool:
-        outline, last = self.outline, self.outline.last_reads()
+        outline, last = self.outline, self.outline.last_reads
         members, bent = {*outline.gives(outline.eqns[self.place])}, False
         for index in range(self.place + 1, len(outline.eqns)):
             eqn = outline.eqns[index]
@@ -162,45 +159,45 @@ class _Way:
             if isinstance(var, Literal) or outline.number(var) in members:
                 continue
             if outline.channels.is_fixed(var):
-                if outline.channels.varies(var, len(shape)) not in (self.axis, -1):
+                axis = outline.channels.varies(var, len(shape))
+                if axis not in (self.axis, -1):
                     return False
-                self.fixed.append(var)
+                self.fixed.append((var, axis))
             elif not self._adds(name, outline.number(var)):
                 return False
         return True
 
     def _adds(self, name: str, number: int) -> bool:
-        made = (n for eqn in self.outline.eqns[: self.place] for n in self.outline.gives(eqn))
-        if name != "add" or self.other is not None or number not in {*made, *self.outline.images}:
+        later = number > self.outline.gives(self.outline.eqns[self.place])[0]
+        if name != "add" or self.other is not None or later:
             return False
         self.other = number
         return True
 
+    @property
+    def scales(self) -> list[Step]:
+        """The scales on the way."""
+        outputs = self.outline.eqns[self.place].outvars[0]
+        steps, end = self.outline.channels.after(outputs, self.axis), self.chain[-1]
+        return [s for s in steps if s.name in SCALES and self.outline.eqns.index(s.eqn) <= end]
+
+    @property
+    def wanted(self) -> list:
+        """What has to be known: by what the scales are, then what no image changes."""
+        return [*(step.by for step in self.scales), *(var for var, _ in self.fixed)]
+
     def activation(self, values: Sequence[jax.Array]) -> Activation:
-        """The way with the values of what no image changes."""
-        outline, eqns = self.outline, [self.outline.eqns[index] for index in self.chain]
-        outputs = outline.eqns[self.place].outvars[0]
-        fixed = {}
-        for var, value in zip(self.fixed, values, strict=True):
-            axis = outline.channels.varies(var, outputs.aval.ndim)
-            fixed[outline.number(var)] = np.asarray(along(value, -1 if axis is None else axis))
-        scale = np.ones(outputs.aval.shape[self.axis])
-        for step in outline.channels.after(outputs, self.axis):
-            if step.name in SCALES and any(step.eqn is eqn for eqn in eqns):
-                literal = isinstance(step.by, Literal)
-                by = np.asarray(step.by.val if literal else fixed[outline.number(step.by)])
-                scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
+        """The way with the values of what is wanted."""
+        outline, steps, chain = self.outline, self.scales, []
+        outputs, own = outline.eqns[self.place].outvars[0], values[len(self.scales) :]
+        for eqn in (outline.eqns[index] for index in self.chain):
+            reads = [None if isinstance(x, Literal) else outline.number(x) for x in eqn.invars]
+            chain.append(Link(eqn, reads, outline.gives(eqn)[0]))
+        pairs = zip(self.fixed, own, strict=True)
         return Activation(
             outputs=outline.number(outputs),
-            chain=[
-                Link(eqn, [_number(outline, x) for x in eqn.invars], outline.gives(eqn)[0])
-                for eqn in eqns
-            ],
+            chain=chain,
             other=self.other,
-            fixed=fixed,
-            scale=trimmed(scale),
+            fixed={outline.number(var): along(value, axis) for (var, axis), value in pairs},
+            scale=product_of(steps, values[: len(steps)], outputs.aval.shape[self.axis]),
         )
-
-
-def _number(outline: Outline, var: Any) -> int | None:
-    return None if isinstance(var, Literal) else outline.number(var)

@@ -35,7 +35,7 @@ def _alive(outline: Outline) -> np.ndarray:
     for place, eqn in enumerate(outline.eqns):
         made.update(dict.fromkeys(outline.gives(eqn), place + 1))
     changes = np.zeros(len(outline.eqns) + 2, int)
-    for number, last in outline.last_reads().items():
+    for number, last in outline.last_reads.items():
         if number in made and number not in outline.fixed:
             changes[made[number]] += 1
             changes[last + 1] -= 1

@@ -91,10 +91,11 @@ def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:
     variables, inputs, table, *args = given
     network, batches, trace = prepared(apply, variables, inputs, tuple(args), kwargs)
     batches = Inputs(list(batches))  # all of them are needed at every layer
-    tell_amount(trace, sum(map(images, batches)))
+    count = sum(map(images, batches))
+    tell_amount(trace, count)
     schemes = find_schemes(variables, table, trace=trace)
     curvature = output_curvature(network, batches, trace, list(schemes))
-    return Job(network, batches, schemes, importance_of(curvature))
+    return Job(network, batches, schemes, importance_of(curvature, count))
 
 
 def _of_calibration(found: Calibration, given: tuple, kwargs: Mapping[str, Any]) -> Job:

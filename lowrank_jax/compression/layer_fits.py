@@ -1,6 +1,5 @@
 """The fits of the layers so far, and their factors."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -14,7 +13,7 @@ from lowrank_jax.compression.notes import folds_of
 from lowrank_jax.compression.outline import slices
 from lowrank_jax.factorization.fitting import Fit, fit_again, fit_layer
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import OUTPUTS, merged, only, sizes_of
+from lowrank_jax.factorization.layout import OUTPUTS, merged, only, patch_axes, width_of
 from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
@@ -48,8 +47,7 @@ class LayerFits:
 
     def _within(self, path: str, importance: Importance | None) -> Importance:
         scheme = self.schemes[path]
-        sizes = sizes_of(scheme.axes, self.factors.stored[path].shape)
-        outputs = math.prod(sizes[letter] for letter in only(scheme.axes, OUTPUTS))
+        outputs = width_of(scheme.axes, self.factors.stored[path].shape)
         return (importance or Importance.even(outputs)).within(scheme.groups)
 
     def roots(self, path: str) -> jax.Array:
@@ -95,9 +93,10 @@ class LayerFits:
 
     def kernel(self, path: str, reading: Reading) -> jax.Array:
         """The kernels of a reading (S, g, p, m), as its patches are laid out."""
-        axes, fits = self.schemes[path].axes, dict(self.of(path))
+        scheme, fits = self.schemes[path], dict(self.of(path))
+        axes = scheme.axes
         groups = reading.groups if reading.is_convolution else 1
-        parts = ["".join(x for x in axes if x not in OUTPUTS), only(axes, OUTPUTS)]
+        parts = [patch_axes(axes, scheme.first)[0], only(axes, OUTPUTS)]
         found = []
         for index in slices(reading):
             whole = merge(jnp.asarray(fits[index].first), jnp.asarray(fits[index].second), axes)

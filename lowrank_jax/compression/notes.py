@@ -47,7 +47,7 @@ def fit_note(
     reading = outline.readings[place]
     x_number = outline.number(reading.eqn.invars[1 - reading.operand])
     y_number = outline.gives(reading.eqn)[0]
-    sums = _fit_sums(geometry_of(reading), kept is not None)
+    sums = _fit_sums(geometry_of(reading))
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
@@ -62,13 +62,13 @@ def fit_note(
 
 
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
-def _fit_sums(geometry: AnyGeometry, sampled: bool) -> Callable:
+def _fit_sums(geometry: AnyGeometry) -> Callable:
     """The moments, sums of the inputs over the batch, of the outputs over all but the channels."""
 
     def sums(x: jax.Array, y: jax.Array, more: tuple, turn: jax.Array, roots: jax.Array) -> Any:
         moments, patches = patch_sums(geometry, x, y, turn, roots=roots)
         outputs = [wide(geometry.rows(x, other, turn, POSITIONS)[1]) for other in more]
-        rows = (patches, outputs) if sampled else ()
+        rows = (patches, outputs) if more else ()
         return {"sums": moments, **_mean_sums(geometry, x, y)}, rows
 
     return jax.jit(sums, compiler_options=default_options())

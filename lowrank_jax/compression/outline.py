@@ -1,6 +1,7 @@
 """What `compress` must know of a network's program before it runs: where to fit, where to match."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ class Outline:
     def gives(self, eqn: Any) -> list[int]:
         return [self.number(var) for var in eqn.outvars]
 
+    @functools.cached_property
     def last_reads(self) -> dict[int, int]:
         """The last equation that reads each variable; the number of equations for the outputs."""
         last = {}

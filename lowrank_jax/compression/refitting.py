@@ -111,8 +111,9 @@ def fit_again(
         What the shift is to add.
     """
     least, kept = math.inf, (list(layers.of(path)), lack)
+    kernel, roots = layers.kernel(path, sample.reading), layers.roots(path)
     for _ in range(AGAIN):
-        notes = sample.notes(layers.kernel(path, sample.reading), lack, layers.roots(path))
+        notes = sample.notes(kernel, lack, roots)
         error = layers.shown(path, notes)
         if error >= least:
             fits, lack = kept
@@ -121,9 +122,9 @@ def fit_again(
             return lack
         least, kept = error, (list(layers.of(path)), lack)
         layers.fit(path, sample.reading, _beside(first, notes))
+        kernel = layers.kernel(path, sample.reading)
         if match_means:
-            kernel = np.asarray(layers.kernel(path, sample.reading), np.float64)
-            lack = trusted(functools.partial(_lacking, kernel, lack.size), notes)
+            lack = trusted(functools.partial(_lacking, np.asarray(kernel), lack.size), notes)
     return lack
 
 

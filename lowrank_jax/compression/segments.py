@@ -57,7 +57,7 @@ class Segments:
             Live(dict(zip(outline.images, batch, strict=True)), {})
             for outline, batch in zip(outlines, batches, strict=True)
         ]
-        self.last = self.first.last_reads()
+        self.last = self.first.last_reads
         self.place = self.start = 0
         self._marked: list[Live] = []
 

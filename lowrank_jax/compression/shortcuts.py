@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.compression.outline import Outline
-from lowrank_jax.compression.scales import along, evaluate
+from lowrank_jax.compression.scales import evaluate, inverse, product_of
 from lowrank_jax.compression.segments import Live
 from lowrank_jax.program.channels import SCALES, Step
-
-SMALLEST = 1e-3  # of the largest scale of a layer's channels; below, a channel has no say
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +36,7 @@ class Shortcut:
             return outputs
         wide = jnp.promote_types(outputs.dtype, jnp.float32)
         dense, small = (jnp.asarray(x[self.other]).astype(wide) for x in (live.dense, live.small))
-        inverse = np.where(self.scale == 0, 0, 1 / np.where(self.scale == 0, 1, self.scale))
-        return outputs.astype(wide) + (dense - small) * inverse.astype(np.float32)
+        return outputs.astype(wide) + (dense - small) * inverse(self.scale).astype(np.float32)
 
 
 def find_shortcuts(
@@ -53,15 +50,13 @@ def find_shortcuts(
         values: of the program's inputs in the dense network.
     """
     chains = {place: chain for place in places if (chain := _chain(outline, place))}
-    wanted = [step.by for steps, _, _ in chains.values() for step in steps]
-    known = iter(evaluate(outline.flat, outline.channels, wanted, values))
-    found = {}
+    wanted = {place: [step.by for step in steps] for place, (steps, _, _) in chains.items()}
+    known, found = evaluate(outline, wanted, values), {}
     for place, (steps, other, axis) in chains.items():
-        scale = np.ones(outline.eqns[place].outvars[0].aval.shape[axis])
-        for step in steps:
-            by = along(next(known), step.axis)
-            scale = scale * by if step.name == "mul" else scale / np.where(by == 0, 1, by)
-        found[place] = Shortcut(other, _placed(scale, axis, outline, place))
+        like = outline.eqns[place].outvars[0].aval
+        scale = product_of(steps, known[place], like.shape[axis])
+        shape = [-1 if other_axis == axis else 1 for other_axis in range(like.ndim)]
+        found[place] = Shortcut(other, scale.reshape(shape))
     return found
 
 
@@ -75,15 +70,3 @@ def _chain(outline: Outline, place: int) -> tuple[list[Step], int, int] | None:
     if other is None:
         return None
     return [step for step in steps if step.name in SCALES], outline.number(other), axis
-
-
-def trimmed(scale: np.ndarray) -> np.ndarray:
-    """A scale of each channel, with zero where a channel has no say."""
-    kept = np.abs(scale) >= SMALLEST * np.abs(scale).max(initial=0)
-    return np.where(kept & np.isfinite(scale), scale, 0)
-
-
-def _placed(scale: np.ndarray, axis: int, outline: Outline, place: int) -> np.ndarray:
-    shape = [1] * outline.eqns[place].outvars[0].aval.ndim
-    shape[axis] = len(scale)
-    return trimmed(scale).reshape(shape)

@@ -7,7 +7,6 @@ its array. So a tree needs nothing beside it to be run or to be multiplied back,
 plain arrays for every optimiser and every file format.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from lowrank_jax.factorization.layout import (
     only,
     sizes_of,
     spatial_axes,
+    width_of,
 )
 
 # A name of a factor may be followed by the kernel's layout.
@@ -220,7 +220,7 @@ def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
     stack = len(one) - len(axes)
     sizes, others = (sizes_of(axes, shape) for shape in (one, two))
     groups, rest = divmod(sizes["O"], others["I"])
-    outputs = math.prod(others[letter] for letter in only(axes, OUTPUTS))
+    outputs = width_of(axes, two)
     fits = groups >= 1 and rest == 0 and outputs % max(groups, 1) == 0
     return fits and _share(sizes, others, axes) and tuple(one[:stack]) == tuple(two[:stack])
 

@@ -8,7 +8,15 @@ from jaxtyping import Float
 
 from lowrank_jax.factorization import whitening
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import INPUTS, OUTPUTS, merged, only, patch_axes, split_axes
+from lowrank_jax.factorization.layout import (
+    INPUTS,
+    OUTPUTS,
+    merged,
+    only,
+    patch_axes,
+    split_axes,
+    width_of,
+)
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.solving import TINY
@@ -35,7 +43,7 @@ class Groups:
         _, two = split_axes(scheme.axes, scheme.first)
         outputs = only(scheme.axes, OUTPUTS)
         self.taps = math.prod(self.sizes[letter] for letter in two)
-        width = math.prod(self.sizes[letter] for letter in outputs)
+        width = width_of(scheme.axes, kernel.shape)
         importance = importance or Importance.even(width)
         self.importance = importance.of_groups(scheme.groups)
         parts = merged(kernel, scheme.axes, [self.order, outputs])
@@ -70,7 +78,8 @@ class Groups:
         pairs = []
         for own, base, target in zip(self.own, bases, targets, strict=True):
             ridged = target.ridged(own, shrinkage * mean_variance(target))
-            pairs.append(whitening.alternated(base, ridged, self.scheme.ranks, sweeps, FEW_STEPS))
+            metric, ranks = whitening.kronecker(ridged.blocks), self.scheme.ranks
+            pairs.append(whitening.alternated(base, ridged, metric, ranks, sweeps, FEW_STEPS))
         return pairs
 
     def targets(self, moments: Moments) -> list[Target]:

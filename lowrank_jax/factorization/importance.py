@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
 BLOCK = 512  # channels of a block, at most
-# Of F; the rest of it is its diagonal. F is known from few inputs, its diagonal best.
-SHARE = 0.9
+SHARE = 0.9  # of F, at most; the rest is its diagonal, which is known best
+FEW = 7  # inputs; from so many, half of what is beside the diagonal counts
 UNIMPORTANT = 1e-12  # of the largest entry; channels below count as this
 
 
@@ -43,8 +43,8 @@ class Importance:
     roots: Float[np.ndarray, "k b b"]
 
     @classmethod
-    def of(cls, curvature: Float[np.ndarray, "k b b"]) -> "Importance":
-        """The importance for the blocks of F, which may be zero."""
+    def of(cls, curvature: Float[np.ndarray, "k b b"], inputs: float = math.inf) -> "Importance":
+        """The importance for the blocks of F, which may be zero, and is known from some inputs."""
         own = np.asarray(curvature, np.float64)
         diagonal = np.diagonal(own, axis1=1, axis2=2)
         largest = diagonal.max(initial=0)
@@ -52,7 +52,8 @@ class Importance:
             return cls.even(diagonal.size)
         kept = np.maximum(diagonal, UNIMPORTANT * largest)
         eye = np.eye(own.shape[1])
-        definite = SHARE * own + (kept - SHARE * diagonal)[:, :, None] * eye
+        share = min(SHARE, 1 - FEW / (inputs + FEW))
+        definite = share * own + (kept - share * diagonal)[:, :, None] * eye
         return cls(_root(definite))
 
     @classmethod

@@ -150,6 +150,18 @@ def kernel_size(axes: str, shape: Sequence[int]) -> int:
     return math.prod(sizes_of(axes, shape).values())
 
 
+def width_of(axes: str, shape: Sequence[int]) -> int:
+    """Outputs of one kernel, of all groups; axes before those named are a stack.
+
+    Example:
+        >>> import lowrank_jax
+        >>> width_of("IPO", (12, 4, 8))
+        32
+    """
+    sizes = sizes_of(axes, shape)
+    return math.prod(sizes[letter] for letter in only(axes, OUTPUTS))
+
+
 def spatial_axes(axes: str) -> str:
     """The letters of the spatial axes, in their order."""
     return "".join(letter for letter in axes if letter not in INPUTS + OUTPUTS)

@@ -96,13 +96,15 @@ def fit(
     Returns:
         V, of orthonormal columns, and H.
     """
-    first = whitened_left(kernel, *kronecker(target.blocks), ranks[0])
-    return alternated(first, target, ranks, sweeps if target.taps > 1 else 0)
+    metric = kronecker(target.blocks)
+    first = whitened_left(kernel, *metric, ranks[0])
+    return alternated(first, target, metric, ranks, sweeps if target.taps > 1 else 0)
 
 
 def alternated(
     first: Float[Array, "r K"],
     target: Target,
+    metric: tuple[Float[Array, "r r"], Float[Array, "b b"]],
     ranks: Sequence[int],
     sweeps: int,
     steps: int = STEPS,
@@ -111,15 +113,13 @@ def alternated(
 
     Args:
         first: where they start.
+        metric: `kronecker` of the target.
         target, ranks, sweeps: as in `fit`.
         steps: of conjugate gradients for the first factor, at most.
     """
     second = best_second(target.reduced(first), ranks[1:])
-    if not sweeps:
-        return first, second
-    strips, offsets = kronecker(target.blocks)
     for _ in range(sweeps):
-        first = _orthonormal(refit_first(first, second, target, strips, offsets, steps))
+        first = _orthonormal(refit_first(first, second, target, *metric, steps))
         second = best_second(target.reduced(first), ranks[1:])
     return first, second
 

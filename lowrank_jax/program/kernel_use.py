@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.layout import (
-    OUTPUTS,
     forms_of,
     heads_of,
     kernel_size,
-    only,
     sizes_of,
     spatial_axes,
+    width_of,
 )
 from lowrank_jax.factorization.scheme import Scheme
 
@@ -101,7 +100,7 @@ class KernelUse:
     @property
     def width(self) -> int:
         """Outputs of one kernel, of all groups."""
-        return math.prod(self.sizes[letter] for letter in only(self.axes, OUTPUTS))
+        return width_of(self.axes, self.kernel_shape)
 
     @property
     def heads(self) -> int:

@@ -1,12 +1,11 @@
 """One matrix product as numbers, dense and with two factors, for the timer."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.factorization.layout import OUTPUTS, only
+from lowrank_jax.factorization.layout import kernel_size
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse
 from lowrank_jax.tuning.timer_file import DENSE, TWO
@@ -29,9 +28,8 @@ class Product:
     @classmethod
     def of(cls, use: KernelUse) -> "Product":
         """The product of a traced program; of a stack of matrices, one slice."""
-        sizes = use.sizes
-        outputs = math.prod(sizes[letter] for letter in only(use.axes, OUTPUTS))
-        return cls(use.positions, math.prod(sizes.values()) // outputs, outputs, use.dtype)
+        inputs = kernel_size(use.axes, use.kernel_shape) // use.width
+        return cls(use.positions, inputs, use.width, use.dtype)
 
     def runs(self, scheme: Scheme) -> dict[str, tuple]:
         """The dense product and the two of a scheme: functions with their arguments."""
