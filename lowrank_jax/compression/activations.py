@@ -3,8 +3,8 @@
 After a ReLU, errors of outputs that are negative in both networks are gone. So a layer that was
 fitted to the dense outputs y is fitted again, as in Zhang et al., 2015 (arXiv 1505.06798), to its
 own outputs p plus what the activation g shows of its error: p + g(y) - g(p). For a ReLU that is p
-where both are negative, y where both are positive. No error grows by that, where g rises by at
-most one for one.
+where both are negative, y where both are positive. Nothing proves that this lowers the errors
+behind any g, so `refitting` measures them.
 """
 
 import dataclasses

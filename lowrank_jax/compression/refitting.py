@@ -20,7 +20,7 @@ from lowrank_jax.compression.holding import Holding, loaded
 from lowrank_jax.compression.layer_fits import LayerFits
 from lowrank_jax.compression.notes import trusted
 from lowrank_jax.compression.outline import Outline
-from lowrank_jax.compression.segments import FOLDS, Live, added
+from lowrank_jax.compression.segments import FOLDS, Live, add_note
 from lowrank_jax.program.compiler import default_options
 
 AGAIN = 2  # fits; more gain little
@@ -66,7 +66,7 @@ class Sample:
         """
         found: list[Any] = []
         for turn, rows in enumerate(self._kept):
-            added(found, turn % FOLDS, self._program(loaded(rows), kernel, lack, roots))
+            add_note(found, turn % FOLDS, self._program(loaded(rows), kernel, lack, roots))
         return found
 
 

@@ -101,7 +101,7 @@ class Segments:
                 programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             held = loaded((live.dense, live.small))
             new = programs[id(outline)](self.given, small, *held)
-            added(found, turn % FOLDS, note(_joined(held, new), turn))
+            add_note(found, turn % FOLDS, note(_joined(held, new), turn))
             self.lives[turn] = _joined(still[turn], holding.keep(new))
         self.place = place
         give_back()
@@ -124,7 +124,7 @@ def _copies(lives: Sequence[Live]) -> list[Live]:
     return [dataclasses.replace(live) for live in lives]
 
 
-def added(sums: list, fold: int, note: Any) -> None:
+def add_note(sums: list, fold: int, note: Any) -> None:
     """Adds a note to the sum of its fold."""
     if fold == len(sums):
         sums.append(jax.tree.map(lambda value: np.array(value, np.float64), note))
