@@ -53,6 +53,7 @@ def options() -> argparse.Namespace:
     add("--layers", type=float, default=0.0, help="weight of the layers' outputs")
     add("--average", type=float, help="decay of a moving average of the parameters, as 0.999")
     add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")
+    add("--algorithms", help="of the two convolutions of each layer, as kn2row+im2col")
     add("--train", type=int, default=50_000, help="training images")
     add("--test", type=int, default=10_000, help="test images")
     args = parser.parse_args()
@@ -105,6 +106,7 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
         teacher=dense if wanted.needs & {"teacher", "layers"} else None,
         average=args.average,
         augment=augment,
+        choose=args.algorithms and (lambda _, scheme: args.algorithms if scheme else "convolve"),
         seed=args.seed,
         folder=args.folder,
         **more,

@@ -86,7 +86,7 @@ class Factors:
 
     def all_factors(self, path: str) -> tuple[jnp.ndarray, ...]:
         """All factors of a layer, by its scheme."""
-        return self.schemes[path].parted(self.arrays(path))
+        return tuple(map(jnp.asarray, self.schemes[path].parted(self._pairs[path])))
 
     def arrays(self, path: str) -> tuple[jnp.ndarray, jnp.ndarray]:
         """The two arrays of a layer that run while others are fitted."""

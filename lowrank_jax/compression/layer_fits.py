@@ -14,7 +14,7 @@ from lowrank_jax.compression.outline import slices
 from lowrank_jax.factorization.fitting import Fit, fit_again, fit_layer
 from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import OUTPUTS, merged, only, patch_axes, width_of
-from lowrank_jax.factorization.merging import merge
+from lowrank_jax.factorization.merging import multiplied
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading
 
@@ -99,7 +99,7 @@ class LayerFits:
         parts = [patch_axes(axes, scheme.first)[0], only(axes, OUTPUTS)]
         found = []
         for index in slices(reading):
-            whole = merge(jnp.asarray(fits[index].first), jnp.asarray(fits[index].second), axes)
+            whole = multiplied(fits[index].first, fits[index].second, axes)
             rows = merged(whole, axes, parts)
             found.append(rows.reshape(len(rows), groups, -1).swapaxes(0, 1))
-        return jnp.stack(found)
+        return jnp.asarray(np.stack(found), jnp.float32)

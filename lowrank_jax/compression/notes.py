@@ -13,6 +13,7 @@ from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
 from lowrank_jax.factorization.factors import wide
+from lowrank_jax.factorization.layout import matmul
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
@@ -82,7 +83,7 @@ def _mean_sums(geometry: AnyGeometry, x: jax.Array, y: jax.Array) -> dict[str, j
     return {
         "inputs": total,
         "images": jnp.float32(x.size // total.size),
-        "outputs": wide(y).sum(_others(y, channels)),
+        "outputs": _channel_sums(y, channels),
         "positions": jnp.float32(y.size // y.shape[channels]),
     }
 
@@ -92,11 +93,19 @@ def mean_note(shift: Shift) -> Note:
 
     def note(live: Live, turn: int) -> tuple:
         del turn
-        one, two = (wide(jnp.asarray(x[shift.data])) for x in (live.dense, live.small))
-        others = _others(one, shift.axis)
-        return one.sum(others), two.sum(others), one.size // one.shape[shift.axis]
+        one, two = (jnp.asarray(x[shift.data]) for x in (live.dense, live.small))
+        sums = (_channel_sums(x, shift.axis) for x in (one, two))
+        return *sums, one.size // one.shape[shift.axis]
 
     return note
+
+
+def _channel_sums(x: jax.Array, channels: int) -> jax.Array:
+    """Sums over all axes but the channels; on a CPU a product with ones is ten times as fast."""
+    moved = jnp.moveaxis(wide(x), channels, -1)
+    rows = moved.sum(0) if moved.ndim > 1 else moved  # so that the product adds up fewer numbers
+    rows = rows.reshape(-1, x.shape[channels])
+    return matmul(jnp.ones(len(rows), rows.dtype), rows)
 
 
 def _others(x: Any, axis: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.activations import find_activations
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import Descent
+from lowrank_jax.compression.holding import Holding
 from lowrank_jax.compression.kernels import Factors, Parts, Slice
 from lowrank_jax.compression.layer_fits import LayerFits
 from lowrank_jax.compression.notes import (
@@ -143,8 +144,8 @@ class Reconstruction:
         if not lacks and shift is None:
             return
         activation = self.activations.get(place) if lacks else None
-        batches = len(self.segments.lives)
-        sample = Sample(self.outline, place, activation, batches) if activation else None
+        holding = Holding(len(self.segments.lives), self.segments.files)
+        sample = Sample(self.outline, place, activation, holding) if activation else None
         roots, shortcut = self.layers.roots(path), self.shortcuts.get(place)
         note = fit_note(self.outline, place, shortcut, roots, sample)
         found = self.segments.advance(place, self._small(), note)

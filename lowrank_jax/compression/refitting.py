@@ -24,6 +24,7 @@ from lowrank_jax.compression.segments import FOLDS, Live, add_note
 from lowrank_jax.program.compiler import default_options
 
 AGAIN = 2  # fits; more gain little
+ENOUGH = 0.97  # of the errors before a fit: where so many are left, another fit gains little
 Array = np.ndarray
 Notes = Sequence[Mapping[str, Any]]
 
@@ -35,12 +36,14 @@ class Sample:
         outline: of the program.
         place: of the layer's equation.
         activation: behind the layer.
-        batches: how many there are.
+        holding: keeps them.
     """
 
-    def __init__(self, outline: Outline, place: int, activation: Activation, batches: int) -> None:
+    def __init__(
+        self, outline: Outline, place: int, activation: Activation, holding: Holding
+    ) -> None:
         self.reading, self.activation = outline.readings[place], activation
-        self._holding, self._kept = Holding(batches), list[Any]()
+        self._holding, self._kept = holding, list[Any]()
         # A method would hold the rows until the collector of cycles comes.
         notes = functools.partial(_notes, activation)
         self._program = jax.jit(notes, compiler_options=default_options())
@@ -119,6 +122,7 @@ def fit_again(
             fits, lack = kept
             for index, fit in fits:
                 layers.take(path, index, fit)
+        if error >= ENOUGH * least:
             return lack
         least, kept = error, (list(layers.of(path)), lack)
         layers.fit(path, sample.reading, _beside(first, notes))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from lowrank_jax.compression.holding import Holding, give_back, loaded, nbytes
+from lowrank_jax.compression.holding import Files, Holding, give_back, loaded, nbytes
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import bind, step
@@ -59,6 +59,7 @@ class Segments:
         ]
         self.last = self.first.last_reads
         self.place = self.start = 0
+        self.files = Files()
         self._marked: list[Live] = []
 
     def mark(self) -> None:
@@ -94,7 +95,7 @@ class Segments:
         programs: dict[int, Callable] = {}
         found: list[Any] = []
         still = [self._still(live, place) for live in self.lives]
-        holding = Holding(len(still), sum(map(nbytes, still)))
+        holding = Holding(len(still), self.files, sum(map(nbytes, still)))
         for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
             if id(outline) not in programs:
                 run = _segment(outline, self.place, place, self.last)

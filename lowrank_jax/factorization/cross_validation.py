@@ -91,7 +91,7 @@ def _by_fold(
 
 def _parts(layer: Groups, folds: Sequence[Moments]) -> "list[_Part]":
     """The groups of all folds."""
-    targets = [layer.targets(fold) for fold in folds]
+    targets = together([functools.partial(layer.targets, fold) for fold in folds])
     rests = [_without(folds, index) for index in range(len(folds))]
     # The rest of two folds is the other one.
     fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]

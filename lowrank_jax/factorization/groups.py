@@ -23,7 +23,7 @@ from lowrank_jax.factorization.solving import TINY
 from lowrank_jax.factorization.whitening import Pair, Target
 
 Array = np.ndarray
-FEW_STEPS = 4  # of conjugate gradients, for factors that were fitted before
+FEW_STEPS = 2  # of conjugate gradients, for factors that were fitted before
 Gap = tuple[Float[Array, "b _"], Float[Array, "n"]]  # of inputs, r or K a tap, and of outputs
 
 

@@ -6,16 +6,14 @@ channels stand for F, so that it stays small where a layer is wide.
 """
 
 import dataclasses
-import functools
 import math
-from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-Array = TypeVar("Array", jax.Array, np.ndarray)  # what is given in NumPy is returned in NumPy
+from lowrank_jax.factorization.layout import Array, matmul
+
 BLOCK = 512  # channels of a block, at most
 SHARE = 0.9  # of F, at most; the rest is its diagonal, which is known best
 FEW = 7  # inputs; from so many, half of what is beside the diagonal counts
@@ -112,11 +110,7 @@ def times(
     count, size, _ = blocks.shape
     if size == 1:
         return values * blocks.reshape(-1)
-    matmul: Any = np.matmul if isinstance(values, np.ndarray) else _precise
     if count == 1:  # a plain product runs twice as fast on the CPU as a batch of one
         return matmul(values, blocks[0])
     spread = values.reshape(-1, count, size).swapaxes(0, 1)
     return matmul(spread, blocks).swapaxes(0, 1).reshape(values.shape)
-
-
-_precise = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

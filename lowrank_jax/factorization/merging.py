@@ -9,6 +9,8 @@ from lowrank_jax.factorization.factors import dense_shape, is_factors, read_fact
 from lowrank_jax.factorization.layout import (
     INPUTS,
     OUTPUTS,
+    Array,
+    matmul,
     merged,
     only,
     parted,
@@ -34,20 +36,25 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
         >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
         (5, 5, 3, 192)
     """
-    shape = dense_shape(first.shape, second.shape, axes)
     dtype = jnp.result_type(first, second)
     wide = jnp.promote_types(dtype, jnp.float32)
+    one, two = (jnp.asarray(gathered(x), wide) for x in (first, second))
+    dense = multiplied(one, two, axes)
+    return placed(dense.astype(dtype), dense_sharding((first, second), axes))
+
+
+def multiplied(first: Array, second: Array, axes: str) -> Array:
+    """`merge` of arrays on one device, in their own type; of NumPy's arrays in NumPy."""
     parts = [*spatial_axes(axes), only(axes, INPUTS), only(axes, OUTPUTS)]
-    left, right = (merged(gathered(x).astype(wide), axes, parts) for x in (first, second))
+    left, right = (merged(x, axes, parts) for x in (first, second))
     rank, n = right.shape[-2:]
     left = left.reshape(*left.shape[:-1], -1, rank)  # (..., c, g, K)
     right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
     # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
     # other.
-    product = jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
-    sizes = sizes_of(axes, shape)
-    dense = parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
-    return placed(dense.astype(dtype), dense_sharding((first, second), axes))
+    product = matmul(left.swapaxes(-3, -2), right.swapaxes(-3, -2)).swapaxes(-3, -2)
+    sizes = sizes_of(axes, dense_shape(first.shape, second.shape, axes))
+    return parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
 
 
 def product(node: Mapping, path: str) -> jax.Array:

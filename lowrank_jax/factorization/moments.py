@@ -53,7 +53,9 @@ class Moments:
     @property
     def covariance(self) -> Float64[np.ndarray, "g p p"]:
         """Covariance of the patches."""
-        return self.xx / self.count - self.mean_x[:, :, None] * self.mean_x[:, None, :]
+        found = self.xx / self.count
+        found -= self.mean_x[:, :, None] * self.mean_x[:, None, :]
+        return found
 
     @property
     def cross(self) -> Float64[np.ndarray, "g p m"]:

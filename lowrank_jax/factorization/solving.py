@@ -20,13 +20,22 @@ def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """L, lower triangular, with L L^T a covariance; what rounding made indefinite is raised."""
     size = len(matrix)
     jitter = JITTER * np.trace(matrix) / size
-    lifted = _symmetric_copy(matrix)
-    lifted[np.diag_indices(size)] += jitter if jitter > 0 else 1.0
-    if _factored(lifted):
-        return np.tril(lifted)
+    root = _symmetric_copy(matrix)
+    root[np.diag_indices(size)] += jitter if jitter > 0 else 1.0
+    if _factored(root):
+        for column in range(1, size):  # a copy would be as large as the matrix
+            root[:column, column] = 0
+        return root
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     floor = max(JITTER * values[-1], TINY)
     return np.linalg.qr((vectors * np.sqrt(np.maximum(values, floor))).T)[1].T
+
+
+def raised(matrix: Float[Array, "n n"], ridge: float) -> Float[Array, "n n"]:
+    """A matrix with a multiple of the identity added."""
+    found = matrix.copy()
+    found[np.diag_indices(len(found))] += ridge
+    return found
 
 
 class Inverse:

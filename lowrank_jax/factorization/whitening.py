@@ -10,12 +10,21 @@ itself, a reduced-rank regression takes the place of its least squares. NumPy in
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from lowrank_jax.factorization.solving import TINY, Inverse, cholesky, solve, solve_triangular
+from lowrank_jax.factorization.parallel import available_cores, together
+from lowrank_jax.factorization.solving import (
+    TINY,
+    Inverse,
+    cholesky,
+    raised,
+    solve,
+    solve_triangular,
+)
 from lowrank_jax.factorization.truncated import truncated
 
 Array = np.ndarray
@@ -54,15 +63,15 @@ class Target:
 
     def ridged(self, kernel: Float[Array, "b r n"], ridge: float) -> "Target":
         """The target with a ridge: a multiple of the identity, which pulls to a given kernel."""
-        covariance = self.covariance.copy()
-        covariance[np.diag_indices(len(covariance))] += ridge
+        covariance = raised(self.covariance, ridge)
         cross = self.cross + ridge * kernel.reshape(self.cross.shape)
         return dataclasses.replace(self, covariance=covariance, cross=cross)
 
     def reduced(self, first: Float[Array, "r K"]) -> "Target":
         """What the second factor is fitted to: outputs of the first one are its patches."""
         taps, (rows, rank) = self.taps, first.shape
-        half = self.covariance.reshape(-1, rows) @ first
+        parts = np.array_split(self.covariance.reshape(-1, rows), available_cores())
+        half = np.concatenate(together([functools.partial(np.matmul, x, first) for x in parts]))
         covariance = first.T @ half.reshape(taps, rows, taps * rank)
         cross = first.T @ self.wanted
         return dataclasses.replace(
@@ -159,7 +168,7 @@ def kronecker(
         of the taps of the second, with a trace of b.
     """
     taps = len(blocks)
-    strips = np.einsum("xrxs->rs", blocks) / taps
+    strips = functools.reduce(np.add, (blocks[x, :, x] for x in range(taps))) / taps
     return ridged(strips, np.einsum("xrXr->xX", blocks), ridge)
 
 
@@ -168,8 +177,7 @@ def ridged(
 ) -> tuple[Float[Array, "r r"], Float[Array, "b b"]]:
     """A and B of `kronecker`, from the sums over the taps and over the rows of the patches."""
     taps, rows = len(offsets), len(strips)
-    strips = strips + ridge * np.eye(rows)
-    offsets = offsets + ridge * rows * np.eye(taps)
+    strips, offsets = raised(strips, ridge), raised(offsets, ridge * rows)
     trace = np.trace(offsets)
     if trace <= TINY:  # inputs that do not vary; what is left of them is rounding
         return strips, np.eye(taps)
@@ -223,12 +231,17 @@ def refit_first(
     flat = second.reshape(taps * rank, -1)
     products = (flat @ flat.T).reshape(taps, rank, taps * rank)  # of the second factor's rows
     strip_rows = target.covariance.reshape(taps, rows, -1)
+    parts = np.array_split(strip_rows, available_cores(), axis=1)
     mixed = np.einsum("xkXl,xX->kl", products.reshape(taps, rank, taps, rank), offsets)
     inverse_a, inverse_s = Inverse(strips), Inverse(mixed)
 
     def normal(v: Array) -> Array:
         spread = (v @ products).reshape(taps * rows, taps, rank)
-        return sum(strip_rows[x] @ spread[:, x] for x in range(taps))
+
+        def product(part: Array) -> Array:
+            return sum(part[x] @ spread[:, x] for x in range(taps))
+
+        return np.concatenate(together([functools.partial(product, part) for part in parts]))
 
     def precondition(residual: Array) -> Array:
         return inverse_s(inverse_a(residual).T).T

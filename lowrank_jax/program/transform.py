@@ -97,19 +97,25 @@ def _has_nested(tree: Any) -> bool:
     return any(is_factors(leaf) and not is_pair(leaf) for leaf in leaves)
 
 
-def with_notes(apply: Callable, rule: Rule, paths: Collection[str]) -> Callable:
+def with_notes(
+    apply: Callable, rule: Rule, paths: Collection[str], dense_too: bool = False
+) -> Callable:
     """A function that gives the results of another function, and what a rule notes in its program.
 
     Args:
         apply: any function of arrays.
         rule: of the equations that read a kernel.
         paths: of the dense arrays in the first argument that count as kernels; factors always do.
+        dense_too: whether all arrays of three or more axes in it do, too.
     """
 
     check_function(apply)
 
+    def is_kernel(name: str, leaf: Any) -> bool:
+        return name in paths or (dense_too and _may_be_kernel(name, leaf))
+
     def run(*args: Any, **kwargs: Any) -> tuple[Any, Notes]:
-        return _run(changed(apply), rule, args, kwargs, lambda name, _: name in paths)
+        return _run(changed(apply), rule, args, kwargs, is_kernel)
 
     return run
 

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lowrank_jax.program.interpreter import Found, bind
+from lowrank_jax.program.interpreter import Found, Rule, bind
 from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.transform import LowRank, with_notes
+from lowrank_jax.tuning.algorithms import Choose
+from lowrank_jax.tuning.running import Algorithms
 
 Layers = Mapping["Place", jax.Array]
 
@@ -22,13 +24,14 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Noted(LowRank):
-    """Runs factors, and notes what the layers at some paths give."""
+class _Noted(Rule):
+    """Runs another rule, and notes what the layers at some paths give."""
 
+    rule: Rule
     paths: frozenset[str]
 
     def apply(self, eqn: Any, values: list) -> Found | None:
-        found = super().apply(eqn, values)
+        found = self.rule.apply(eqn, values)
         if eqn.primitive.name not in READERS:
             return found
         source = Reading.of(eqn, sources_of(values)).source
@@ -38,7 +41,7 @@ class _Noted(LowRank):
         return [outputs], {Place(source.path, outputs.shape): outputs}
 
 
-def with_layers(apply: Callable, paths: Collection[str]) -> Callable:
+def with_layers(apply: Callable, paths: Collection[str], choose: Choose | None = None) -> Callable:
     """A function that gives the outputs of another one, and those of its layers at some paths.
 
     The outputs of a layer are those of its convolution or product, before the bias. A layer that
@@ -48,6 +51,8 @@ def with_layers(apply: Callable, paths: Collection[str]) -> Callable:
     Args:
         apply: any function of arrays, whose first argument holds the kernels.
         paths: of the layers.
+        choose: of the algorithms of convolutions, as `with_algorithms` takes it; None for plain
+            ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,4 +61,5 @@ def with_layers(apply: Callable, paths: Collection[str]) -> Callable:
         >>> outputs.item(), {place.path: y.shape for place, y in layers.items()}
         (24.0, {'dense': (4, 2)})
     """
-    return with_notes(apply, _Noted(frozenset(paths)), paths)
+    rule = LowRank() if choose is None else Algorithms(choose)
+    return with_notes(apply, _Noted(rule, frozenset(paths)), paths, dense_too=choose is not None)

@@ -22,6 +22,7 @@ from lowrank_jax.training.placing import beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
+from lowrank_jax.tuning.algorithms import Choose
 
 TEACHES = {"teacher", "layers"}
 
@@ -54,6 +55,7 @@ def finetune(
     train_kwargs: Mapping[str, Any] | None = None,
     mutable: Sequence[str] | None = None,
     rngs: Sequence[str] | None = None,
+    choose: Choose | None = None,
     **kwargs: Any,
 ) -> Any:
     """Trains a network, dense or decomposed, and goes on where a run in its folder ended.
@@ -97,6 +99,8 @@ def finetune(
         train_kwargs: arguments of the model that have other values in training.
         mutable, rngs: the collections that training renews and the random streams it takes, where
             they are not found out.
+        choose: function of (layer, scheme) to the name of the algorithm by which a convolution
+            runs, such as ``Timer(training=True).fastest``; None for plain convolutions.
         **kwargs: arguments of the model itself.
 
     Returns:
@@ -140,6 +144,7 @@ def finetune(
         train_kwargs=train_kwargs,
         mutable=mutable,
         rngs=rngs,
+        choose=choose,
         **kwargs,
     )
     start = TrainState.create(

@@ -13,6 +13,8 @@ from flax import linen as nn
 from lowrank_jax.calibration.inputs import TRAINING
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.training.features import Layers, with_layers
+from lowrank_jax.tuning.algorithms import Choose
+from lowrank_jax.tuning.running import with_algorithms
 
 PARAMS = "params"
 Found = tuple[Any, Mapping[str, Any], Layers]
@@ -29,6 +31,8 @@ class Forward:
             outputs, as Linen does. None for all but "params".
         rngs: names of the random streams that a training call takes as ``rngs``.
         dtype: type of the computation; None for the type of the arrays.
+        choose: of the algorithms of convolutions, as `with_algorithms` takes it; None for plain
+            ones.
     """
 
     apply: Callable
@@ -37,6 +41,7 @@ class Forward:
     mutable: Sequence[str] | None = ()
     rngs: Sequence[str] = ()
     dtype: jax.typing.DTypeLike | None = None
+    choose: Choose | None = None
 
     @classmethod
     def of(
@@ -48,6 +53,7 @@ class Forward:
         mutable: Sequence[str] | None = None,
         rngs: Sequence[str] | None = None,
         dtype: jax.typing.DTypeLike | None = None,
+        choose: Choose | None = None,
     ) -> "Forward":
         """The calls of a function; what is None is found out.
 
@@ -59,7 +65,7 @@ class Forward:
             apply: ``model.apply`` of a Linen module, `lowrank` of it, or any function of a tree.
             kwargs: arguments of the model itself.
             train_kwargs: arguments that have other values in training.
-            mutable, rngs, dtype: as the attributes.
+            mutable, rngs, dtype, choose: as the attributes.
 
         Example:
             >>> forward = Forward.of(nn.Dropout(0.5).apply, {"deterministic": True})
@@ -79,6 +85,7 @@ class Forward:
             mutable=mutable,
             rngs=("dropout",) if rngs is None else rngs,
             dtype=dtype,
+            choose=choose,
         )
 
     def train(
@@ -125,9 +132,11 @@ class Forward:
             own = {name: variables[name] for name in kept}
             variables, inputs = cast((variables, inputs), self.dtype)
             variables = {**variables, **own} if own else variables
-        if not layers:
+        if layers:
+            return with_layers(self.apply, layers, self.choose)(variables, *inputs, **options)
+        if self.choose is None:
             return lowrank(self.apply)(variables, *inputs, **options), {}
-        return with_layers(self.apply, layers)(variables, *inputs, **options)
+        return with_algorithms(self.apply, self.choose)(variables, *inputs, **options), {}
 
 
 def cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:

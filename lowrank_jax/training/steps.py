@@ -15,6 +15,7 @@ from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.partition import joined
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.tree.paths import factored_leaves
+from lowrank_jax.tuning.algorithms import Choose
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -33,6 +34,7 @@ def make_step(
     train_kwargs: Mapping[str, Any] | None = None,
     mutable: Sequence[str] | None = None,
     rngs: Sequence[str] | None = None,
+    choose: Choose | None = None,
     **kwargs: Any,
 ) -> Step:
     """Makes the pure function of one training step.
@@ -49,6 +51,8 @@ def make_step(
         teacher: the teacher's function, where it is not ``apply``.
         train_kwargs, mutable, rngs: how the network is called in training, where that is not found
             out; see `Forward.of`.
+        choose: of the algorithms of convolutions, in training and in the teacher, as
+            `lowrank_jax.tuning.running.with_algorithms` takes it.
         **kwargs: arguments of the model itself.
 
     Returns:
@@ -69,9 +73,9 @@ def make_step(
         >>> float(metrics["loss"]), round(float(state.params["w"][0, 0]), 2)
         (9.0, 0.7)
     """
-    own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype)
+    own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype, choose=choose)
     network = Forward.of(apply, kwargs, **own)  # type: ignore[arg-type]
-    master = Forward.of(teacher or apply, kwargs, dtype=dtype)
+    master = Forward.of(teacher or apply, kwargs, dtype=dtype, choose=choose)
     wanted = Loss.of(loss)
     check_average(average)
 

@@ -10,6 +10,7 @@ import numpy as np
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
 from lowrank_jax.factorization.layout import AXES, split_axes
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import arranged, own_axes, run_factored
 from lowrank_jax.program.interpreter import Found, Rule
 from lowrank_jax.program.kernel import Kernel
@@ -37,7 +38,7 @@ def with_algorithms(apply: Callable, choose: Choose) -> Callable:
         >>> with_algorithms(model.apply, lambda layer, scheme: "im2col")(variables, x).shape
         (1, 8, 8, 16)
     """
-    return with_rule(apply, Algorithms(choose), dense_too=True)
+    return with_rule(changed(apply), Algorithms(choose), dense_too=True)
 
 
 @dataclasses.dataclass(frozen=True)

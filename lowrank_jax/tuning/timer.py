@@ -43,6 +43,8 @@ class Timer:
         path: JSON file to start from and to keep up to date. Times belong to a device, processor,
             number of cores and release of JAX; times of other machines stay in the file. Processes
             may share the file.
+        training: whether layers run as in training: forwards, and backwards to their inputs and
+            kernels.
 
     Attributes:
         times: seconds by layer and algorithm.
@@ -65,8 +67,9 @@ class Timer:
         options: Mapping[str, Any] | None = None,
         rounds: int = 7,
         path: str | os.PathLike | None = None,
+        training: bool = False,
     ) -> None:
-        self.options, self.rounds = dict(options or {}), rounds
+        self.options, self.rounds, self.training = dict(options or {}), rounds, training
         self.path = None if path is None else Path(path)
         self.times: Times = read_times(self.path) if self.path else {}
         self.failed: dict[str, str] = {}
@@ -120,7 +123,8 @@ class Timer:
         return _least(self._known(self._key(dataclasses.astuple(pool)), run))
 
     def _key(self, *what: Any) -> str:
-        return key_of(Device.here(), self.options, *what)
+        how = ("training",) if self.training else ()
+        return key_of(Device.here(), self.options, *how, *what)
 
     def _known(self, key: str, run: Callable[[], dict[str, float]]) -> Mapping[str, float]:
         if key not in self.times:
@@ -180,7 +184,8 @@ class Timer:
         texts, programs, errors = dict[str, str](), dict[str, Program](), dict[str, Exception]()
         for name, (fn, *args) in runs.items():
             try:
-                lowered = jax.jit(fn, compiler_options=self.options).lower(*args)
+                own = _with_gradients(fn, len(args)) if self.training else fn
+                lowered = jax.jit(own, compiler_options=self.options).lower(*args)
                 texts[name] = lowered.as_text()
                 if texts[name] not in programs:
                     programs[texts[name]] = _bound(lowered.compile(), args)
@@ -204,6 +209,15 @@ def _described(name: str, runs: Mapping[str, tuple], options: Mapping[str, Any])
 
 def _bound(compiled: Any, args: Sequence[jax.Array]) -> Program:
     return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _with_gradients(fn: Callable, count: int) -> Callable:
+    """The gradients of a function by all its arguments, towards what it gives."""
+
+    def energy(*args: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(fn(*args).astype(jnp.float32))) / 2
+
+    return jax.grad(energy, argnums=tuple(range(count)))
 
 
 def _dense_run(layer: Layer, name: str) -> tuple:

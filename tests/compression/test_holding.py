@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.compression import holding
-from lowrank_jax.compression.holding import Holding, Stored, loaded
+from lowrank_jax.compression.holding import Files, Holding, Stored, loaded
 
 VALUES = {
     "map": jnp.arange(60.0).reshape(3, 4, 5),
@@ -19,7 +19,7 @@ VALUES = {
 
 def kept(limit, monkeypatch, batches=1):
     monkeypatch.setattr(holding, "IN_MEMORY", limit)
-    return Holding(batches).keep(VALUES)
+    return Holding(batches, Files()).keep(VALUES)
 
 
 @pytest.mark.parametrize("limit", [0, 10**6])
@@ -39,11 +39,41 @@ def test_all_batches_count(monkeypatch):
 
 def test_batches_share_a_file(monkeypatch):
     monkeypatch.setattr(holding, "IN_MEMORY", 0)
-    holder = Holding(3)
+    holder = Holding(3, Files())
     given = [holder.keep({"x": np.full((2, 3), own, np.float32)}) for own in range(3)]
     for own in (2, 0, 1):
         assert (loaded(given[own])["x"] == own).all()
     assert len({own["x"].file for own in given}) == 1
+
+
+def test_a_file_is_written_again_once_nothing_reads_it(monkeypatch):
+    monkeypatch.setattr(holding, "IN_MEMORY", 0)
+    files = Files()
+
+    def keep(own):
+        return Holding(1, files).keep({"x": np.full((2, 3), own, np.float32)})
+
+    first = keep(1)
+    read = loaded(first)
+    del first
+    second = keep(2)
+    assert (read["x"] == 1).all() and not files.spare
+    del read
+    assert len(files.spare) == 1
+    third = keep(3)
+    assert not files.spare
+    assert (loaded(second)["x"] == 2).all() and (loaded(third)["x"] == 3).all()
+
+
+def test_files_are_closed_with_what_they_are_from(monkeypatch):
+    monkeypatch.setattr(holding, "IN_MEMORY", 0)
+    files = Files()
+    one, two = (Holding(1, files).keep(VALUES)["map"] for _ in range(2))
+    handles = [stored.file.file for stored in (one, two)]
+    del one, files
+    assert handles[0].closed and not handles[1].closed
+    del two
+    assert handles[1].closed
 
 
 def test_without_space_they_stay_in_memory_and_a_warning_says_so(monkeypatch):

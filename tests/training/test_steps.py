@@ -166,6 +166,24 @@ def test_layers_are_matched_with_those_of_the_dense_network(model, dense, small,
     assert 0.01 < metrics["layers"] < 1
 
 
+@pytest.mark.parametrize("loss", [cross_entropy(), distillation() + layer_matching()])
+def test_a_step_with_other_algorithms_is_the_same_step(model, dense, small, batch, loss):
+    asked = []
+
+    def choose(layer, scheme):
+        asked.append((layer.size, scheme))
+        return "im2col" if scheme is None else "kn2row+im2col"
+
+    found = []
+    for own in (None, choose):
+        step = jax.jit(make_step(model.apply, TX, loss, choose=own))
+        state, metrics = step(TrainState.create(small, TX), batch, dense)
+        found.append((state.variables, metrics))
+    assert ((3, 3), None) in asked or "teacher" not in loss.needs
+    assert any(scheme is not None for _, scheme in asked)
+    chex.assert_trees_all_close(found[0], found[1], rtol=1e-4, atol=1e-5)  # other orders of sums
+
+
 @pytest.mark.parametrize(
     "loss, number",
     [

@@ -96,6 +96,16 @@ def test_times_under_other_compiler_options_are_measured_apart(tmp_path):
     assert len(timer.times) == 2
 
 
+def test_times_of_training_are_of_gradients_too_and_measured_apart(tmp_path):
+    plain, training = (
+        Timer(rounds=2, path=tmp_path / "times.json", training=own) for own in (False, True)
+    )
+    for timer in (plain, training):
+        timer.measure(LAYER, lr.Separable(3))
+    assert not training.failed
+    assert len(Timer(path=tmp_path / "times.json").times) == 2 * len(plain.times)
+
+
 def test_two_timers_with_one_file_keep_the_entries_of_both(tmp_path):
     one, two = (Made(path=tmp_path / "times.json") for _ in range(2))
     one.measure(LAYER, None)
