@@ -27,6 +27,7 @@ class NIN(nn.Module):
         ranks: layer name to rank; the named layers are `SeparableConv`, the others `nn.Conv`.
         batch_norm: whether to normalise after every convolution but the last; a low-rank layer
             normalises after the horizontal convolution alone, as Tai et al. do.
+        dropout: share of the outputs of a pooling that training leaves out; Lin et al. have 0.5.
         dtype: type of the computation; parameters and normalisation statistics stay float32.
         precision: numerical precision of the convolutions, as in `jax.lax.Precision`.
 
@@ -42,6 +43,7 @@ class NIN(nn.Module):
     num_classes: int = 10
     ranks: Mapping[str, int] | None = None
     batch_norm: bool = True
+    dropout: float = 0.0
     dtype: Dtype | None = None
     precision: PrecisionLike = None
 
@@ -63,6 +65,7 @@ class NIN(nn.Module):
             if index in (1, 3):
                 pool = nn.max_pool if index == 1 else nn.avg_pool
                 x = pool(x, (3, 3), (2, 2), "SAME")
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return x.mean((1, 2)).astype(jnp.float32)
 
     def _conv(self, index: int, features: int, size: int) -> nn.Module:

@@ -101,3 +101,14 @@ def test_statistics_are_used_in_evaluation_and_updated_in_training_only(random):
         jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(updates), strict=True
     ):
         assert not np.array_equal(before, after)
+
+
+def test_dropout_changes_training_alone():
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
+    plain, dropping = (NIN(batch_norm=False, dropout=rate) for rate in (0.0, 0.5))
+    variables = jax.jit(plain.init)(jax.random.key(0), images)
+    run = jax.jit(lambda key: dropping.apply(variables, images, train=True, rngs={"dropout": key}))
+    one, two = map(run, jax.random.split(jax.random.key(1)))
+    assert not np.allclose(one, two)
+    evaluated = [jax.jit(model.apply)(variables, images) for model in (plain, dropping)]
+    np.testing.assert_array_equal(*evaluated)
