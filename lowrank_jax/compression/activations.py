@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.compression.scales import along, evaluate, inverse, product_of
-from lowrank_jax.program.channels import SCALES, Step
+from lowrank_jax.program.channels import SCALES, Step, moved_axis
 from lowrank_jax.program.interpreter import bind
 
 STRAIGHT = ("add", "sub", "mul", "div", "neg", "convert_element_type", "copy")
@@ -34,11 +34,24 @@ Rows = Float[jax.Array, "r s g m"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Link:
-    """An equation, with the numbers of what it reads, None for a literal, and of what it gives."""
+    """An equation, with the numbers of what it reads, None for a literal, and of what it gives.
+
+    Attributes:
+        moves: whether it moves values alone, which changes none of them.
+    """
 
     eqn: Any
     reads: Sequence[int | None]
     gives: int
+    moves: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Layout:
+    """How a value on the way lies: its shape, and the axis of the channels. Each has its own."""
+
+    shape: tuple[int, ...]
+    axis: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,6 +79,9 @@ class Activation:
         known: dict[Any, Any] = {n: by_row(own, shape) for n, own in self.fixed.items()}
         known |= {self.outputs: outputs, self.other: other}
         for link in self.chain:
+            if link.moves:
+                known[link.gives] = known[link.reads[0]]
+                continue
             pairs = zip(link.reads, link.eqn.invars, strict=True)
             values = [(var.val if n is None else known[n], var.aval.dtype) for n, var in pairs]
             spread = [jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x, dtype in values]
@@ -119,57 +135,70 @@ class _Way:
     outline: Outline
     place: int
     axis: int
-    chain: list[int] = dataclasses.field(default_factory=list)
+    chain: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # and whether it moves
     other: int | None = None
     fixed: list = dataclasses.field(default_factory=list)  # variables, their axes of the channels
 
     @classmethod
     def of(cls, outline: Outline, place: int) -> "_Way | None":
         """The way from a layer; None where no activation follows."""
-        axis, source = outline.readings[place].channel_axis, outline.readings[place].source
-        if axis is None or source is None or source.flips:  # rows are in the order as stored
+        reading = outline.readings[place]
+        if reading.channel_axis is None or reading.turns("O"):  # rows are in the order as stored
             return None
-        way = cls(outline, place, axis)
+        way = cls(outline, place, reading.channel_axis)
         return way if way._goes_on() else None
 
     def _goes_on(self) -> bool:
         outline, last = self.outline, self.outline.last_reads
-        members, bent = {*outline.gives(outline.eqns[self.place])}, False
+        layer, bent = outline.eqns[self.place], False
+        start = _Layout(layer.outvars[0].aval.shape, self.axis)
+        members = dict.fromkeys(outline.gives(layer), start)
         for index in range(self.place + 1, len(outline.eqns)):
             eqn = outline.eqns[index]
-            if members.isdisjoint(outline.reads(eqn)):
+            own = {members[number] for number in outline.reads(eqn) if number in members}
+            if not own:
                 continue
-            if not self._takes(eqn, members):
+            before = own.pop()
+            after = None if own else self._after(eqn, members, before)
+            if after is None:
                 return False
-            self.chain.append(index)
-            members.update(outline.gives(eqn))
+            self.chain.append((index, after is not before))
+            members.update(dict.fromkeys(outline.gives(eqn), after))
             bent = bent or eqn.primitive.name in BENT
             ahead = [number for number in members if last.get(number, -1) > index]
             if bent and ahead == outline.gives(eqn):
                 return True
         return False
 
-    def _takes(self, eqn: Any, members: set[int]) -> bool:
-        """Whether an equation changes each output on its own, or adds what is known by then."""
-        outline, shape = self.outline, self.outline.eqns[self.place].outvars[0].aval.shape
-        name = eqn.primitive.name
-        if name not in (*STRAIGHT, *BENT, *COMPARED) or eqn.outvars[0].aval.shape != shape:
-            return False
+    def _after(self, eqn: Any, members: Mapping[int, _Layout], layout: _Layout) -> _Layout | None:
+        """The layout of what an equation gives; None where it does not change each output alone."""
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        if name in (*STRAIGHT, *BENT, *COMPARED):
+            return layout if shape == layout.shape and self._takes(eqn, members, layout) else None
+        axis = moved_axis(eqn, layout.axis)
+        return None if axis < 0 else _Layout(shape, axis)
+
+    def _takes(self, eqn: Any, members: Mapping[int, _Layout], layout: _Layout) -> bool:
+        """Whether all that an equation reads beside the outputs is fixed, or added to them."""
+        outline = self.outline
         for var in eqn.invars:
             if isinstance(var, Literal) or outline.number(var) in members:
                 continue
             if outline.channels.is_fixed(var):
-                axis = outline.channels.varies(var, len(shape))
-                if axis not in (self.axis, -1):
+                axis = outline.channels.varies(var, len(layout.shape))
+                if axis not in (layout.axis, -1):
                     return False
                 self.fixed.append((var, axis))
-            elif not self._adds(name, outline.number(var)):
+            elif not self._adds(eqn.primitive.name, outline.number(var)):
                 return False
         return True
 
     def _adds(self, name: str, number: int) -> bool:
+        """Whether a value is added: its rows are taken as those of the outputs, which then have
+        not moved."""
         later = number > self.outline.gives(self.outline.eqns[self.place])[0]
-        if name != "add" or self.other is not None or later:
+        moved = any(moves for _, moves in self.chain)
+        if name != "add" or self.other is not None or later or moved:
             return False
         self.other = number
         return True
@@ -178,7 +207,7 @@ class _Way:
     def scales(self) -> list[Step]:
         """The scales on the way."""
         outputs = self.outline.eqns[self.place].outvars[0]
-        steps, end = self.outline.channels.after(outputs, self.axis), self.chain[-1]
+        steps, (end, _) = self.outline.channels.after(outputs, self.axis), self.chain[-1]
         return [s for s in steps if s.name in SCALES and self.outline.eqns.index(s.eqn) <= end]
 
     @property
@@ -190,9 +219,9 @@ class _Way:
         """The way with the values of what is wanted."""
         outline, steps, chain = self.outline, self.scales, []
         outputs, own = outline.eqns[self.place].outvars[0], values[len(self.scales) :]
-        for eqn in (outline.eqns[index] for index in self.chain):
+        for eqn, moves in ((outline.eqns[index], moves) for index, moves in self.chain):
             reads = [None if isinstance(x, Literal) else outline.number(x) for x in eqn.invars]
-            chain.append(Link(eqn, reads, outline.gives(eqn)[0]))
+            chain.append(Link(eqn, reads, outline.gives(eqn)[0], moves))
         pairs = zip(self.fixed, own, strict=True)
         return Activation(
             outputs=outline.number(outputs),

@@ -45,9 +45,11 @@ def moved_axis(eqn: Any, axis: int) -> int:
         return axis
     if name == "transpose":
         return list(eqn.params["permutation"]).index(axis)
+    new, before = eqn.outvars[0].aval.shape, math.prod(shape[:axis])
+    if name == "broadcast_in_dim" and math.prod(new) == math.prod(shape):  # adds axes of size one
+        return eqn.params["broadcast_dimensions"][axis]
     if name not in RESHAPES:
         return -1
-    new, before = eqn.outvars[0].aval.shape, math.prod(shape[:axis])
     places = [i for i, n in enumerate(new) if n == shape[axis] and math.prod(new[:i]) == before]
     return places[0] if len(places) == 1 else -1
 

@@ -81,11 +81,11 @@ class Reading:
         count = self.eqn.params["feature_group_count"]
         whole = self.shared or count % self.stack == 0
         plain = self.eqn.params["batch_group_count"] == 1 and len(self.letters) > 2
-        if self.groups > 1 and self._turns("O"):
+        if self.groups > 1 and self.turns("O"):
             return "its groups are reversed before it is used"
         return "" if whole and plain else "it is a convolution of a kind that cannot be separated"
 
-    def _turns(self, letter: str) -> bool:
+    def turns(self, letter: str) -> bool:
         """Whether the program turns the kernel round along an axis."""
         flips = self.source.flips if self.source else ()
         return dict(self.layout.places).get(letter) in flips

@@ -49,6 +49,9 @@ SHOWN = {
     "sum the other way": lambda y, skip: nn.relu(skip + y),
     "scaled": lambda y, skip: nn.relu(-3 * y),
     "hard swish": lambda y, skip: hard_swish(y),
+    "transposed": lambda y, skip: jnp.moveaxis(nn.gelu(jnp.moveaxis(y, -1, 1)), 1, -1),
+    "flat": lambda y, skip: nn.relu(y.reshape(len(y), -1, 1, 8)),
+    "sum before a move": lambda y, skip: nn.relu((y + skip)[:, None])[:, 0],
 }
 HIDDEN = {
     "nothing": lambda y, skip: y,
@@ -57,7 +60,8 @@ HIDDEN = {
     "read before and after": lambda y, skip: jnp.concatenate([y, nn.relu(y)], -1),
     "gate": lambda y, skip: nn.relu(y * skip),
     "softmax": lambda y, skip: nn.softmax(y),
-    "transposed": lambda y, skip: jnp.moveaxis(nn.relu(jnp.moveaxis(y, -1, 1)), 1, -1),
+    "sum after a move": lambda y, skip: nn.relu(y.swapaxes(1, 2) + skip),
+    "sum with itself moved": lambda y, skip: nn.relu(y + y.swapaxes(1, 2)),
     "pooling": lambda y, skip: nn.relu(nn.max_pool(y, (2, 2))),
 }
 

@@ -31,6 +31,10 @@ LAYERS = {
     "depthwise": convolution((3, 3, 1, 4), feature_group_count=4),
     "channels first": convolution((6, 4, 3, 3), dimension_numbers=("NHWC", "OIHW", "NCHW")),
     "inputs last": convolution((3, 6, 3, 4), dimension_numbers=("NHWC", "HOWI", "NHWC")),
+    "turned round": (
+        lambda kernel, x: convolution(None)[0](kernel[::-1, :, ::-1], x),
+        (3, 3, 4, 6),
+    ),
     "product": (lambda kernel, x: x @ kernel, (4, 6)),
     "product from the left": (lambda kernel, x: jnp.einsum("oi,nhwi->nhwo", kernel, x), (6, 4)),
     "stack of layers": (
