@@ -52,6 +52,7 @@ def options() -> argparse.Namespace:
     add("--temperature", type=float, default=4.0, help="of the distillation")
     add("--layers", type=float, default=0.0, help="weight of the layers' outputs")
     add("--average", type=float, help="decay of a moving average of the parameters, as 0.999")
+    add("--dtype", default="float32", help="of the computation, such as bfloat16")
     add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")
     add("--algorithms", help="of the two convolutions of each layer, as kn2row+im2col")
     add("--train", type=int, default=50_000, help="training images")
@@ -105,6 +106,7 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
         loss=wanted,
         teacher=dense if wanted.needs & {"teacher", "layers"} else None,
         average=args.average,
+        dtype=args.dtype,
         augment=augment,
         choose=args.algorithms and (lambda _, scheme: args.algorithms if scheme else "convolve"),
         seed=args.seed,
