@@ -10,6 +10,7 @@ chosen by: the accuracy of the last epoch counts. Writes JSON to benchmarks/resu
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lowrank_jax.training import (
 )
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.metrics import read_metrics
+from lowrank_jax.training.runs import AfterEpoch
 from lowrank_jax.tuning.device import machine
 
 
@@ -122,37 +124,46 @@ def main() -> None:
     images = normalize(train.images[: args.calibration])
     chosen, small = compressed(args, model, dense, images)
     accuracy = scorer(model, test, args.test)
+    before = {"dense": accuracy(dense), "compressed": accuracy(small)}
+    print({name: f"{score:.2%}" for name, score in before.items()}, flush=True)
+    batches = train.images[: args.train], train.labels[: args.train]
+    start = time.perf_counter()
+    network = tuned(
+        args, model, dense, small, batches=batches, plan=chosen, after_epoch=told_after(accuracy)
+    )
+    seconds = time.perf_counter() - start
+    save_weights(args.folder / "variables.npz", network)
+    score = accuracy(network)
+    facts = {
+        "macs": chosen.total("macs"),
+        "parameters": chosen.total("parameters"),
+        "accuracy": before | {"fine-tuned": score},
+    }
+    write(args, "finetune", facts, score, seconds)
+
+
+def told_after(accuracy: Callable[[Any], float]) -> AfterEpoch:
+    """What is told and kept of each epoch."""
 
     def after_epoch(epoch: int, network: Any, metrics: Any) -> dict[str, float]:
         score = accuracy(network)
         print(f"epoch {epoch}: loss {metrics['loss']:.4f}, accuracy {score:.2%}", flush=True)
         return {"accuracy": score}
 
-    before = {"dense": accuracy(dense), "compressed": accuracy(small)}
-    print({name: f"{score:.2%}" for name, score in before.items()}, flush=True)
-    batches = train.images[: args.train], train.labels[: args.train]
-    start = time.perf_counter()
-    network = tuned(
-        args, model, dense, small, batches=batches, plan=chosen, after_epoch=after_epoch
-    )
-    seconds = time.perf_counter() - start
-    save_weights(args.folder / "variables.npz", network)
-    write(args, chosen, before, accuracy(network), seconds)
+    return after_epoch
 
 
 def write(
-    args: argparse.Namespace, chosen: Plan, before: dict[str, float], score: float, seconds: float
+    args: argparse.Namespace, benchmark: str, facts: dict[str, Any], score: float, seconds: float
 ) -> None:
     """The figures of a run, whose seconds are those of this process alone."""
     lines = read_metrics(args.folder)
     speeds = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
     found = {
-        "benchmark": "finetune",
+        "benchmark": benchmark,
         "machine": machine(),
         "options": told(args),
-        "macs": chosen.total("macs"),
-        "parameters": chosen.total("parameters"),
-        "accuracy": before | {"fine-tuned": score},
+        **facts,
         "interval": interval(score, args.test),
         "curve": [line["accuracy"] for line in lines if "accuracy" in line],
         "images_per_second": float(np.median(speeds)) * args.batch_size if speeds else None,

@@ -8,21 +8,16 @@ looked at, not chosen by: the accuracy of the last epoch counts. Writes JSON to 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from compress import images_of, interval, normalize, scorer
-from turns import told
+from compress import images_of, normalize, scorer
+from finetune import told_after, write
 
 from lowrank_jax import finetune, save_weights
 from lowrank_jax.models import NIN
 from lowrank_jax.training.losses import cross_entropy
-from lowrank_jax.training.metrics import read_metrics
-from lowrank_jax.tuning.device import machine
 
 RANKS = {"Conv_0": 10, "Conv_2": 51}
 
@@ -65,12 +60,6 @@ def main() -> None:
     model = NIN(ranks=RANKS, dropout=args.dropout)
     start = jax.jit(model.init)(jax.random.key(args.seed), normalize(train.images[:1]))
     accuracy = scorer(model, test, args.test)
-
-    def after_epoch(epoch: int, network: Any, metrics: Any) -> dict[str, float]:
-        score = accuracy(network)
-        print(f"epoch {epoch}: loss {metrics['loss']:.4f}, accuracy {score:.2%}", flush=True)
-        return {"accuracy": score}
-
     began = time.perf_counter()
     network = finetune(
         model.apply,
@@ -84,30 +73,12 @@ def main() -> None:
         augment=prepared,
         seed=args.seed,
         folder=args.folder,
-        after_epoch=after_epoch,
+        after_epoch=told_after(accuracy),
     )
     seconds = time.perf_counter() - began
     save_weights(args.folder / "variables.npz", network)
-    write(args, accuracy(network), seconds)
-
-
-def write(args: argparse.Namespace, score: float, seconds: float) -> None:
-    """The figures of a run, whose seconds are those of this process alone."""
-    lines = read_metrics(args.folder)
-    speeds = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
-    found = {
-        "benchmark": "scratch",
-        "machine": machine(),
-        "options": told(args),
-        "accuracy": score,
-        "interval": interval(score, args.test),
-        "curve": [line["accuracy"] for line in lines if "accuracy" in line],
-        "images_per_second": float(np.median(speeds)) * args.batch_size if speeds else None,
-        "seconds": seconds,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    score = accuracy(network)
+    write(args, "scratch", {"accuracy": score}, score, seconds)
 
 
 if __name__ == "__main__":
