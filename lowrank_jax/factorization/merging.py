@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.factorization.factors import dense_shape, is_factors, read_factors
 from lowrank_jax.factorization.layout import (
     INPUTS,
     OUTPUTS,
     Array,
-    matmul,
     merged,
     only,
     parted,
@@ -52,9 +52,17 @@ def multiplied(first: Array, second: Array, axes: str) -> Array:
     right = right.reshape(*right.shape[:-1], left.shape[-2], -1)  # (..., K, g, n/g)
     # A spatial axis has size 1 in one of the factors, so that broadcasting spreads the taps of the
     # other.
-    product = matmul(left.swapaxes(-3, -2), right.swapaxes(-3, -2)).swapaxes(-3, -2)
+    product = _by_groups(left, right)
     sizes = sizes_of(axes, dense_shape(first.shape, second.shape, axes))
     return parted(product.reshape(*product.shape[:-2], n), axes, parts, sizes)
+
+
+def _by_groups(left: Array, right: Array) -> Array:
+    """Products (..., c, g, n) of (..., c, g, K) and (..., K, g, n)."""
+    if isinstance(left, np.ndarray):  # its einsum takes no BLAS for groups
+        return (left.swapaxes(-3, -2) @ right.swapaxes(-3, -2)).swapaxes(-3, -2)
+    # An einsum is read as a product where a factor stands decomposed itself.
+    return jnp.einsum("...cgk,...kgn->...cgn", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def product(node: Mapping, path: str) -> jax.Array:

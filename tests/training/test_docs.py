@@ -9,7 +9,7 @@ import pytest
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-WHOLE, LOOP, BLOCK, STAGES = EXAMPLES
+WHOLE, LOOP, BLOCK, STAGES, SPEED = EXAMPLES
 
 
 def run(example, folder, monkeypatch):
@@ -21,7 +21,7 @@ def run(example, folder, monkeypatch):
 
 @pytest.mark.slow
 def test_the_call_trains_and_keeps_a_checkpoint(tmp_path, monkeypatch):
-    scope = run(WHOLE + STAGES, tmp_path, monkeypatch)
+    scope = run(WHOLE + STAGES + SPEED, tmp_path, monkeypatch)
     dense, low = scope["plan"].total("macs")
     assert low <= 0.6 * dense
     assert (tmp_path / "run" / "checkpoints" / "000000002").is_dir()
