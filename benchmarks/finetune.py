@@ -37,30 +37,41 @@ from lowrank_jax.tuning.device import machine
 
 def options() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = run_options(__doc__)
     add = parser.add_argument
-    add("--shared", type=Path, required=True, help="holds the weights and tensorflow_datasets")
     add("--speedup", type=float, default=2.0, help="times fewer macs")
     add("--epochs", type=int, default=30)
-    add("--seed", type=int, default=0)
-    add("--folder", type=Path, help="of the run; default finetune-SPEEDUP-SEED")
-    add("--out", type=Path, help="JSON; default benchmarks/results/finetune-SPEEDUP-SEED.json")
-    add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, default=0.02, help="highest of the one-cycle schedule")
     add("--labels", type=float, default=0.5, help="weight of the cross-entropy")
     add("--distill", type=float, default=0.5, help="weight of the dense network's probabilities")
     add("--temperature", type=float, default=4.0, help="of the distillation")
     add("--layers", type=float, default=0.0, help="weight of the layers' outputs")
     add("--average", type=float, help="decay of a moving average of the parameters, as 0.999")
-    add("--dtype", default="float32", help="of the computation, such as bfloat16")
     add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")
     add("--algorithms", help="of the two convolutions of each layer, as kn2row+im2col")
+    args = parser.parse_args()
+    return with_places(args, f"finetune-{args.speedup:g}-{args.seed}")
+
+
+def run_options(text: str | None) -> argparse.ArgumentParser:
+    """The options that every run of training has."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shared", type=Path, required=True, help="holds the weights and tensorflow_datasets")
+    add("--seed", type=int, default=0)
+    add("--folder", type=Path, help="of the run; by default named by what it is")
+    add("--out", type=Path, help="JSON; by default so named in benchmarks/results")
+    add("--batch-size", type=int, default=128)
+    add("--dtype", default="float32", help="of the computation, such as bfloat16")
     add("--train", type=int, default=50_000, help="training images")
     add("--test", type=int, default=10_000, help="test images")
-    args = parser.parse_args()
-    name = f"finetune-{args.speedup:g}-{args.seed}"
+    return parser
+
+
+def with_places(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The options with the folder of the run and the file of its figures."""
     args.folder = args.folder or Path(name)
     args.out = args.out or Path(__file__).parent / "results" / f"{name}.json"
     return args

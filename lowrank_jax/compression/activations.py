@@ -34,16 +34,11 @@ Rows = Float[jax.Array, "r s g m"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Link:
-    """An equation, with the numbers of what it reads, None for a literal, and of what it gives.
-
-    Attributes:
-        moves: whether it moves values alone, which changes none of them.
-    """
+    """An equation, with the numbers of what it reads, None for a literal, and of what it gives."""
 
     eqn: Any
     reads: Sequence[int | None]
     gives: int
-    moves: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +74,7 @@ class Activation:
         known: dict[Any, Any] = {n: by_row(own, shape) for n, own in self.fixed.items()}
         known |= {self.outputs: outputs, self.other: other}
         for link in self.chain:
-            if link.moves:
+            if _moves(link.eqn):
                 known[link.gives] = known[link.reads[0]]
                 continue
             pairs = zip(link.reads, link.eqn.invars, strict=True)
@@ -106,6 +101,11 @@ class Activation:
         scale = by_row(self.scale, dense.shape)
         error = (hidden * inverse(scale)).astype(dense.dtype)
         return jnp.where(scale == 0, dense, own + error), error
+
+
+def _moves(eqn: Any) -> bool:
+    """Whether an equation on the way moves values alone, which changes none of them."""
+    return eqn.primitive.name not in (*STRAIGHT, *BENT, *COMPARED)
 
 
 def by_row(channels: Any, shape: Sequence[int]) -> Any:
@@ -135,7 +135,7 @@ class _Way:
     outline: Outline
     place: int
     axis: int
-    chain: list[tuple[int, bool]] = dataclasses.field(default_factory=list)  # and whether it moves
+    chain: list[int] = dataclasses.field(default_factory=list)
     other: int | None = None
     fixed: list = dataclasses.field(default_factory=list)  # variables, their axes of the channels
 
@@ -158,11 +158,10 @@ class _Way:
             own = {members[number] for number in outline.reads(eqn) if number in members}
             if not own:
                 continue
-            before = own.pop()
-            after = None if own else self._after(eqn, members, before)
+            after = self._after(eqn, members, own.pop()) if len(own) == 1 else None
             if after is None:
                 return False
-            self.chain.append((index, after is not before))
+            self.chain.append(index)
             members.update(dict.fromkeys(outline.gives(eqn), after))
             bent = bent or eqn.primitive.name in BENT
             ahead = [number for number in members if last.get(number, -1) > index]
@@ -172,11 +171,11 @@ class _Way:
 
     def _after(self, eqn: Any, members: Mapping[int, _Layout], layout: _Layout) -> _Layout | None:
         """The layout of what an equation gives; None where it does not change each output alone."""
-        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        if name in (*STRAIGHT, *BENT, *COMPARED):
-            return layout if shape == layout.shape and self._takes(eqn, members, layout) else None
-        axis = moved_axis(eqn, layout.axis)
-        return None if axis < 0 else _Layout(shape, axis)
+        shape = eqn.outvars[0].aval.shape
+        if _moves(eqn):
+            axis = moved_axis(eqn, layout.axis)
+            return None if axis < 0 else _Layout(shape, axis)
+        return layout if shape == layout.shape and self._takes(eqn, members, layout) else None
 
     def _takes(self, eqn: Any, members: Mapping[int, _Layout], layout: _Layout) -> bool:
         """Whether all that an equation reads beside the outputs is fixed, or added to them."""
@@ -197,7 +196,7 @@ class _Way:
         """Whether a value is added: its rows are taken as those of the outputs, which then have
         not moved."""
         later = number > self.outline.gives(self.outline.eqns[self.place])[0]
-        moved = any(moves for _, moves in self.chain)
+        moved = any(_moves(self.outline.eqns[index]) for index in self.chain)
         if name != "add" or self.other is not None or later or moved:
             return False
         self.other = number
@@ -207,7 +206,7 @@ class _Way:
     def scales(self) -> list[Step]:
         """The scales on the way."""
         outputs = self.outline.eqns[self.place].outvars[0]
-        steps, (end, _) = self.outline.channels.after(outputs, self.axis), self.chain[-1]
+        steps, end = self.outline.channels.after(outputs, self.axis), self.chain[-1]
         return [s for s in steps if s.name in SCALES and self.outline.eqns.index(s.eqn) <= end]
 
     @property
@@ -218,10 +217,10 @@ class _Way:
     def activation(self, values: Sequence[jax.Array]) -> Activation:
         """The way with the values of what is wanted."""
         outline, steps, chain = self.outline, self.scales, []
-        outputs, own = outline.eqns[self.place].outvars[0], values[len(self.scales) :]
-        for eqn, moves in ((outline.eqns[index], moves) for index, moves in self.chain):
+        outputs, own = outline.eqns[self.place].outvars[0], values[len(steps) :]
+        for eqn in (outline.eqns[index] for index in self.chain):
             reads = [None if isinstance(x, Literal) else outline.number(x) for x in eqn.invars]
-            chain.append(Link(eqn, reads, outline.gives(eqn)[0], moves))
+            chain.append(Link(eqn, reads, outline.gives(eqn)[0]))
         pairs = zip(self.fixed, own, strict=True)
         return Activation(
             outputs=outline.number(outputs),

@@ -13,7 +13,6 @@ from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
 from lowrank_jax.compression.shortcuts import Shortcut
 from lowrank_jax.factorization.factors import wide
-from lowrank_jax.factorization.layout import matmul
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.factored import run_factored
@@ -105,7 +104,8 @@ def _channel_sums(x: jax.Array, channels: int) -> jax.Array:
     moved = jnp.moveaxis(wide(x), channels, -1)
     rows = moved.sum(0) if moved.ndim > 1 else moved  # so that the product adds up fewer numbers
     rows = rows.reshape(-1, x.shape[channels])
-    return matmul(jnp.ones(len(rows), rows.dtype), rows)
+    ones = jnp.ones(len(rows), rows.dtype)
+    return jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def _others(x: Any, axis: int) -> tuple[int, ...]:

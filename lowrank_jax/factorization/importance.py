@@ -6,13 +6,16 @@ channels stand for F, so that it stays small where a layer is wide.
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lowrank_jax.factorization.layout import Array, matmul
+from lowrank_jax.factorization.layout import Array
 
 BLOCK = 512  # channels of a block, at most
 SHARE = 0.9  # of F, at most; the rest is its diagonal, which is known best
@@ -110,7 +113,11 @@ def times(
     count, size, _ = blocks.shape
     if size == 1:
         return values * blocks.reshape(-1)
+    matmul: Any = np.matmul if isinstance(values, np.ndarray) else _precise
     if count == 1:  # a plain product runs twice as fast on the CPU as a batch of one
         return matmul(values, blocks[0])
     spread = values.reshape(-1, count, size).swapaxes(0, 1)
     return matmul(spread, blocks).swapaxes(0, 1).reshape(values.shape)
+
+
+_precise = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.forms import FORMS, form_of
@@ -302,10 +301,3 @@ def split_options(
 def _own(name: str, mask: Sequence[bool], values: Sequence[Any]) -> tuple[Any, ...]:
     other = (0, 0) if name == "padding" else 1
     return tuple(x if own else other for own, x in zip(mask, values, strict=True))
-
-
-def matmul(one: Array, two: Any) -> Array:
-    """Products of the last two axes, by NumPy for its arrays, else by JAX in full precision."""
-    if isinstance(one, np.ndarray):
-        return one @ two
-    return jnp.matmul(one, two, precision=jax.lax.Precision.HIGHEST)

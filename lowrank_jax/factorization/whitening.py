@@ -11,7 +11,7 @@ itself, a reduced-rank regression takes the place of its least squares. NumPy in
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -71,7 +71,7 @@ class Target:
         """What the second factor is fitted to: outputs of the first one are its patches."""
         taps, (rows, rank) = self.taps, first.shape
         parts = np.array_split(self.covariance.reshape(-1, rows), available_cores())
-        half = np.concatenate(together([functools.partial(np.matmul, x, first) for x in parts]))
+        half = _rows_of(lambda part: part @ first, parts)
         covariance = first.T @ half.reshape(taps, rows, taps * rank)
         cross = first.T @ self.wanted
         return dataclasses.replace(
@@ -131,6 +131,11 @@ def alternated(
         first = _orthonormal(refit_first(first, second, target, *metric, steps))
         second = best_second(target.reduced(first), ranks[1:])
     return first, second
+
+
+def _rows_of(job: Callable[[Array], Array], parts: Sequence[Array]) -> Array:
+    """The rows that a job gives for each of some parts, which run at once."""
+    return np.concatenate(together([functools.partial(job, part) for part in parts]))
 
 
 def best_second(target: Target, ranks: Sequence[int]) -> Float[Array, "b r n"]:
@@ -238,10 +243,7 @@ def refit_first(
     def normal(v: Array) -> Array:
         spread = (v @ products).reshape(taps * rows, taps, rank)
 
-        def product(part: Array) -> Array:
-            return sum(part[x] @ spread[:, x] for x in range(taps))
-
-        return np.concatenate(together([functools.partial(product, part) for part in parts]))
+        return _rows_of(lambda part: sum(part[x] @ spread[:, x] for x in range(taps)), parts)
 
     def precondition(residual: Array) -> Array:
         return inverse_s(inverse_a(residual).T).T

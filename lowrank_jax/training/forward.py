@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lowrank_jax.calibration.inputs import TRAINING
-from lowrank_jax.program.transform import lowrank
 from lowrank_jax.training.features import Layers, with_layers
 from lowrank_jax.tuning.algorithms import Choose
 from lowrank_jax.tuning.running import with_algorithms
@@ -134,8 +133,6 @@ class Forward:
             variables = {**variables, **own} if own else variables
         if layers:
             return with_layers(self.apply, layers, self.choose)(variables, *inputs, **options)
-        if self.choose is None:
-            return lowrank(self.apply)(variables, *inputs, **options), {}
         return with_algorithms(self.apply, self.choose)(variables, *inputs, **options), {}
 
 

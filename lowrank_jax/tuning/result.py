@@ -10,7 +10,6 @@ import jax
 
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.compiler import default_options
-from lowrank_jax.program.transform import lowrank
 from lowrank_jax.tuning.algorithms import Choose, Layer
 from lowrank_jax.tuning.candidate import Candidate, Configuration, Network
 from lowrank_jax.tuning.device import Device
@@ -36,7 +35,7 @@ def network_of(
         return apply(variables, inputs, *args, **kwargs)
 
     def network(choose: Choose | None) -> Callable[[Any, Any], Any]:
-        run = lowrank(call) if choose is None else with_algorithms(call, choose)
+        run = with_algorithms(call, choose)
         return run if constants is None else lambda _, inputs: run(constants, inputs)
 
     return network

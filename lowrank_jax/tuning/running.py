@@ -15,17 +15,18 @@ from lowrank_jax.program.factored import arranged, own_axes, run_factored
 from lowrank_jax.program.interpreter import Found, Rule
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
-from lowrank_jax.program.transform import with_rule
+from lowrank_jax.program.transform import lowrank, with_rule
 from lowrank_jax.tuning.algorithms import PLAIN, PLAIN_DENSE, Choose, Layer
 
 
-def with_algorithms(apply: Callable, choose: Choose) -> Callable:
+def with_algorithms(apply: Callable, choose: Choose | None) -> Callable:
     """Makes a function run each convolution by the algorithm that is chosen for its layer.
 
     Args:
         apply: ``model.apply``, or any function of a tree, dense or decomposed.
         choose: function of (layer, scheme) that gives the name of an algorithm; the scheme is None
-            for a dense layer. `Timer.fastest` is one.
+            for a dense layer. `Timer.fastest` is one. Without a function the convolutions are plain
+            ones, as `lowrank` runs them.
 
     Returns:
         A function of the same arguments.
@@ -38,6 +39,8 @@ def with_algorithms(apply: Callable, choose: Choose) -> Callable:
         >>> with_algorithms(model.apply, lambda layer, scheme: "im2col")(variables, x).shape
         (1, 8, 8, 16)
     """
+    if choose is None:
+        return lowrank(apply)
     return with_rule(changed(apply), Algorithms(choose), dense_too=True)
 
 
