@@ -9,6 +9,7 @@ chosen by: the accuracy of the last epoch counts. Writes JSON to benchmarks/resu
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def options() -> argparse.Namespace:
     add("--average", type=float, help="decay of a moving average of the parameters, as 0.999")
     add("--calibration", type=int, default=2048, help="unlabelled training images for the plan")
     add("--algorithms", help="of the two convolutions of each layer, as kn2row+im2col")
+    add("--after", type=Path, help="folder of a finished run, whose network this one starts from")
     args = parser.parse_args()
     return with_places(args, f"finetune-{args.speedup:g}-{args.seed}")
 
@@ -90,9 +92,12 @@ def loss(args: argparse.Namespace) -> Loss:
 def compressed(args: argparse.Namespace, model: CifarResNet, dense: Any, images: Any) -> tuple:
     """The plan and the network before training; a run that goes on has them in its folder."""
     plan_path, start_path = args.folder / "plan.json", args.folder / "start.npz"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.after and not start_path.exists():
+        shutil.copy(args.after / "plan.json", plan_path)
+        shutil.copy(args.after / "variables.npz", start_path)
     if start_path.exists():
         return Plan.load(plan_path), jax.tree.map(jnp.asarray, load_weights(start_path))
-    args.folder.mkdir(parents=True, exist_ok=True)
     found = calibrate(model.apply, dense, images)
     chosen = plan(found, macs=1 / args.speedup)
     small = compress(found, chosen)
