@@ -44,6 +44,18 @@ def factor_keys(first: str, axes: str, ndim: int) -> tuple[str, str]:
     return (one, two) if usual else (f"{one}_{axes}", f"{two}_{axes}")
 
 
+def held_keys(node: Mapping) -> tuple[str, str]:
+    """The keys of the two factors in a node, the first factor's first.
+
+    Example:
+        >>> held_keys({"right_factor_IO": np.ones((2, 8)), "left_factor_IO": np.ones((4, 2))})
+        ('left_factor_IO', 'right_factor_IO')
+    """
+    order = _order(node)
+    assert order is not None, "is_factors says so"
+    return order[:2]
+
+
 def is_factor_key(key: str) -> bool:
     """Whether a key of a tree names a factor."""
     match = _KEY.fullmatch(key)

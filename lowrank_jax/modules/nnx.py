@@ -9,7 +9,7 @@ import jax
 from flax import nnx, traverse_util
 
 from lowrank_jax.factorization.factors import (
-    factor_keys,
+    held_keys,
     is_factors,
     read_factors,
     shape_of,
@@ -73,7 +73,7 @@ def dense_variable(factors: Factors, abstract: bool = False) -> nnx.Variable:
     """The kernel that factors stand for, as a variable of its own type; a shape if abstract."""
     node = variables_of(factors)
     (one, _), axes, first = read_factors(node, "kernel")
-    held = [getattr(factors, name) for name in factor_keys(first, axes, one.ndim)]
+    held = [getattr(factors, name) for name in held_keys(node)]
     pair = [dense_variable(x, abstract) if isinstance(x, Factors) else x for x in held]
     mesh = _mesh_of_kernel(pair, one.ndim, axes, first)
     whole = jax.ShapeDtypeStruct(shape_of(node), one.dtype) if abstract else product(node, "kernel")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx, traverse_util
 
-from lowrank_jax.factorization.factors import is_factors
+from lowrank_jax.factorization.factors import is_factors, read_factors
 from lowrank_jax.modules.nnx import (
     Factors,
     SeparableConv,
@@ -28,6 +28,9 @@ def rebuilt(model: Model, tree: Mapping) -> Model:
         model: dense or decomposed; it is not changed.
         tree: as `variables_of` gives it, any kernel dense or as factors.
 
+    Raises:
+        ValueError: layers that ``nnx.vmap`` maps over one input share a factor.
+
     Example:
         >>> import jax.numpy as jnp
         >>> conv = nnx.Conv(4, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
@@ -42,8 +45,25 @@ def rebuilt(model: Model, tree: Mapping) -> Model:
     others = {p: x for p, x in new.items() if p not in pairs and x is not old[p]}
     nnx.update(model, traverse_util.unflatten_dict(others))
     nodes = dict(nnx.iter_graph(model))
+    for path in pairs:
+        _check_mapped(path, nodes.get(path[:-1]), new[path])
     made = {id(nodes[path]): _kernel(nodes[path], new[path]) for path in pairs}
     return _retyped(swap(model, made))
+
+
+def _check_mapped(path: tuple, layer: Any, value: Any) -> None:
+    """Refuses a factor that stacked layers share: nothing in it can be mapped."""
+    if not isinstance(layer, nnx.Linear) or not is_factors(value):
+        return
+    name = "/".join(map(str, path[:-1]))
+    _, axes, _ = read_factors(value, name)
+    if len(axes) > 2:
+        raise ValueError(
+            f"{name}: nnx.vmap maps these stacked layers over one input, which the trace reads as "
+            f"one product with factors in the layout {axes}; the layers would share the first one, "
+            "which nnx.vmap cannot map. Leave the layer out of the table, decompose without a "
+            "trace, or run `functional` with `lowrank`."
+        )
 
 
 def _flat(tree: Mapping) -> dict[tuple, Any]:

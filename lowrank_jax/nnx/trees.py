@@ -6,6 +6,8 @@ import jax
 from flax import nnx
 
 from lowrank_jax.factorization.layout import AXES
+from lowrank_jax.factorization.matrix import Matrix
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.modules.nnx import variables_of
 from lowrank_jax.modules.surgery import rebuilt
@@ -19,7 +21,7 @@ from lowrank_jax.tree.decomposing import reconstruct as reconstruct_tree
 from lowrank_jax.tree.rules import Rules
 
 Model = TypeVar("Model")
-CONVOLUTIONS = (nnx.Conv, nnx.ConvTranspose)
+LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
 
 
 def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> Trace:
@@ -77,7 +79,7 @@ def decompose(model: Model, rules: Rules | None = None, trace: Trace | None = No
     return rebuilt(model, factored(variables, schemes))
 
 
-def _units(model: Any) -> dict[str, Separable]:
+def _units(model: Any) -> dict[str, Scheme]:
     """The schemes of rank 1 of the layers that tell their groups and axes."""
     nodes = dict(nnx.iter_graph(model))
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model), is_leaf=_is_variable)
@@ -86,14 +88,16 @@ def _units(model: Any) -> dict[str, Separable]:
     holders = [nodes.get(tuple(key.key for key in path[:-1])) for path in kernels]
     known = dict(zip(paths, names_of(paths), strict=True))
     pairs = zip((known[path] for path in kernels), holders, strict=True)
-    return {name: _unit(layer) for name, layer in pairs if isinstance(layer, CONVOLUTIONS)}
+    return {name: _unit(layer) for name, layer in pairs if isinstance(layer, LAYERS)}
 
 
 def _is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
-def _unit(layer: Any) -> Separable:
+def _unit(layer: Any) -> Scheme:
+    if isinstance(layer, nnx.Linear):
+        return Matrix(1)
     groups = getattr(layer, "feature_group_count", 1)
     return Separable(1, groups, AXES.get(len(layer.kernel_size), AXES[2]))
 

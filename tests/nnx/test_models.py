@@ -259,6 +259,45 @@ def test_stacked_layers_are_decomposed_slice_by_slice_and_run_in_scan_and_vmap()
     np.testing.assert_allclose(stacked, single, atol=1e-5)
 
 
+class StackOfLines(nnx.Module):
+    """Stacks of kernels that could be taken for others by their number of axes."""
+
+    def __init__(self, joined):
+        self.joined = joined
+        stacked = lambda make: nnx.vmap(make, in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))  # noqa: E731
+        self.products = stacked(lambda rngs: nnx.Linear(6, 6, rngs=rngs))
+        self.lines = stacked(lambda rngs: nnx.Conv(6, 6, (3,), rngs=rngs))
+
+    def __call__(self, x):
+        def step(x, layer, line):
+            return nnx.tanh(layer(line(x)))
+
+        if self.joined:
+            both = nnx.vmap(step, in_axes=(None, 0, 0), out_axes=0)
+            return both(x, self.products, self.lines).sum(0)
+        return nnx.scan(step, in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry)(
+            x, self.products, self.lines
+        )
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_stacks_of_products_and_of_one_dimensional_convolutions_run(joined, traced):
+    model, x = StackOfLines(joined), normal((2, 5, 6))
+    found = trace(model, x) if traced else None
+    small = decompose(model, {"products": 6, "lines": 6}, found)
+    assert_same_function(model, small, reconstruct(small), x=x)
+
+
+def test_products_that_share_a_factor_under_vmap_are_refused():
+    make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)  # noqa: E731
+    model = Ensemble()
+    model.heads, x = nnx.vmap(make, in_axes=0, out_axes=0)(nnx.Rngs(0).split(2)), normal((3, 4))
+    with pytest.raises(ValueError, match=r"heads: nnx.vmap maps these .* without a trace"):
+        decompose(model, {"heads": 2}, trace(model, x))
+    assert_same_function(model, decompose(model, {"heads": 4}), x=x)
+
+
 class Ensemble(nnx.Module):
     """Heads under vmap, which all read the same images."""
 
