@@ -369,6 +369,17 @@ def test_curvature_is_the_squared_jacobian_of_the_network_on_the_average():
     np.testing.assert_array_less(np.abs(found[0] - expected), 0.7 * size)
 
 
+@pytest.mark.parametrize("images, width", [(9, 96), (64, 128), (65, 300), (256, 64)])
+def test_a_wide_last_layer_has_the_identity_for_its_curvature(images, width):
+    """Signs alone are beside the diagonal, and their noise is not taken for anything."""
+    tree = {"w": normal(6, width)}
+    found = calibrate(lambda p, x: x @ p["w"], tree, normal(images, 6)).curvature["w"]
+    np.testing.assert_allclose(np.diagonal(found, axis1=1, axis2=2), 1, rtol=1e-5)
+    beside = found - np.eye(found.shape[-1])
+    # The entries of the mean of n products of signs are of size n ** -0.5; a quarter may stay.
+    assert np.sqrt(np.mean(beside**2)) < 0.25 * min(images, 64) ** -0.5
+
+
 def test_layers_within_loops_have_the_curvature_of_all_their_runs():
     def apply(tree, x, times=1):
         body = lambda x, _: (x @ tree["w"], None)  # noqa: E731
