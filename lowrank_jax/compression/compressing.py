@@ -1,5 +1,6 @@
 """`compress`: factors fitted, layer by layer, to what the compressed network really sees."""
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,7 +73,7 @@ def compress(
         (3, 1, 4, 3)
     """
     for name, value in {"sweeps": sweeps, "steps": steps}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
             raise ValueError(f"{name}={value!r} is not allowed; give an int of 0 or more.")
     known = isinstance(source, Calibration)
     check_options(compress, None if known else source, kwargs)

@@ -62,9 +62,16 @@ class LayerFits:
         """The fits of a layer, by the index in its stack."""
         yield from self.fits.get(path, {}).items()
 
-    def fit(self, path: str, reading: Reading, found: Sequence[Mapping]) -> None:
-        """Fits the kernels of a reading to the notes of all batches, or fits them again."""
-        folds, known = folds_of(found, path), dict(self.of(path))
+    def fit(self, path: str, reading: Reading, found: Sequence[Mapping], centred: bool) -> None:
+        """Fits the kernels of a reading to the notes of all batches, or fits them again.
+
+        Args:
+            path: of the layer.
+            reading: of its kernels.
+            found: the notes of each set of images.
+            centred: whether something behind the layer takes up the means of its outputs.
+        """
+        folds, known = folds_of(found, path, centred), dict(self.of(path))
         for number, index in enumerate(slices(reading)):
             kernel = np.asarray(self.factors.stored[path][index], np.float64)
             given = kernel, [fold[number] for fold in folds], self.schemes[path]

@@ -151,8 +151,8 @@ def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
     return np.sum([note[name] for note in found], axis=0)
 
 
-def folds_of(found: Sequence[Mapping], path: str) -> list[list[Moments]]:
-    """For each set of images the moments of each kernel that ran at once.
+def folds_of(found: Sequence[Mapping], path: str, centred: bool) -> list[list[Moments]]:
+    """For each set of images the moments of each kernel that ran at once, about means or zero.
 
     Raises:
         ValueError: the activations are not finite.
@@ -163,7 +163,8 @@ def folds_of(found: Sequence[Mapping], path: str) -> list[list[Moments]]:
             f"{path}: the activations hold NaN or infinite values; check the weights and the "
             "calibration images."
         )
-    return [_moments(total) for total in totals]
+    folds = [_moments(total) for total in totals]
+    return folds if centred else [[own.about_zero() for own in fold] for fold in folds]
 
 
 def _moments(total: Mapping[str, np.ndarray]) -> list[Moments]:

@@ -41,9 +41,9 @@ class Outline:
         results = [var for eqn in self.eqns for var in eqn.outvars]
         variables = [*self.jaxpr.constvars, *self.jaxpr.invars, *results]
         self._numbers = {var: number for number, var in enumerate(variables)}
-        places = {id(eqn): index for index, eqn in enumerate(self.eqns)}
+        self._places = {id(eqn): index for index, eqn in enumerate(self.eqns)}
         self.survey = Survey.of(self.jaxpr, traced.sources)
-        found = [(places.get(id(f.reading.eqn)), f.reading) for f in self.survey.found]
+        found = [(self._places.get(id(f.reading.eqn)), f.reading) for f in self.survey.found]
         self.readings = {place: reading for place, reading in found if place is not None}
         inputs = list(zip(self.jaxpr.invars, traced.sources, traced.kinds(), strict=True))
         self.sources: dict[int, Source] = {self.number(v): s for v, s, _ in inputs if s is not None}
@@ -54,6 +54,17 @@ class Outline:
 
     def number(self, var: Any) -> int:
         return self._numbers[var]
+
+    def place(self, eqn: Any) -> int:
+        return self._places[id(eqn)]
+
+    def readers(self, place: int) -> list:
+        """The equations that read what an equation gives; None where the program returns it."""
+        return [eqn for var in self.eqns[place].outvars for eqn in self.channels.reading(var)]
+
+    def is_linear(self, eqn: Any) -> bool:
+        """Whether an equation adds, moves, or scales channel by channel."""
+        return eqn.primitive.name in LINEAR or self.channels.step(eqn) is not None
 
     def reads(self, eqn: Any) -> list[int]:
         """Numbers of the variables that an equation reads."""
@@ -143,7 +154,24 @@ def shift_after(outline: Outline, place: int, axis: int) -> Shift | None:
     steps = outline.channels.after(outline.eqns[place].outvars[0], axis)
     if not steps:
         return None
-    return find_shift(outline, outline.eqns.index(steps[0].eqn))
+    return find_shift(outline, outline.place(steps[0].eqn))
+
+
+def are_means_matched(outline: Outline, place: int) -> bool:
+    """Whether normalisations take up the means of the outputs of an equation.
+
+    They do where linear steps lead to nothing but subtractions of parameters, as from a convolution
+    over residual sums to batch normalisations.
+    """
+    led = {place}
+    for index in range(place, len(outline.eqns)):
+        for reader in outline.readers(index) if index in led else ():
+            if reader is None or not outline.is_linear(reader):
+                return False
+            shift = find_shift(outline, outline.place(reader))
+            if shift is None or shift.sign > 0:
+                led.add(outline.place(reader))
+    return True
 
 
 @dataclasses.dataclass
@@ -163,18 +191,21 @@ class Matched:
     def note(self, place: int) -> None:
         """Follows one equation."""
         eqn = self.outline.eqns[place]
-        step = self.outline.channels.step(eqn)
         data = [n for n in self.outline.reads(eqn) if n in self.differing]
-        linear = eqn.primitive.name in LINEAR
-        if data and (step is not None or linear) and set(data) <= self.numbers:
+        if data and self.outline.is_linear(eqn) and set(data) <= self.numbers:
             self.numbers.update(self.outline.gives(eqn))
 
 
 def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
-    """The equations at which a kernel of a table is read, and its path."""
+    """The equations at which a kernel of a table is read, and its path.
+
+    A layer that reads the same for all images, such as learned queries, has one sample alone and is
+    not fitted.
+    """
     found = {}
     for place, reading in sorted(outline.readings.items()):
         source = reading.source
-        if source is not None and not reading.reason and source.path in schemes:
+        fixed = set(outline.reads(reading.eqn)) <= outline.fixed
+        if source is not None and not reading.reason and not fixed and source.path in schemes:
             found[place] = source.path
     return found

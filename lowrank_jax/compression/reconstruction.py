@@ -28,6 +28,7 @@ from lowrank_jax.compression.outline import (
     Matched,
     Outline,
     Shift,
+    are_means_matched,
     find_shift,
     fit_places,
     shift_after,
@@ -150,10 +151,14 @@ class Reconstruction:
         note = fit_note(self.outline, place, shortcut, roots, sample)
         found = self.segments.advance(place, self._small(), note)
         if lacks:
-            self.layers.fit(path, reading, found)
+            centred = shift is not None or self._are_means_matched(place)
+            self.layers.fit(path, reading, found, centred)
         self._match_outputs(reading, shift, found, matched)
         if sample and self.layers.supported(path):
             self._fit_again(path, sample, shift, found, matched)
+
+    def _are_means_matched(self, place: int) -> bool:
+        return self.match_means and are_means_matched(self.outline, place)
 
     def _fit_again(
         self, path: str, sample: Sample, shift: Shift | None, first: Sequence, matched: Matched
@@ -185,7 +190,9 @@ class Reconstruction:
             given, small, *live = batch
             shifts = {number: x.astype(given[number].dtype) for number, x in new.shifts.items()}
             own = {**small, **self._kernels(new.factors), **shifts}
-            return block_error(*run(given, own, *live))
+            dense, found = run(given, own, *live)
+            # The dense network may have run the last equation before the mark.
+            return block_error({**live[0], **dense}, found)
 
         found = stepped(loss, self._untrained(), batches, self.steps)
         if found is not None:

@@ -98,7 +98,7 @@ def fit_again(
     sample: Sample,
     first: Notes,
     lack: Float[Array, "n"],
-    match_means: bool,
+    shifted: bool,
 ) -> Float[Array, "n"]:
     """Fits a layer again, as long as the errors that the activation shows fall.
 
@@ -108,7 +108,7 @@ def fit_again(
         sample: its rows.
         first: the notes of its first fit.
         lack: what a shift adds to its outputs.
-        match_means: whether a shift may add something else.
+        shifted: whether a shift takes up the means of its outputs, and may add something else.
 
     Returns:
         What the shift is to add.
@@ -125,9 +125,9 @@ def fit_again(
         if error >= ENOUGH * least:
             return lack
         least, kept = error, (list(layers.of(path)), lack)
-        layers.fit(path, sample.reading, _beside(first, notes))
+        layers.fit(path, sample.reading, _beside(first, notes), shifted)
         kernel = layers.kernel(path, sample.reading)
-        if match_means:
+        if shifted:
             lack = trusted(functools.partial(_lacking, np.asarray(kernel), lack.size), notes)
     return lack
 

@@ -40,6 +40,10 @@ class Moments:
         fields = [field.name for field in dataclasses.fields(self)]
         return Moments(*(getattr(self, name) + getattr(other, name) for name in fields))
 
+    def about_zero(self) -> "Moments":
+        """The same where nothing takes up the means: variances and covariances are about zero."""
+        return dataclasses.replace(self, x=np.zeros_like(self.x), y=np.zeros_like(self.y))
+
     @property
     def mean_x(self) -> Float64[np.ndarray, "g p"]:
         """Mean patch."""

@@ -146,6 +146,10 @@ class Channels:
             var = eqn.invars[0]
         return None if isinstance(var, Literal) else var
 
+    def reading(self, var: Any) -> list:
+        """The equations that read a value; None where the program returns it."""
+        return self._readers[var]
+
     def readers(self, var: Any) -> int:
         """How many equations read an input, directly or through copies of it."""
         count = 0

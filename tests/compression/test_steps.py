@@ -155,6 +155,33 @@ def test_layers_whose_means_are_not_matched_keep_their_shifts():
     chex.assert_trees_all_equal(small["params"]["one"]["bias"], variables["params"]["one"]["bias"])
 
 
+def ends_in_a_product(p, x):
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+def products_in_a_row(p, x):
+    return x @ p["a"] @ p["b"] @ p["c"] + p["shift"]
+
+
+def two_heads(p, x):
+    hidden = jnp.tanh(x @ p["a"])
+    return hidden @ p["b"], hidden @ p["c"]
+
+
+@pytest.mark.parametrize("apply", [ends_in_a_product, products_in_a_row, two_heads])
+@pytest.mark.parametrize("paths", ["a", "b", "ab", "abc"])
+def test_a_block_may_be_one_product(apply, paths):
+    rng = np.random.default_rng(0)
+    tree = {name: rng.standard_normal((8, 8)).astype("f") for name in "abc"}
+    tree["shift"] = np.zeros(8, np.float32)
+    x, table = rng.standard_normal((128, 8)).astype("f"), dict.fromkeys(paths, 3)
+    if "c" in paths and apply is ends_in_a_product:
+        table.pop("c")
+    _, fits = compress(apply, tree, x, table, steps=3, return_fits=True)
+    assert set(fits) == set(table)
+    assert all(fit.stepped <= fit.closed for fit in every(fits))
+
+
 def test_a_block_without_a_derivative_keeps_the_closed_form():
     def apply(tree, x):
         x = x @ tree["kernel"]
