@@ -35,6 +35,8 @@ class Budget:
     def __post_init__(self) -> None:
         check_measure(self.measure)
         amount: Any = self.amount
+        if getattr(amount, "shape", None) == ():  # a number of NumPy or JAX
+            amount = amount.item()
         if _is_share(amount):
             object.__setattr__(self, "amount", float(amount))
         elif _is_count(amount) and self.measure != "latency":

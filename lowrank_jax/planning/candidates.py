@@ -158,10 +158,7 @@ def candidates(
         for path in spectra.values
     }
     if not any(len(layer) > 1 for layer in layers.values()):
-        raise ValueError(
-            f"No layer has a rank that is a multiple of {multiple} and cheaper than dense; give a "
-            f"smaller multiple, or a network with larger kernels than these:\n{trace}"
-        )
+        raise ValueError(f"{_why_none(trace, multiple)}:\n{trace}")
     return Candidates(trace=trace, spectra=spectra, layers=layers, weights=weights)
 
 
@@ -215,6 +212,20 @@ def _layer(
             found.setdefault((low.parameters, low.macs, low.bytes, low.error), low)
     every = [*found.values(), *tucker_front(calls, spectra, multiple, weight)]
     return (dense, *(low for low in every if _is_cheaper(low, dense)))
+
+
+def _why_none(trace: Trace, multiple: int) -> str:
+    """Why no layer has a candidate."""
+    if not trace.safe_paths():
+        return (
+            "No layer can be decomposed, for the reasons in the last column; give another program"
+        )
+    if multiple > 1:
+        return (
+            f"No layer has a rank that is a multiple of {multiple} and cheaper than dense; give a "
+            "smaller multiple, or a network with larger kernels than these"
+        )
+    return "No layer has a rank that is cheaper than dense; give a network with larger kernels"
 
 
 def _is_cheaper(low: Candidate, dense: Candidate) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -76,7 +76,8 @@ def plan(
 
     Raises:
         ValueError: there is no budget or more than one, the budget is below the least possible, a
-            form is unknown, no layer can be decomposed, or `calibrate` refuses the arguments.
+            form is unknown, the selector is no function, no layer can be decomposed, or
+            `calibrate` refuses the arguments.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,8 +106,17 @@ def plan(
     table = candidates(source.trace, allowed, step, layer_weights(source))
     if budget.measure == "latency":
         table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
-    chosen = select(table, budget)
+    chosen = _checked_selector(select)(table, budget)
     return dataclasses.replace(chosen, leaves=leaves_of(source.network.variables))
+
+
+def _checked_selector(select: Any) -> Callable[[Candidates, Budget], Plan]:
+    if callable(select):
+        return select
+    raise ValueError(
+        f"select={select!r} is not allowed; give a function of candidates and a budget, such as "
+        "lowrank_jax.planning.selectors.log_energy."
+    )
 
 
 def usual_multiple() -> int:
@@ -149,8 +159,8 @@ def _latencies(
 def calibrated_spectra(found: Calibration) -> Spectra:
     """Singular values of the layers in which a rank leaves out what their outputs lose.
 
-    A layer whose inputs were not seen, such as a layer within ``cond``, has the singular values of
-    its kernel.
+    A layer whose inputs were not seen, such as a layer within a branch that no input takes, has the
+    singular values of its kernel.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -174,9 +184,10 @@ def layer_weights(found: Calibration) -> dict[str, float]:
     an error of 1, between no weight and c itself.
     """
     costs = {}
-    for path, curvature in found.curvature.items():
-        own = found.moments[path].values()
-        variance = np.mean([strips.variance.ravel() for strips in own], axis=0)
+    seen = _seen(found)
+    for path in found.curvature.keys() & seen.keys():
+        curvature = found.curvature[path]
+        variance = np.mean([strips.variance.ravel() for strips in seen[path].values()], axis=0)
         diagonal = np.diagonal(curvature, axis1=1, axis2=2).ravel()
         costs[path] = math.sqrt(float(diagonal @ variance))
     mean = sum(costs.values()) / max(len(costs), 1)
@@ -184,7 +195,8 @@ def layer_weights(found: Calibration) -> dict[str, float]:
 
 
 def _spectra(found: Calibration) -> Spectra:
-    unseen = [path for path in found.trace.safe_paths() if path not in found.moments]
+    seen = _seen(found)
+    unseen = [path for path in found.trace.safe_paths() if path not in seen]
     values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
     jobs, sizes = {}, []  # type: ignore[var-annotated]
     for path, first, kernel, moments in _matrices(found):
@@ -208,10 +220,16 @@ def _spectra(found: Calibration) -> Spectra:
     return Spectra(values)
 
 
+def _seen(found: Calibration) -> Mapping[str, Mapping[tuple[int, ...], Strips]]:
+    """The sums of the layers that some inputs reached; a branch may never be taken."""
+    moments = found.moments.items()
+    return {path: own for path, own in moments if all(strips.count for strips in own.values())}
+
+
 def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
     """Path, form, kernel and moments of every kernel of every stack."""
     leaves = found.network.named()
-    for path, slices in found.moments.items():
+    for path, slices in _seen(found).items():
         use = found.trace.at(path)[0]
         for index, strips in slices.items():
             kernel = np.asarray(leaves[path][index])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from lowrank_jax.factorization.factors import why_not_floating
+from lowrank_jax.factorization.factors import is_factors, why_not_floating
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.interpreter import bind
 from lowrank_jax.program.jaxprs import Program, check_function, constants, opened
@@ -33,8 +33,12 @@ def is_changed(node: Any) -> bool:
     Example:
         >>> is_changed({"changed": 1}), is_changed({"changed": 1, "bias": 2})
         (True, False)
+        >>> is_changed({"changed": {"kernel": 1, "bias": 2}})  # a layer of that name
+        False
     """
-    return isinstance(node, Mapping) and set(node) == {KEY}
+    if not isinstance(node, Mapping) or set(node) != {KEY}:
+        return False
+    return not isinstance(node[KEY], Mapping) or is_factors(node[KEY])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

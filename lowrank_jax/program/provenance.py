@@ -196,8 +196,9 @@ def layout(source: Source | None, letters: dict[int, str]) -> Layout:
     """
     if source is None or source.dims is None:
         return Layout(reason=_why_unknown(source))
-    if len(letters) < 3:
-        return Layout(reason="it is a convolution without spatial axes")
+    if not 3 <= len(letters) <= 5:
+        axes = len(letters) - 2
+        return Layout(reason=f"it is a convolution of {axes} spatial axes; 1 to 3 are supported")
     return _read(source, source.dims, letters)
 
 

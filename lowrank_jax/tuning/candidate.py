@@ -144,15 +144,15 @@ def batch_of(inputs: Any) -> int:
     """How many images a pytree of arrays holds.
 
     Raises:
-        ValueError: the arrays do not have one leading axis in common, or there are none.
+        ValueError: the arrays do not have one leading axis in common, or hold no image.
     """
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     counts = {shape[:1] for shape in shapes}
-    if len(counts) != 1 or counts == {()}:
+    if len(counts) != 1 or counts <= {(), (0,)}:
         raise ValueError(
             f"inputs with arrays of the shapes {shapes} are not allowed; give at least one array, "
-            "and to all of them the batch as their first axis. Constants of the model belong to "
-            "the arguments after the inputs."
+            "and to all of them the batch, of at least one image, as their first axis. Constants "
+            "of the model belong to the arguments after the inputs."
         )
     return int(counts.pop()[0])
 

@@ -48,8 +48,9 @@ def fast(
         apply: ``model.apply``, or any function of (variables, inputs, *args, **kwargs).
         variables: the tree, dense or decomposed.
         inputs: batch of the size that is to be fast: an array, or a pytree of arrays whose first
-            axis is the batch. Where a run takes seconds, a part of the batch finds nearly the same
-            in less time. What is found takes any batch.
+            axis is the batch, which the function takes as one argument; for several write
+            ``lambda variables, inputs: apply(variables, *inputs)``. Where a run takes seconds, a
+            part of the batch finds nearly the same in less time. What is found takes any batch.
         *args, **kwargs: other arguments of ``apply``, such as ``train=False``. They become part of
             the program. An argument that has the name of an argument below has to be bound before,
             by a function of its own.
@@ -77,10 +78,10 @@ def fast(
         >>> run(small, images).shape
         (4, 8, 8, 16)
     """
-    _check(rounds, limit)
+    _check(rounds, limit, slices)
     check_options(fast, apply, kwargs)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    sizes = [size for size in slices if 0 < size < batch_of(inputs)]
+    sizes = [size for size in slices if size < batch_of(inputs)]
     given = (None if freeze else variables, inputs)
     network = network_of(apply, args, kwargs, variables if freeze else None)
     whole = [Candidate(Configuration(options)) for options in candidate_options()]
@@ -102,8 +103,10 @@ def fast(
     )
 
 
-def _check(rounds: int, limit: float | None) -> None:
+def _check(rounds: int, limit: float | None, slices: Sequence[int]) -> None:
     if not isinstance(rounds, int) or rounds < 2:
         raise ValueError(f"{rounds=} is not allowed; give an int of 2 or more.")
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"{limit=} is not allowed; give a positive number of seconds, or None.")
+    if not all(isinstance(size, int) and size > 0 for size in slices):
+        raise ValueError(f"slices={tuple(slices)!r} are not allowed; give ints of 1 or more.")

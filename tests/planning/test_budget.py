@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,9 +21,10 @@ def test_a_budget_of_another_type_or_out_of_range_is_refused(measure, amount):
         Budget(measure, amount)
 
 
-def test_numbers_of_numpy_are_budgets_too():
+def test_numbers_of_numpy_and_jax_are_budgets_too():
     assert Budget("parameters", np.int64(300)) == Budget("parameters", 300)
     assert Budget("parameters", np.float32(0.5)) == Budget("parameters", 0.5)
+    assert Budget("parameters", jnp.float32(0.5)) == Budget("parameters", 0.5)
 
 
 @given(st.sampled_from(MEASURES[:3]), st.integers(1, 10**6), st.integers(1, 100))

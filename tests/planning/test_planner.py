@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import lowrank_jax as lr
 from lowrank_jax import calibrate, plan
+from lowrank_jax.planning.planner import calibrated_spectra
 
 
 class CNN(nn.Module):
@@ -43,6 +44,39 @@ def test_without_forms_a_plan_may_choose_all_of_them():
 def test_unknown_forms_are_refused_before_anything_is_computed():
     with pytest.raises(ValueError, match=r"forms: 'tall' is not allowed; give one of .*'vertical'"):
         plan(None, macs=0.5, forms=["tall"])
+
+
+def test_a_network_without_a_layer_to_decompose_is_refused_for_its_own_reason():
+    tied = lambda tree, x: jnp.tanh(x @ tree["w"]) @ tree["w"].T  # noqa: E731
+    with pytest.raises(ValueError, match=r"reasons in the last column.*\n.*\n.* IO and OI"):
+        plan(tied, {"w": jnp.ones((4, 4))}, jnp.ones((9, 4)), macs=0.5)
+    small = lambda tree, x: x @ tree["w"]  # noqa: E731
+    with pytest.raises(ValueError, match="No layer has a rank that is cheaper than dense; give a"):
+        plan(small, {"w": jnp.ones((2, 2))}, jnp.ones((9, 2)), macs=0.5)
+
+
+@pytest.mark.parametrize("select", ["total_energy", None, 3])
+def test_a_selector_that_is_no_function_is_refused(select):
+    with pytest.raises(ValueError, match=r"select=.* is not allowed; give a function of cand"):
+        plan(calibrated(), macs=0.5, select=select)
+
+
+def test_a_branch_that_no_input_takes_has_plain_errors():
+    rng = np.random.default_rng(0)
+    tree = {name: rng.standard_normal((8, 8)).astype("f") for name in "abc"}
+    inputs = rng.standard_normal((32, 8)).astype("f")
+
+    def apply(p, x):
+        taken = lambda x: jnp.tanh(x) @ p["b"]  # noqa: E731
+        return jax.lax.cond(x.sum() > 1e9, lambda x: x @ p["a"], taken, x) @ p["c"]
+
+    found = lr.calibrate(apply, tree, inputs)
+    chosen = plan(found, macs=0.8)
+    assert np.isfinite([choice.error for choice in chosen]).all()
+    spectrum = np.linalg.svd(tree["a"], compute_uv=False)
+    np.testing.assert_allclose(calibrated_spectra(found).values["a"]["left"][0], spectrum, 1e-5)
+    small = lr.compress(found, chosen)
+    assert np.isfinite(lr.lowrank(apply)(small, inputs)).all()
 
 
 @pytest.mark.slow

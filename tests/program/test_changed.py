@@ -156,6 +156,15 @@ def test_a_plan_spends_its_budget_on_changed_kernels_and_the_fit_uses_the_data()
     chex.assert_trees_all_equal_shapes(lr.skeleton(plan), small)
 
 
+def test_a_layer_may_be_called_as_the_key_of_changed_kernels_is():
+    tree = {"changed": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+    apply = lambda p, x: x @ p["changed"]["kernel"] + p["changed"]["bias"]  # noqa: E731
+    small = lr.decompose(tree, {"changed": 1})
+    x = jnp.ones((2, 6))
+    np.testing.assert_allclose(lr.lowrank(apply)(small, x), apply(tree, x), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lr.lowrank(apply))(small, x), apply(tree, x), rtol=1e-5)
+
+
 def test_a_changed_kernel_that_stays_dense_stays_as_it_is_stored():
     apply, variables = network(standardised)
     found = lr.calibrate(apply, variables, IMAGES)

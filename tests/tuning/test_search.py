@@ -318,6 +318,13 @@ def test_a_limit_that_is_no_time_is_refused(net, limit):
         run_of(net, limit=limit)
 
 
+def test_a_batch_without_images_and_sizes_that_are_none_are_refused(net):
+    with pytest.raises(ValueError, match="of at least one image, as their first axis"):
+        search.fast(lambda p, x: x @ p, jnp.ones((3, 3)), jnp.ones((0, 3)))
+    with pytest.raises(ValueError, match=r"slices=\(4, 0\) are not allowed; give ints of 1 or"):
+        run_of(net, slices=(4, 0))
+
+
 def test_one_round_is_refused(net):
     with pytest.raises(ValueError, match=r"rounds=1 is not allowed; give an int of 2 or more"):
         run_of(net, rounds=1)
