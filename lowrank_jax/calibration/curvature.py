@@ -29,7 +29,8 @@ from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.reading import READERS, Reading
 
-IMAGES = 64  # more change the ranks of no network that was tried
+LEAST, MOST = 64, 1024  # inputs
+WORK = 64e9  # multiply-accumulates of a forward pass of all inputs, where they are more than LEAST
 AT_ONCE = 32  # a backward pass holds all activations
 ALIKE = "All layers count alike in a plan, because the network has no derivative"
 
@@ -91,8 +92,8 @@ def output_curvature(
     Args:
         network: where it has no derivative, as with ``while``, a warning says that all layers and
             outputs count alike.
-        batches: of inputs; the first `IMAGES` are used.
-        trace: of the network, which tells how many outputs a layer has.
+        batches: of inputs; the first of them are used, `LEAST` or more where these cost little.
+        trace: of the network and one input, which tells how many outputs a layer has.
         paths: of the layers.
 
     Returns:
@@ -103,8 +104,9 @@ def output_curvature(
     totals = {path: np.zeros((2, *shape)) for path, shape in shapes.items()}
     programs: dict[str, Any] = {}
     counts = np.zeros(2)
-    with Progress("derivatives", IMAGES // AT_ONCE) as progress:
-        for turn, batch in enumerate(progress.over(_few(batches))):
+    wanted = int(np.clip(WORK / max(trace.macs, 1), LEAST, MOST))
+    with Progress("derivatives", -(-wanted // AT_ONCE)) as progress:
+        for turn, batch in enumerate(progress.over(_few(batches, wanted))):
             shape = shape_key(batch)
             if shape not in programs:
                 programs[shape] = _program(network, batch, shapes)
@@ -137,9 +139,8 @@ def _less_noise(
     return mean - min(1.0, noise / max(np.sum(beside**2), TINY)) * beside
 
 
-def _few(batches: Iterable[tuple]) -> Iterator[tuple]:
+def _few(batches: Iterable[tuple], left: int) -> Iterator[tuple]:
     """The first inputs, a few at a time, and in two parts at least where there are two."""
-    left = IMAGES
     for batch in batches:
         count = min(images(batch), left)
         step = min(AT_ONCE, -(-count // 2))
