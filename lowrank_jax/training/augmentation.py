@@ -1,6 +1,7 @@
 """Random changes of batches, on the device: pure functions of (key, batch)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -55,7 +56,7 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
         alpha: parameter of Beta(alpha, alpha), the distribution of the first example's share.
 
     Raises:
-        ValueError: ``alpha`` is not above 0.
+        ValueError: ``alpha`` is not above 0; when called, for inputs of ints, which have no shares.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -73,6 +74,7 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
             own = share.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
             return own * x + (1 - own) * x[order]
 
+        _check_floating(inputs)
         return *(jax.tree.map(mixed, x) for x in inputs), mixed(targets)
 
     return augment
@@ -152,6 +154,15 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
 def _check_alpha(alpha: float) -> None:
     if not alpha > 0:
         raise ValueError(f"alpha={alpha!r} is not allowed; give a number above 0.")
+
+
+def _check_floating(inputs: Any) -> None:
+    others = [x.dtype for x in jax.tree.leaves(inputs) if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if others:
+        raise ValueError(
+            f"Inputs of type {others[0]} are not allowed in mixup; scale them to floats first, as "
+            "in chain(lambda key, batch: (batch[0] / 255, *batch[1:]), mixup(10))."
+        )
 
 
 def _drawn(

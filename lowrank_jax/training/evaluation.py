@@ -49,15 +49,15 @@ def evaluate(
         A number from 0 to 1.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, not one int for each image as its label, or not one row of
+            logits for each image.
 
     Example:
         >>> images, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 0])
         >>> round(evaluate(lambda tree, x: x, {}, images, labels), 3)
         0.667
     """
-    if not len(labels):
-        raise ValueError("evaluate needs at least one image; give some.")
+    _check_labels(np.shape(images), np.shape(labels))
     count = _count_correct(apply, preprocess)
     batch_size = min(batch_size, len(labels)) if sharding is None else batch_size
     correct = 0
@@ -70,10 +70,25 @@ def evaluate(
     return correct / len(labels)
 
 
+def _check_labels(images: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if labels != images[:1]:
+        raise ValueError(
+            f"Labels of shape {labels} are not allowed for images of shape {images}; give one int "
+            "for each image."
+        )
+    if not images or not images[0]:
+        raise ValueError("evaluate needs at least one image; give some.")
+
+
 @functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too
 def _count_correct(apply: Callable, preprocess: Preprocess) -> Callable:
     def count(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = lowrank(apply)(variables, preprocess(images))
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"Outputs of shape {logits.shape} are not allowed for {len(labels)} images; give a "
+                "function whose outputs are one row of logits for each image."
+            )
         return jnp.sum(jnp.argmax(logits, -1) == labels)
 
     return jax.jit(count, compiler_options=default_options())

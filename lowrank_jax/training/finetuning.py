@@ -1,5 +1,6 @@
 """`finetune`: trains a decomposed network, or any other, in one call."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from lowrank_jax.training.partition import Rules
 from lowrank_jax.training.placing import beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
-from lowrank_jax.training.steps import Step, make_step
+from lowrank_jax.training.steps import Step, make_step, parts
 from lowrank_jax.tuning.algorithms import Choose
 
+LOG = logging.getLogger("lowrank_jax")
 TEACHES = {"teacher", "layers"}
 
 
@@ -80,7 +82,7 @@ def finetune(
             optimiser, `one_cycle_sgd`. Without a limit a ResNet-20 with frozen statistics has an
             infinite loss after 15 steps.
         tx: an optimiser of optax, in place of the default one.
-        accumulate: batches whose gradients are averaged for one update.
+        accumulate: batches whose gradients are averaged for one update, at most ``steps``.
         average: decay of a moving average of the parameters, such as 0.999, which is returned in
             their place.
         trained: patterns to whether what they match is trained, as in ``{"stem": False}``; see
@@ -128,9 +130,8 @@ def finetune(
     check_options(finetune, apply, kwargs)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
-    if augment is None and data.epoch:  # a stream cannot be looked into
-        batch = next(data.after(0))
-        warn_if_raw(batch[:-1] or batch)
+    if data.epoch:  # a stream cannot be looked into
+        warn_if_raw(_seen(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
     optimiser = _optimiser(tx, learning_rate, clip, count, accumulate)
     step = make_step(
@@ -172,6 +173,13 @@ def finetune(
         sharding=sharding,
     )
     return run.finish(start).averaged
+
+
+def _seen(batch: tuple, augment: Augment | None) -> tuple:
+    """The inputs that the networks get of a batch; shapes stand for arrays that `augment` makes."""
+    if augment is not None:
+        batch = jax.eval_shape(augment, jax.random.key(0), batch)
+    return parts(batch)[0]
 
 
 def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> Step:
@@ -221,5 +229,17 @@ def _optimiser(
     accumulate: int,
 ) -> optax.GradientTransformation:
     every = positive("accumulate", accumulate)
+    if every > steps:
+        raise ValueError(
+            f"accumulate={every} is more than the {steps} steps, which would change nothing; give "
+            f"at most {steps}."
+        )
+    if steps % every:
+        LOG.warning(
+            "The last %d of %d steps change nothing: %d batches make an update.",
+            steps % every,
+            steps,
+            every,
+        )
     own = one_cycle_sgd(learning_rate, -(-steps // every), clip=clip) if tx is None else tx
     return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

@@ -197,13 +197,22 @@ def layer_matching() -> Loss:
 def squared_error() -> Loss:
     """The mean of the squared difference of outputs and labels of one shape.
 
+    Raises:
+        ValueError: when called, for labels of another shape, of which each would meet each output.
+
     Example:
         >>> float(squared_error()(outputs=jnp.ones((2, 3)), labels=jnp.zeros((2, 3))))
         1.0
     """
 
     def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.mean((_one_array(outputs) - labels) ** 2)
+        found = _one_array(outputs)
+        if found.shape != labels.shape:
+            raise ValueError(
+                f"Labels of shape {labels.shape} are not allowed for outputs of shape "
+                f"{found.shape}; give both in one shape."
+            )
+        return jnp.mean((found - labels) ** 2)
 
     return Loss.of(squared_error)
 

@@ -26,10 +26,10 @@ def one_cycle_sgd(
         peak: highest learning rate, above 0.
         steps: of the whole run.
         weight_decay: share of a weight that is added to its gradient.
-        clip: largest norm of the whole gradient; None for no limit.
+        clip: largest norm of the whole gradient, above 0; None for no limit.
 
     Raises:
-        ValueError: the peak is not allowed.
+        ValueError: the peak or the largest norm is not allowed.
 
     Example:
         >>> params = {"kernel": np.ones((2, 2), np.float32)}
@@ -40,6 +40,8 @@ def one_cycle_sgd(
     """
     if not 0 < peak < math.inf:
         raise ValueError(f"learning_rate={peak!r} is not allowed; give a number above 0.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip!r} is not allowed; give a number above 0, or None.")
     schedule = optax.cosine_onecycle_schedule(
         max(steps, 2), peak, pct_start=0.2, div_factor=10, final_div_factor=1e3
     )

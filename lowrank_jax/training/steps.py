@@ -45,7 +45,8 @@ def make_step(
         loss: a `Loss`, its name, or a function of what it needs.
         augment: function of (key, batch) to the batch that the networks get.
         average: decay of the moving average of the parameters, such as 0.999; the state must have
-            an average. Early steps count more, as in (1 + step) / (10 + step).
+            an average then, and none otherwise. Early steps count more, as in
+            (1 + step) / (10 + step).
         dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
             the loss keep their own.
         teacher: the teacher's function, where it is not ``apply``.
@@ -63,7 +64,8 @@ def make_step(
         parameter whose value or gradient is not finite, or -1.
 
     Raises:
-        ValueError: there is no such loss, or the average is not allowed.
+        ValueError: there is no such loss, or the average is not allowed; when called, for a state
+            with an average that the step does not renew, or the reverse.
 
     Example:
         >>> tree, tx = {"w": jnp.ones((3, 2))}, optax.sgd(0.1)
@@ -81,6 +83,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any, teacher: Any = None) -> tuple[TrainState, Metrics]:
         augment_key, call_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        _check_state(state, average)
         given = batch if isinstance(batch, tuple) else (batch,)
         given = given if augment is None else augment(augment_key, given)
         inputs, labels = parts(given)
@@ -126,6 +129,16 @@ def check_average(average: float | None) -> None:
     if average is not None and not 0 < average < 1:
         raise ValueError(
             f"average={average!r} is not allowed; give a decay between 0 and 1, such as 0.999."
+        )
+
+
+def _check_state(state: TrainState, average: float | None) -> None:
+    """Refuses a state with an average for a step without one, and the reverse."""
+    if (state.average is None) != (average is None):
+        kept = state.average is not None
+        raise ValueError(
+            f"average={average!r} of make_step is not allowed for a state of "
+            f"TrainState.create(average={kept}); give both an average, or none."
         )
 
 

@@ -57,6 +57,12 @@ def test_changes_follow_each_other_and_leave_the_labels():
     assert images.shape == (8, 3, 3, 2) and labels is LABELS
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_shares_of_ints_are_refused_with_the_remedy(dtype):
+    with pytest.raises(ValueError, match=r"not allowed in mixup; scale them to floats first"):
+        mixup(8)(jax.random.key(0), (IMAGES.astype(dtype), LABELS))
+
+
 @pytest.mark.parametrize("make", [mixup, cutmix])
 def test_a_distribution_that_does_not_exist_is_refused(make):
     with pytest.raises(ValueError, match=r"alpha=0\.0 is not allowed"):

@@ -91,6 +91,12 @@ def test_what_is_no_loss_is_refused(make, text):
         make()
 
 
+@pytest.mark.parametrize("outputs, labels", [((6, 1), (6,)), ((6,), (6, 1)), ((6, 4), (4,))])
+def test_a_squared_error_of_two_shapes_is_refused(outputs, labels):
+    with pytest.raises(ValueError, match=r"^Labels of shape .* give both in one shape"):
+        squared_error()(outputs=jnp.zeros(outputs), labels=jnp.zeros(labels))
+
+
 @pytest.mark.parametrize("labels", [[5, 0, 1, 2, 3, 0], [-1, 0, 1, 2, 3, 0], [4] * 6])
 def test_a_label_that_is_no_class_makes_no_loss_of_zero(labels):
     assert jnp.isnan(jax.jit(cross_entropy())(outputs=LOGITS, labels=jnp.array(labels)))

@@ -78,6 +78,12 @@ def test_an_optimiser_of_the_same_tree_is_carried_whole(dense, caplog):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("clip", [0, -1.0, float("nan")])
+def test_a_largest_norm_that_is_none_is_refused(clip):
+    with pytest.raises(ValueError, match=r"clip=.* is not allowed; give a number above 0"):
+        one_cycle_sgd(0.1, 10, clip=clip)
+
+
 @pytest.mark.parametrize("peak", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_refused(peak):
     with pytest.raises(ValueError, match=r"learning_rate=.* is not allowed"):
