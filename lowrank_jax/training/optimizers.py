@@ -59,7 +59,8 @@ def carry_optimizer(
 
     What the state holds for a leaf, such as its moments, is kept where the new tree has the leaf at
     the same path with the same shape, and so are counts of steps. All else is as `tx.init` makes
-    it. One line of the log names the layers that start anew.
+    it, and so is what belongs to factors: factors of the same shapes may be of another
+    decomposition. One line of the log names the layers that start anew.
 
     Args:
         tx: the optimiser.
@@ -78,12 +79,13 @@ def carry_optimizer(
         >>> carried.trace["b"].tolist(), float(carried.trace["a"]["vertical"].max())
         ([1.0, 1.0, 1.0, 1.0], 0.0)
     """
-    known = _by_path(state)
+    known, factors = _by_path(state), _factors(params)
     fresh, structure = jax.tree_util.tree_flatten_with_path(tx.init(params))
     leaves, reset = [], []
     for path, leaf in fresh:
         own = known.get(jax.tree_util.keystr(path))
         fits = own is not None and np.shape(own) == np.shape(leaf) and own.dtype == leaf.dtype
+        fits = fits and not any(_holds(path, part) for part in factors)
         leaves.append(own if fits else leaf)
         if not fits:
             reset.append(path)
@@ -95,6 +97,12 @@ def carry_optimizer(
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _factors(params: Any) -> list[tuple]:
+    """The paths of the kernels that are factors."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    return [path for path, leaf in leaves if is_factors(leaf)]
 
 
 def _layers(paths: list, params: Any) -> list[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax import decompose
+from lowrank_jax import decompose, reconstruct
 from lowrank_jax.training import TrainState, carry_optimizer, one_cycle_sgd
 
 
@@ -68,6 +68,23 @@ def test_a_carried_state_trains_on(dense):
     carried = carry_optimizer(tx, state, new.params)
     updates, after = jax.jit(tx.update)(ones(new.params), carried, new.params)
     assert after[0].count == 2 and optax.tree_utils.tree_norm(updates) > 0
+
+
+@pytest.mark.parametrize("tx", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_moments_of_factors_start_anew_where_the_factors_have_the_same_shapes(small, tx, caplog):
+    caplog.set_level("INFO", logger="lowrank_jax")
+    again = decompose(reconstruct(small), {"Conv_0": 2})
+    old, new = (TrainState.create(tree, tx) for tree in (small, again))
+    _, state = tx.update(ones(old.params), old.optimizer, old.params)
+    carried = carry_optimizer(tx, state, new.params)
+
+    def wanted(path, before, fresh):
+        name = jax.tree_util.keystr(path)
+        return fresh if "vertical" in name or "horizontal" in name else before
+
+    expected = jax.tree_util.tree_map_with_path(wanted, state, new.optimizer)
+    chex.assert_trees_all_equal(carried, expected)
+    assert caplog.messages == ["The optimiser starts anew for Conv_0."]
 
 
 def test_an_optimiser_of_the_same_tree_is_carried_whole(dense, caplog):
