@@ -14,7 +14,7 @@ from lowrank_jax.calibration.inputs import warn_if_raw
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function, check_options
-from lowrank_jax.training.augmentation import Augment
+from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of, positive
@@ -22,7 +22,7 @@ from lowrank_jax.training.partition import Rules
 from lowrank_jax.training.placing import beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
-from lowrank_jax.training.steps import Step, make_step, parts
+from lowrank_jax.training.steps import Step, make_step
 from lowrank_jax.tuning.algorithms import Choose
 
 LOG = logging.getLogger("lowrank_jax")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.training.augmentation import Augment
+from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.features import Layers
 from lowrank_jax.training.forward import Forward
 from lowrank_jax.training.losses import Loss, Name, Term
@@ -105,11 +105,6 @@ def make_step(
         return _advanced(state, tx, grads, renewed, average), metrics
 
     return step
-
-
-def parts(batch: tuple) -> tuple[tuple, Any]:
-    """The inputs of a batch, and its labels: the last of several things, or None."""
-    return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
 
 
 def _check_labels(loss: Loss, labels: Any) -> None:
