@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.training.placing import placed
+from lowrank_jax.training.order import positive
+from lowrank_jax.training.placing import on_mesh, placed
 
 Preprocess = Callable[[jax.Array], jax.Array]
 
@@ -42,15 +43,16 @@ def evaluate(
         images: (count, ...).
         labels: ints (count,).
         preprocess: function of the images, run on the device.
-        batch_size: images at once.
-        sharding: of the batches over devices, as in `finetune`.
+        batch_size: images at once; with a sharding the next multiple of the number of devices.
+        sharding: of the batches over devices, as in `finetune`. Variables on the mesh stay where
+            they are, the others are whole on each device.
 
     Returns:
         A number from 0 to 1.
 
     Raises:
         ValueError: there are no images, not one int for each image as its label, or not one row of
-            logits for each image.
+            logits for each image; or the batch size is no int of at least 1.
 
     Example:
         >>> images, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 0])
@@ -59,7 +61,9 @@ def evaluate(
     """
     _check_labels(np.shape(images), np.shape(labels))
     count = _count_correct(apply, preprocess)
-    batch_size = min(batch_size, len(labels)) if sharding is None else batch_size
+    batch_size = _fitting(positive("batch_size", batch_size), len(labels), sharding)
+    if sharding is not None:
+        variables = on_mesh(variables, sharding.mesh)
     correct = 0
     for start in range(0, len(labels), batch_size):
         x, y = images[start : start + batch_size], labels[start : start + batch_size]
@@ -78,6 +82,12 @@ def _check_labels(images: tuple[int, ...], labels: tuple[int, ...]) -> None:
         )
     if not images or not images[0]:
         raise ValueError("evaluate needs at least one image; give some.")
+
+
+def _fitting(size: int, count: int, sharding: NamedSharding | None) -> int:
+    """A batch size that is hardly above the number of images, and that the devices divide."""
+    devices = 1 if sharding is None else sharding.mesh.size
+    return -(-min(size, count) // devices) * devices
 
 
 @functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too

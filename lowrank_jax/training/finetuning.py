@@ -86,7 +86,8 @@ def finetune(
         average: decay of a moving average of the parameters, such as 0.999, which is returned in
             their place.
         trained: patterns to whether what they match is trained, as in ``{"stem": False}``; see
-            `lowrank_jax.training.partition.trained_leaves`.
+            `lowrank_jax.training.partition.trained_leaves`. Statistics of frozen layers are renewed
+            all the same, unless ``train_kwargs={"train": False}``.
         augment: function of (key, batch) to the batch that the networks get, such as the functions
             of `lowrank_jax.training.augmentation`.
         dtype: type of the computation, such as ``jnp.bfloat16``; parameters keep their own.

@@ -79,6 +79,15 @@ def test_what_is_frozen_is_returned_as_it_was(batch, plain, tune):
     assert not moved["head"] and not moved["bias"]
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics_of_frozen_layers_are_renewed_in_training_alone(model, small, batch, train):
+    given = dict(trained={"BatchNorm_0": False}, train_kwargs={"train": train}, batch_size=16)
+    tuned = finetune(model.apply, small, batch, steps=1, **given)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), tuned, small)
+    assert not any(moved["params"]["BatchNorm_0"].values())
+    assert set(jax.tree.leaves(moved["batch_stats"])) == {train}
+
+
 def test_epochs_are_counted_and_shown_with_their_metrics(batch, tune):
     shown = []
 
@@ -239,6 +248,12 @@ def test_labels_that_are_not_one_for_each_image_are_refused(model, dense, batch,
 def test_outputs_that_are_not_one_row_for_each_image_are_refused(batch, shape):
     with pytest.raises(ValueError, match="not allowed for 64 images; give a function"):
         evaluate(lambda tree, x: jnp.zeros(shape), {}, *batch)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_a_batch_size_that_is_none_is_refused(model, dense, batch, size):
+    with pytest.raises(ValueError, match=f"batch_size={size} is not allowed"):
+        evaluate(model.apply, dense, *batch, batch_size=size)
 
 
 def test_evaluating_nothing_is_refused(model):
