@@ -19,6 +19,11 @@ from lowrank_jax.tuning.algorithms import Choose
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
+RENEWED = "Give TrainState.create renewed=[{!r}], so that none is trained."
+GROWN = (
+    "A collection that a call extends, as that of Module.sow, cannot be renewed; leave {!r} out of "
+    "the variables or of mutable=."
+)
 FINITE = -1  # in the metric "not_finite": no leaf
 
 
@@ -210,9 +215,10 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
     leaves, structure = jax.tree.leaves(new), jax.tree.structure(old)
     fixed = len(jax.tree.leaves(old))
     if len(leaves) != fixed:
+        trained = any(leaf is None for leaf in jax.tree.leaves(old, is_leaf=lambda x: x is None))
         raise ValueError(
-            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} "
-            f"are not trained. Give TrainState.create renewed=[{name!r}], so that none is trained."
+            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} are not trained. "
+            + (RENEWED if trained else GROWN).format(name)
         )
     return jax.tree.unflatten(structure, leaves)
 
