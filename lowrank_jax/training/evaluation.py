@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
+from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.order import positive
 from lowrank_jax.training.placing import on_mesh, placed
 
@@ -52,13 +53,14 @@ def evaluate(
 
     Raises:
         ValueError: there are no images, not one int for each image as its label, or not one row of
-            logits for each image; or the batch size is no int of at least 1.
+            logits for each image; or the batch size or the sharding is not allowed.
 
     Example:
         >>> images, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 0])
         >>> round(evaluate(lambda tree, x: x, {}, images, labels), 3)
         0.667
     """
+    check_kinds({"sharding": sharding})
     _check_labels(np.shape(images), np.shape(labels))
     count = _count_correct(apply, preprocess)
     batch_size = _fitting(positive("batch_size", batch_size), len(labels), sharding)

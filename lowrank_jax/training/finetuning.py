@@ -14,6 +14,7 @@ from lowrank_jax.calibration.inputs import warn_if_raw
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function, check_options
+from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
@@ -127,6 +128,7 @@ def finetune(
         >>> tuned["params"]["layers_0"]["kernel"]["left_factor"].shape
         (9, 2)
     """
+    check_kinds(locals())
     check_function(apply, variables)
     check_options(finetune, apply, kwargs)
     data = batches_of(batches, batch_size, seed)

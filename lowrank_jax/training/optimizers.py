@@ -11,6 +11,7 @@ import optax
 
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.names import names_of
+from lowrank_jax.training.arguments import check_kinds
 
 LOG = logging.getLogger("lowrank_jax")
 
@@ -38,6 +39,7 @@ def one_cycle_sgd(
         >>> round(float(updates["kernel"][0, 0]), 4)
         -0.019
     """
+    check_kinds({"learning_rate": peak, "clip": clip})
     if not 0 < peak < math.inf:
         raise ValueError(f"learning_rate={peak!r} is not allowed; give a number above 0.")
     if clip is not None and not clip > 0:

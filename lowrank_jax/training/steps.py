@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.features import Layers
 from lowrank_jax.training.forward import Forward
@@ -69,7 +70,7 @@ def make_step(
         parameter whose value or gradient is not finite, or -1.
 
     Raises:
-        ValueError: there is no such loss, or the average is not allowed; when called, for a state
+        ValueError: there is no such loss, or an argument is not allowed; when called, for a state
             with an average that the step does not renew, or the reverse.
 
     Example:
@@ -80,6 +81,7 @@ def make_step(
         >>> float(metrics["loss"]), round(float(state.params["w"][0, 0]), 2)
         (9.0, 0.7)
     """
+    check_kinds(locals())
     own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype, choose=choose)
     network = Forward.of(apply, kwargs, **own)  # type: ignore[arg-type]
     master = Forward.of(teacher or apply, kwargs, dtype=dtype, choose=choose)
