@@ -1,6 +1,7 @@
 """`finetune` for models of NNX."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flax import nnx, traverse_util
@@ -8,6 +9,7 @@ from flax import nnx, traverse_util
 from lowrank_jax.modules.nnx import dense_form, raw_value
 from lowrank_jax.modules.surgery import rebuilt
 from lowrank_jax.nnx.forms import evaluated
+from lowrank_jax.program.jaxprs import check_options
 
 if TYPE_CHECKING:
     from lowrank_jax.training.runs import AfterEpoch
@@ -41,6 +43,7 @@ def finetune(
 
     Raises:
         FloatingPointError, OSError, SystemExit, ValueError: as `lowrank_jax.finetune` does.
+        ValueError: an option is known neither there nor by the model, or is set here.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,6 +55,8 @@ def finetune(
         (8, 8)
     """
     from lowrank_jax.training.finetuning import finetune as finetune_function  # with this verb
+
+    _check(options, finetune_function, model)
 
     def made(variables: Mapping[str, Any]) -> Model:
         return rebuilt(model, _joined(variables))
@@ -67,6 +72,16 @@ def finetune(
             *given, mutable=[STATE], after_epoch=after if after_epoch else None, **options
         )
     )
+
+
+def _check(options: Mapping[str, Any], verb: Callable, model: Any) -> None:
+    for name in ("mutable", "rngs", "teacher_apply"):
+        if name in options:
+            raise ValueError(
+                f"{name}={options[name]!r:.80} is not allowed for a model of NNX, whose variables "
+                "and random numbers are its own; leave it out."
+            )
+    check_options(verb, model, options.keys() - inspect.signature(verb).parameters.keys())
 
 
 class Training:

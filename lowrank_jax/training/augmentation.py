@@ -1,6 +1,7 @@
 """Random changes of batches, on the device: pure functions of (key, batch)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -50,12 +51,14 @@ def crops_and_flips(size: int, padding: int) -> Augment:
 def mixup(classes: int, alpha: float = 0.2) -> Augment:
     """Mixes each example and its label with another (Zhang et al., 2017, arXiv 1710.09412).
 
+    A batch of one entry has no labels: its inputs alone are mixed.
+
     Args:
         classes: of the labels, which are ints (batch,) or probabilities (batch, classes).
         alpha: parameter of Beta(alpha, alpha), the distribution of the first example's share.
 
     Raises:
-        ValueError: ``alpha`` is not above 0.
+        ValueError: ``alpha`` is not above 0; when called, for inputs of ints, which have no shares.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -66,14 +69,15 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
-        *inputs, labels = batch
-        targets, order, share = _drawn(key, labels, classes, alpha)
+        inputs, labels = parts(batch)
+        _check_floating(inputs)
+        order, share = _drawn(key, len(jax.tree.leaves(inputs)[0]), alpha)
 
         def mixed(x: jax.Array) -> jax.Array:
             own = share.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
             return own * x + (1 - own) * x[order]
 
-        return *(jax.tree.map(mixed, x) for x in inputs), mixed(targets)
+        return *jax.tree.map(mixed, inputs), *map(mixed, _targets(labels, classes))
 
     return augment
 
@@ -81,13 +85,14 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
 def cutmix(classes: int, alpha: float = 1.0) -> Augment:
     """Puts a part of another image into each image (Yun et al., 2019, arXiv 1905.04899).
 
-    The labels are mixed by the shares of the areas.
+    The labels are mixed by the shares of the areas. A batch of one entry has no labels.
 
     Args:
         classes, alpha: as in `mixup`.
 
     Raises:
-        ValueError: ``alpha`` is not above 0.
+        ValueError: ``alpha`` is not above 0; when called, for inputs that are not one
+            array of images.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -98,15 +103,21 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
-        images, labels = batch
+        inputs, labels = parts(batch)
+        images = _images(inputs)
         draw_key, box_key = jax.random.split(key)
-        targets, order, share = _drawn(draw_key, labels, classes, alpha)
+        order, share = _drawn(draw_key, len(images), alpha)
         inside = _boxes(box_key, share, images.shape)
         own = 1 - inside.mean((1, 2))[:, None]
-        images = jnp.where(inside[..., None], images[order], images)
-        return images, own * targets + (1 - own) * targets[order]
+        mixed = [own * x + (1 - own) * x[order] for x in _targets(labels, classes)]
+        return jnp.where(inside[..., None], images[order], images), *mixed
 
     return augment
+
+
+def parts(batch: tuple) -> tuple[tuple, Any]:
+    """The inputs of a batch, and its labels: the last of several things, or None."""
+    return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
 
 
 def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int) -> jax.Array:
@@ -122,14 +133,14 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
         Array of shape (batch, size, size, channels).
 
     Raises:
-        ValueError: the square is larger than the padded images.
+        ValueError: the square is larger than the padded images, or the images are no such array.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> crop_and_flip(jax.random.key(0), jnp.ones((4, 32, 32, 3)), size=24, padding=0).shape
         (4, 24, 24, 3)
     """
-    batch, height, width, channels = images.shape
+    batch, height, width, channels = _images((images,)).shape
     room = jnp.array((height, width)) + 2 * padding - size
     if min(height, width) + 2 * padding < size:
         raise ValueError(
@@ -154,14 +165,36 @@ def _check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha!r} is not allowed; give a number above 0.")
 
 
-def _drawn(
-    key: chex.PRNGKey, labels: jax.Array, classes: int, alpha: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Labels as probabilities, the partner of each example, and the share of the first one."""
+def _check_floating(inputs: Any) -> None:
+    others = [x.dtype for x in jax.tree.leaves(inputs) if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if others:
+        raise ValueError(
+            f"Inputs of type {others[0]} are not allowed in mixup; scale them to floats first, as "
+            "in chain(lambda key, batch: (batch[0] / 255, *batch[1:]), mixup(10))."
+        )
+
+
+def _images(inputs: tuple) -> jax.Array:
+    """The one array of images that inputs are."""
+    if len(inputs) != 1 or len(getattr(inputs[0], "shape", ())) != 4:
+        shapes = jax.tree.map(jnp.shape, inputs)
+        raise ValueError(
+            f"Inputs of shapes {shapes} are not allowed here; give one array of images "
+            "(batch, height, width, channels), or an augmentation of your own."
+        )
+    return inputs[0]
+
+
+def _targets(labels: jax.Array | None, classes: int) -> list[jax.Array]:
+    """The labels as probabilities, where there are labels."""
+    return [] if labels is None else [probabilities(labels, (len(labels), classes))]
+
+
+def _drawn(key: chex.PRNGKey, count: int, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """The partner of each example, and the share of the first one."""
     order_key, share_key = jax.random.split(key)
-    targets = probabilities(labels, (len(labels), classes))
-    order = jax.random.permutation(order_key, len(labels))
-    return targets, order, jax.random.beta(share_key, alpha, alpha, (len(labels),))
+    order = jax.random.permutation(order_key, count)
+    return order, jax.random.beta(share_key, alpha, alpha, (count,))
 
 
 def _boxes(key: chex.PRNGKey, share: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
-from lowrank_jax.training.placing import placed
+from lowrank_jax.training.arguments import check_kinds
+from lowrank_jax.training.order import positive
+from lowrank_jax.training.placing import on_mesh, placed
 
 Preprocess = Callable[[jax.Array], jax.Array]
 
@@ -42,24 +44,28 @@ def evaluate(
         images: (count, ...).
         labels: ints (count,).
         preprocess: function of the images, run on the device.
-        batch_size: images at once.
-        sharding: of the batches over devices, as in `finetune`.
+        batch_size: images at once; with a sharding the next multiple of the number of devices.
+        sharding: of the batches over devices, as in `finetune`. Variables on the mesh stay where
+            they are, the others are whole on each device.
 
     Returns:
         A number from 0 to 1.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, not one int for each image as its label, or not one row of
+            logits for each image; or the batch size or the sharding is not allowed.
 
     Example:
         >>> images, labels = np.eye(3, dtype=np.float32), np.array([0, 1, 0])
         >>> round(evaluate(lambda tree, x: x, {}, images, labels), 3)
         0.667
     """
-    if not len(labels):
-        raise ValueError("evaluate needs at least one image; give some.")
+    check_kinds({"sharding": sharding})
+    _check_labels(np.shape(images), np.shape(labels))
     count = _count_correct(apply, preprocess)
-    batch_size = min(batch_size, len(labels)) if sharding is None else batch_size
+    batch_size = _fitting(positive("batch_size", batch_size), len(labels), sharding)
+    if sharding is not None:
+        variables = on_mesh(variables, sharding.mesh)
     correct = 0
     for start in range(0, len(labels), batch_size):
         x, y = images[start : start + batch_size], labels[start : start + batch_size]
@@ -70,10 +76,31 @@ def evaluate(
     return correct / len(labels)
 
 
+def _check_labels(images: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    if labels != images[:1]:
+        raise ValueError(
+            f"Labels of shape {labels} are not allowed for images of shape {images}; give one int "
+            "for each image."
+        )
+    if not images or not images[0]:
+        raise ValueError("evaluate needs at least one image; give some.")
+
+
+def _fitting(size: int, count: int, sharding: NamedSharding | None) -> int:
+    """A batch size that is hardly above the number of images, and that the devices divide."""
+    devices = 1 if sharding is None else sharding.mesh.size
+    return -(-min(size, count) // devices) * devices
+
+
 @functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too
 def _count_correct(apply: Callable, preprocess: Preprocess) -> Callable:
     def count(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = lowrank(apply)(variables, preprocess(images))
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"Outputs of shape {logits.shape} are not allowed for {len(labels)} images; give a "
+                "function whose outputs are one row of logits for each image."
+            )
         return jnp.sum(jnp.argmax(logits, -1) == labels)
 
     return jax.jit(count, compiler_options=default_options())

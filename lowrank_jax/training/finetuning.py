@@ -1,5 +1,6 @@
 """`finetune`: trains a decomposed network, or any other, in one call."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from lowrank_jax.calibration.inputs import warn_if_raw
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function, check_options
-from lowrank_jax.training.augmentation import Augment
+from lowrank_jax.training.arguments import check_kinds
+from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of, positive
@@ -24,6 +26,7 @@ from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
 from lowrank_jax.tuning.algorithms import Choose
 
+LOG = logging.getLogger("lowrank_jax")
 TEACHES = {"teacher", "layers"}
 
 
@@ -80,11 +83,12 @@ def finetune(
             optimiser, `one_cycle_sgd`. Without a limit a ResNet-20 with frozen statistics has an
             infinite loss after 15 steps.
         tx: an optimiser of optax, in place of the default one.
-        accumulate: batches whose gradients are averaged for one update.
+        accumulate: batches whose gradients are averaged for one update, at most ``steps``.
         average: decay of a moving average of the parameters, such as 0.999, which is returned in
             their place.
         trained: patterns to whether what they match is trained, as in ``{"stem": False}``; see
-            `lowrank_jax.training.partition.trained_leaves`.
+            `lowrank_jax.training.partition.trained_leaves`. Statistics of frozen layers are renewed
+            all the same, unless ``train_kwargs={"train": False}``.
         augment: function of (key, batch) to the batch that the networks get, such as the functions
             of `lowrank_jax.training.augmentation`.
         dtype: type of the computation, such as ``jnp.bfloat16``; parameters keep their own.
@@ -124,13 +128,13 @@ def finetune(
         >>> tuned["params"]["layers_0"]["kernel"]["left_factor"].shape
         (9, 2)
     """
+    check_kinds(locals())
     check_function(apply, variables)
     check_options(finetune, apply, kwargs)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
-    if augment is None and data.epoch:  # a stream cannot be looked into
-        batch = next(data.after(0))
-        warn_if_raw(batch[:-1] or batch)
+    if data.epoch:  # a stream cannot be looked into
+        warn_if_raw(_seen(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
     optimiser = _optimiser(tx, learning_rate, clip, count, accumulate)
     step = make_step(
@@ -172,6 +176,13 @@ def finetune(
         sharding=sharding,
     )
     return run.finish(start).averaged
+
+
+def _seen(batch: tuple, augment: Augment | None) -> tuple:
+    """The inputs that the networks get of a batch; shapes stand for arrays that `augment` makes."""
+    if augment is not None:
+        batch = jax.eval_shape(augment, jax.random.key(0), batch)
+    return parts(batch)[0]
 
 
 def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> Step:
@@ -221,5 +232,17 @@ def _optimiser(
     accumulate: int,
 ) -> optax.GradientTransformation:
     every = positive("accumulate", accumulate)
+    if every > steps:
+        raise ValueError(
+            f"accumulate={every} is more than the {steps} steps, which would change nothing; give "
+            f"at most {steps}."
+        )
+    if steps % every:
+        LOG.warning(
+            "The last %d of %d steps change nothing: %d batches make an update.",
+            steps % every,
+            steps,
+            every,
+        )
     own = one_cycle_sgd(learning_rate, -(-steps // every), clip=clip) if tx is None else tx
     return own if every == 1 else optax.MultiSteps(own, every).gradient_transformation()

@@ -61,8 +61,10 @@ class Forward:
         "dropout". Other functions renew nothing and have no streams.
 
         Args:
-            apply: ``model.apply`` of a Linen module, `lowrank` of it, or any function of a tree.
-            kwargs: arguments of the model itself.
+            apply: ``model.apply`` of a Linen module, `lowrank` of it, or any function of a tree. Of
+                a compiled one the function within is called, because the arguments that are set are
+                no arrays.
+            kwargs: arguments of the model itself, such as ``method`` of a Linen module.
             train_kwargs: arguments that have other values in training.
             mutable, rngs, dtype, choose: as the attributes.
 
@@ -71,8 +73,11 @@ class Forward:
             >>> forward.training, forward.evaluation, forward.rngs
             ({'deterministic': False}, {'deterministic': True}, ('dropout',))
         """
+        if isinstance(apply, jax.stages.Wrapped):
+            apply = getattr(apply, "__wrapped__", apply)
         module = _module_of(apply)
-        known = {*_parameters(apply if module is None else type(module).__call__), *kwargs}
+        called = apply if module is None else _method(module, kwargs.get("method"))
+        known = {*_parameters(called), *kwargs}
         mode = {name: value for name, value in TRAINING.items() if name in known}
         opposite = {name: not value for name, value in mode.items()}
         if module is None:
@@ -163,6 +168,13 @@ def _module_of(apply: Any) -> nn.Module | None:
             return owner
         apply = getattr(apply, "func", getattr(apply, "__wrapped__", None))
     return None
+
+
+def _method(module: nn.Module, method: Callable | str | None) -> Callable:
+    """The method of a Linen module that a call with this ``method`` runs."""
+    if callable(method):
+        return method
+    return getattr(type(module), method or "__call__")
 
 
 def _parameters(apply: Callable) -> Sequence[str]:

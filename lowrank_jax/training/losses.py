@@ -57,7 +57,7 @@ class Loss:
         if unknown or not _arguments(given):
             raise ValueError(
                 f"The loss {given!r:.80} takes {_arguments(given)}; name its arguments as some "
-                f"of {NEEDS}."
+                f"of {NEEDS}, or call what makes a loss, as in distillation()."
             )
         return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
 
@@ -70,11 +70,20 @@ class Loss:
         return {name for _, _, term in self.terms for name in _arguments(term)}
 
     def values(self, **given: Any) -> dict[str, jax.Array]:
-        """Each term by its name, in float32, without its weight."""
+        """Each term by its name, in float32, without its weight.
+
+        Raises:
+            ValueError: a term is no single number.
+        """
         found: dict[str, jax.Array] = {}
         for name, _, term in self.terms:
             own = {need: given[need] for need in _arguments(term)}
             found[name] = jnp.asarray(term(**own), jnp.float32)
+            if found[name].ndim:
+                raise ValueError(
+                    f"The loss {name!r} gives an array of shape {found[name].shape}; give one "
+                    "number, such as its mean over the batch."
+                )
         return found
 
     def __call__(self, **given: Any) -> jax.Array:
@@ -87,7 +96,8 @@ class Loss:
             (weight * values[name] for name, weight, _ in self.terms), jnp.zeros((), jnp.float32)
         )
 
-    def __add__(self, other: "Loss") -> "Loss":
+    def __add__(self, other: "Loss | Term | Name") -> "Loss":
+        other = Loss.of(other)
         names = {name for name, _, _ in self.terms}
         twice = [name for name, _, _ in other.terms if name in names]
         if twice:
@@ -197,13 +207,22 @@ def layer_matching() -> Loss:
 def squared_error() -> Loss:
     """The mean of the squared difference of outputs and labels of one shape.
 
+    Raises:
+        ValueError: when called, for labels of another shape, of which each would meet each output.
+
     Example:
         >>> float(squared_error()(outputs=jnp.ones((2, 3)), labels=jnp.zeros((2, 3))))
         1.0
     """
 
     def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return jnp.mean((_one_array(outputs) - labels) ** 2)
+        found = _one_array(outputs)
+        if found.shape != labels.shape:
+            raise ValueError(
+                f"Labels of shape {labels.shape} are not allowed for outputs of shape "
+                f"{found.shape}; give both in one shape."
+            )
+        return jnp.mean((found - labels) ** 2)
 
     return Loss.of(squared_error)
 

@@ -11,6 +11,7 @@ import optax
 
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.names import names_of
+from lowrank_jax.training.arguments import check_kinds
 
 LOG = logging.getLogger("lowrank_jax")
 
@@ -26,10 +27,10 @@ def one_cycle_sgd(
         peak: highest learning rate, above 0.
         steps: of the whole run.
         weight_decay: share of a weight that is added to its gradient.
-        clip: largest norm of the whole gradient; None for no limit.
+        clip: largest norm of the whole gradient, above 0; None for no limit.
 
     Raises:
-        ValueError: the peak is not allowed.
+        ValueError: the peak or the largest norm is not allowed.
 
     Example:
         >>> params = {"kernel": np.ones((2, 2), np.float32)}
@@ -38,8 +39,11 @@ def one_cycle_sgd(
         >>> round(float(updates["kernel"][0, 0]), 4)
         -0.019
     """
+    check_kinds({"learning_rate": peak, "clip": clip})
     if not 0 < peak < math.inf:
         raise ValueError(f"learning_rate={peak!r} is not allowed; give a number above 0.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip!r} is not allowed; give a number above 0, or None.")
     schedule = optax.cosine_onecycle_schedule(
         max(steps, 2), peak, pct_start=0.2, div_factor=10, final_div_factor=1e3
     )
@@ -57,7 +61,8 @@ def carry_optimizer(
 
     What the state holds for a leaf, such as its moments, is kept where the new tree has the leaf at
     the same path with the same shape, and so are counts of steps. All else is as `tx.init` makes
-    it. One line of the log names the layers that start anew.
+    it, and so is what belongs to factors: factors of the same shapes may be of another
+    decomposition. One line of the log names the layers that start anew.
 
     Args:
         tx: the optimiser.
@@ -76,12 +81,13 @@ def carry_optimizer(
         >>> carried.trace["b"].tolist(), float(carried.trace["a"]["vertical"].max())
         ([1.0, 1.0, 1.0, 1.0], 0.0)
     """
-    known = _by_path(state)
+    known, factors = _by_path(state), _factors(params)
     fresh, structure = jax.tree_util.tree_flatten_with_path(tx.init(params))
     leaves, reset = [], []
     for path, leaf in fresh:
         own = known.get(jax.tree_util.keystr(path))
         fits = own is not None and np.shape(own) == np.shape(leaf) and own.dtype == leaf.dtype
+        fits = fits and not any(_holds(path, part) for part in factors)
         leaves.append(own if fits else leaf)
         if not fits:
             reset.append(path)
@@ -93,6 +99,12 @@ def carry_optimizer(
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _factors(params: Any) -> list[tuple]:
+    """The paths of the kernels that are factors."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_factors)
+    return [path for path, leaf in leaves if is_factors(leaf)]
 
 
 def _layers(paths: list, params: Any) -> list[str]:

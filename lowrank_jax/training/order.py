@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from lowrank_jax.calibration.inputs import as_arguments, is_iterable_of_batches
+from lowrank_jax.training.arguments import is_int
 from lowrank_jax.training.fingerprints import fingerprint
 
+SHOWN = 8  # shapes in an error
 LOG = logging.getLogger("lowrank_jax")
 
 
@@ -77,9 +79,9 @@ def positive(name: str, value: Any) -> int:
     Raises:
         ValueError: the value is no int of at least 1.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
-    return value
+    return int(value)
 
 
 class _Shuffled:
@@ -88,13 +90,14 @@ class _Shuffled:
     def __init__(self, arrays: tuple, size: int, seed: int) -> None:
         counts = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(arrays)}
         if len(counts) != 1:
-            shapes = [tuple(x.shape) for x in jax.tree.leaves(arrays)]
+            shapes = dict.fromkeys(tuple(x.shape) for x in jax.tree.leaves(arrays))
             raise ValueError(
-                f"Arrays of shapes {shapes} are not allowed; give inputs and labels with the same "
-                "number of examples along the first axis."
+                f"Arrays of shapes {', '.join(map(str, [*shapes][:SHOWN]))} are not allowed; give "
+                "inputs and labels as arrays with the same number of examples along the first "
+                "axis. A list of numbers becomes one by np.asarray."
             )
         [self.count] = counts
-        positive("batch_size", size)
+        size = positive("batch_size", size)
         if self.count < size:
             raise ValueError(
                 f"batch_size={size} is more than the {self.count} training examples; make it "

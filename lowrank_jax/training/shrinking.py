@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def shrink(
         (88, 44)
     """
     check_schedule(macs)
+    inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
     dense, current = variables, variables
     for number, share in enumerate(macs):
         own = None if folder is None else Path(folder) / f"{number}{STAGE}{share:g}"
@@ -85,11 +86,11 @@ def check_schedule(macs: Sequence[float]) -> None:
     Raises:
         ValueError: a share is not between 0 and 1, or not smaller than the share before.
     """
-    shares = [1.0, *macs]
+    shares = [1.0, *macs] if isinstance(macs, list | tuple) else [1.0]
     falls = all(0 < after < before for before, after in itertools.pairwise(shares))
-    if not macs or not falls:
+    if len(shares) == 1 or not falls:
         raise ValueError(
-            f"macs={tuple(macs)} is not allowed; give shares between 0 and 1, each smaller than "
+            f"macs={macs!r} is not allowed; give shares between 0 and 1, each smaller than "
             "the one before, such as (0.7, 0.5)."
         )
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.training.augmentation import Augment
+from lowrank_jax.training.arguments import check_kinds
+from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.features import Layers
 from lowrank_jax.training.forward import Forward
 from lowrank_jax.training.losses import Loss, Name, Term
@@ -19,6 +20,11 @@ from lowrank_jax.tuning.algorithms import Choose
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
+RENEWED = "Give TrainState.create renewed=[{!r}], so that none is trained."
+GROWN = (
+    "A collection that a call extends, as that of Module.sow, cannot be renewed; leave {!r} out of "
+    "the variables or of mutable=."
+)
 FINITE = -1  # in the metric "not_finite": no leaf
 
 
@@ -45,7 +51,8 @@ def make_step(
         loss: a `Loss`, its name, or a function of what it needs.
         augment: function of (key, batch) to the batch that the networks get.
         average: decay of the moving average of the parameters, such as 0.999; the state must have
-            an average. Early steps count more, as in (1 + step) / (10 + step).
+            an average then, and none otherwise. Early steps count more, as in
+            (1 + step) / (10 + step).
         dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
             the loss keep their own.
         teacher: the teacher's function, where it is not ``apply``.
@@ -63,7 +70,8 @@ def make_step(
         parameter whose value or gradient is not finite, or -1.
 
     Raises:
-        ValueError: there is no such loss, or the average is not allowed.
+        ValueError: there is no such loss, or an argument is not allowed; when called, for a state
+            with an average that the step does not renew, or the reverse.
 
     Example:
         >>> tree, tx = {"w": jnp.ones((3, 2))}, optax.sgd(0.1)
@@ -73,6 +81,7 @@ def make_step(
         >>> float(metrics["loss"]), round(float(state.params["w"][0, 0]), 2)
         (9.0, 0.7)
     """
+    check_kinds(locals())
     own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype, choose=choose)
     network = Forward.of(apply, kwargs, **own)  # type: ignore[arg-type]
     master = Forward.of(teacher or apply, kwargs, dtype=dtype, choose=choose)
@@ -81,6 +90,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any, teacher: Any = None) -> tuple[TrainState, Metrics]:
         augment_key, call_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        _check_state(state, average)
         given = batch if isinstance(batch, tuple) else (batch,)
         given = given if augment is None else augment(augment_key, given)
         inputs, labels = parts(given)
@@ -104,11 +114,6 @@ def make_step(
     return step
 
 
-def parts(batch: tuple) -> tuple[tuple, Any]:
-    """The inputs of a batch, and its labels: the last of several things, or None."""
-    return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
-
-
 def _check_labels(loss: Loss, labels: Any) -> None:
     if "labels" in loss.needs and labels is None:
         raise ValueError(
@@ -126,6 +131,16 @@ def check_average(average: float | None) -> None:
     if average is not None and not 0 < average < 1:
         raise ValueError(
             f"average={average!r} is not allowed; give a decay between 0 and 1, such as 0.999."
+        )
+
+
+def _check_state(state: TrainState, average: float | None) -> None:
+    """Refuses a state with an average for a step without one, and the reverse."""
+    if (state.average is None) != (average is None):
+        kept = state.average is not None
+        raise ValueError(
+            f"average={average!r} of make_step is not allowed for a state of "
+            f"TrainState.create(average={kept}); give both an average, or none."
         )
 
 
@@ -202,9 +217,10 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
     leaves, structure = jax.tree.leaves(new), jax.tree.structure(old)
     fixed = len(jax.tree.leaves(old))
     if len(leaves) != fixed:
+        trained = any(leaf is None for leaf in jax.tree.leaves(old, is_leaf=lambda x: x is None))
         raise ValueError(
-            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} "
-            f"are not trained. Give TrainState.create renewed=[{name!r}], so that none is trained."
+            f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} are not trained. "
+            + (RENEWED if trained else GROWN).format(name)
         )
     return jax.tree.unflatten(structure, leaves)
 

@@ -212,7 +212,7 @@ def steps(algorithm: str) -> tuple[Callable, Callable]:
     Raises:
         ValueError: the name is unknown, or names an algorithm with one step.
     """
-    names = ["convolve"] * 2 if algorithm == "padded" else algorithm.split("+")
+    names = ["convolve"] * 2 if algorithm == "padded" else str(algorithm).split("+")
     if len(names) != 2 or not set(names) <= set(STEPS):
         raise ValueError(
             f"The algorithm {algorithm!r} is not known for a separable layer; give two of "

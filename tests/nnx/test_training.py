@@ -76,3 +76,17 @@ def test_a_dense_model_teaches_without_labels(small, data):
         return float(jnp.linalg.norm(model(data[0]) - teacher(data[0])))
 
     assert gap(tuned) < gap(small)
+
+
+@pytest.mark.parametrize(
+    "typo, meant", [("epoch", "epochs"), ("step", "steps"), ("batchsize", "batch_size")]
+)
+def test_an_argument_that_is_nearly_one_of_finetune_is_refused(small, data, typo, meant):
+    with pytest.raises(ValueError, match=f"no argument '{typo}'; did you mean '{meant}'"):
+        finetune(small, data, **{typo: 2})
+
+
+@pytest.mark.parametrize("name", ["mutable", "rngs", "teacher_apply"])
+def test_what_a_model_has_of_its_own_is_not_given(small, data, name):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed for a model of NNX"):
+        finetune(small, data, steps=1, **{name: ["state"]})

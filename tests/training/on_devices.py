@@ -75,7 +75,8 @@ def on_a_mesh():
     with tempfile.TemporaryDirectory() as folder:
         tuned(spread, dense, split, steps=4, folder=folder)
         again = tuned(spread, dense, split, folder=folder)
-    score = dict(images=IMAGES, labels=LABELS, batch_size=32)
+    here = jax.device_put(small, jax.devices()[0])
+    score = dict(images=IMAGES[:47], labels=LABELS[:47])
     return {
         "one": flat(tuned(small, dense)),
         "mesh": flat(found),
@@ -85,7 +86,8 @@ def on_a_mesh():
             tree["params"]["Dense_0"]["kernel"].sharding == columns for tree in (other, again)
         ],
         "scores": [
-            evaluate(MODEL.apply, found, sharding=place, **score) for place in (None, split)
+            [evaluate(MODEL.apply, tree, sharding=place, **score) for place in (None, split)]
+            for tree in (found, here)
         ],
     }
 

@@ -58,6 +58,41 @@ def test_changes_follow_each_other_and_leave_the_labels():
 
 
 @pytest.mark.parametrize("make", [mixup, cutmix])
+def test_a_batch_without_labels_is_mixed_as_one_with_labels(make):
+    [images] = make(8)(jax.random.key(1), (IMAGES,))
+    wanted, _ = make(8)(jax.random.key(1), (IMAGES, LABELS))
+    assert jnp.array_equal(images, wanted)
+
+
+CHANGES = {
+    "cutmix": cutmix(8),
+    "crops": crops_and_flips(4, 0),
+    "chain": chain(crops_and_flips(4, 0), cutmix(8)),
+}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("shape", [(8, 6), (8, 6, 6), (8, 2, 6, 6, 2)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_inputs_that_are_no_images_are_refused(change, shape, labelled):
+    batch = (jnp.ones(shape), LABELS) if labelled else (jnp.ones(shape),)
+    with pytest.raises(ValueError, match=r"not allowed here; give one array of images"):
+        CHANGES[change](jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("inputs", [(IMAGES, IMAGES), ({"image": IMAGES},)])
+def test_images_within_or_beside_other_inputs_are_not_cut(inputs):
+    with pytest.raises(ValueError, match=r"give one array of images"):
+        cutmix(8)(jax.random.key(0), (*inputs, LABELS))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_shares_of_ints_are_refused_with_the_remedy(dtype):
+    with pytest.raises(ValueError, match=r"not allowed in mixup; scale them to floats first"):
+        mixup(8)(jax.random.key(0), (IMAGES.astype(dtype), LABELS))
+
+
+@pytest.mark.parametrize("make", [mixup, cutmix])
 def test_a_distribution_that_does_not_exist_is_refused(make):
     with pytest.raises(ValueError, match=r"alpha=0\.0 is not allowed"):
         make(8, 0.0)

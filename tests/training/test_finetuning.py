@@ -11,6 +11,7 @@ from flax import linen as nn
 from lowrank_jax import SeparableConv, lowrank
 from lowrank_jax.training import (
     TrainState,
+    crops_and_flips,
     distillation,
     evaluate,
     finetune,
@@ -76,6 +77,15 @@ def test_what_is_frozen_is_returned_as_it_was(batch, plain, tune):
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), tuned, plain[1])
     assert moved["hidden"] == {"left_factor": True, "right_factor": True}
     assert not moved["head"] and not moved["bias"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics_of_frozen_layers_are_renewed_in_training_alone(model, small, batch, train):
+    given = dict(trained={"BatchNorm_0": False}, train_kwargs={"train": train}, batch_size=16)
+    tuned = finetune(model.apply, small, batch, steps=1, **given)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), tuned, small)
+    assert not any(moved["params"]["BatchNorm_0"].values())
+    assert set(jax.tree.leaves(moved["batch_stats"])) == {train}
 
 
 def test_epochs_are_counted_and_shown_with_their_metrics(batch, tune):
@@ -159,6 +169,8 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
         ({"steps": 1, "batch_size": 65}, "batch_size=65 is more than the 64"),
         ({"steps": 1, "batch_size": 0}, "batch_size=0 is not allowed"),
         ({"steps": 1, "accumulate": 0}, "accumulate=0 is not allowed"),
+        ({"steps": 3, "accumulate": 4}, "accumulate=4 is more than the 3 steps"),
+        ({"steps": 1, "clip": 0}, "clip=0 is not allowed"),
         ({"steps": 1, "save_every": 0}, "save_every=0 is not allowed"),
         ({"steps": 1, "learning_rate": 0.0}, r"learning_rate=0\.0 is not allowed"),
         ({"steps": 1, "teacher": {}, "loss": "cross_entropy"}, "leave the teacher out"),
@@ -193,10 +205,23 @@ def test_a_batch_without_labels_says_so(batch, tune):
         tune(batch[0], steps=1)
 
 
-def test_raw_images_are_told(batch, tune):
+@pytest.mark.parametrize("augment", [None, crops_and_flips(8, 1)])
+def test_raw_images_are_told(batch, tune, augment):
     images, labels = batch
     with pytest.warns(UserWarning, match="usually scaled and normalised"):
-        tune((np.zeros(images.shape, np.uint8), labels), steps=1)
+        tune((np.zeros(images.shape, np.uint8), labels), steps=1, augment=augment)
+
+
+def test_raw_images_that_the_augmentation_scales_are_not_told(batch, tune):
+    raw = np.zeros(batch[0].shape, np.uint8), batch[1]
+    tune(raw, steps=1, augment=lambda key, batch: (batch[0] / 255, batch[1]))
+
+
+def test_steps_that_are_left_over_are_told(batch, tune, caplog):
+    tune(batch, steps=4, accumulate=2)
+    assert "change nothing" not in caplog.text
+    tune(batch, steps=5, accumulate=2)
+    assert "The last 1 of 5 steps change nothing" in caplog.text
 
 
 def test_an_error_of_the_first_step_says_what_a_batch_is(batch, tune):
@@ -211,6 +236,24 @@ def test_evaluation_is_exact_for_any_batch_size(model, dense, batch, batch_size)
     images, labels = batch
     expected = np.mean(np.argmax(jax.jit(model.apply)(dense, images), -1) == labels)
     assert evaluate(model.apply, dense, *batch, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (6,), (65,), (64, 4), ()])
+def test_labels_that_are_not_one_for_each_image_are_refused(model, dense, batch, shape):
+    with pytest.raises(ValueError, match=r"not allowed for images of shape .* give one int"):
+        evaluate(model.apply, dense, batch[0], np.zeros(shape, int))
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 4), (64, 64, 4), (1, 4), (4,)])
+def test_outputs_that_are_not_one_row_for_each_image_are_refused(batch, shape):
+    with pytest.raises(ValueError, match="not allowed for 64 images; give a function"):
+        evaluate(lambda tree, x: jnp.zeros(shape), {}, *batch)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_a_batch_size_that_is_none_is_refused(model, dense, batch, size):
+    with pytest.raises(ValueError, match=f"batch_size={size} is not allowed"):
+        evaluate(model.apply, dense, *batch, batch_size=size)
 
 
 def test_evaluating_nothing_is_refused(model):

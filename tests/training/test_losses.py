@@ -84,11 +84,35 @@ def test_a_loss_has_the_name_by_which_it_is_asked_for(name):
         (lambda: cross_entropy(1.0), r"smoothing=1\.0 is not allowed"),
         (lambda: distillation(0), "temperature=0 is not allowed"),
         (lambda: squared_error() + squared_error(), "comes twice"),
+        *[
+            (lambda make=make: Loss.of(make), r"or call what makes a loss, as in distillation\(\)")
+            for make in (cross_entropy, distillation, layer_matching, squared_error)
+        ],
     ],
 )
 def test_what_is_no_loss_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("outputs, labels", [((6, 1), (6,)), ((6,), (6, 1)), ((6, 4), (4,))])
+def test_a_squared_error_of_two_shapes_is_refused(outputs, labels):
+    with pytest.raises(ValueError, match=r"^Labels of shape .* give both in one shape"):
+        squared_error()(outputs=jnp.zeros(outputs), labels=jnp.zeros(labels))
+
+
+@pytest.mark.parametrize("shape", [(6,), (1,), (6, 4)])
+def test_a_term_that_is_no_number_is_refused(shape):
+    loss = Loss.of(lambda outputs: jnp.ones(shape), "own")
+    with pytest.raises(ValueError, match=r"'own' gives an array of shape .*; give one number"):
+        loss(outputs=LOGITS)
+
+
+@pytest.mark.parametrize("other", ["squared_error", lambda outputs, labels: jnp.mean(outputs)])
+def test_a_loss_adds_with_all_that_makes_one(other):
+    given = dict(outputs=LOGITS, labels=LOGITS + 1)
+    wanted = distillation()(outputs=LOGITS, teacher=TEACHER) + Loss.of(other)(**given)
+    np.testing.assert_allclose((distillation() + other)(**given, teacher=TEACHER), wanted)
 
 
 @pytest.mark.parametrize("labels", [[5, 0, 1, 2, 3, 0], [-1, 0, 1, 2, 3, 0], [4] * 6])

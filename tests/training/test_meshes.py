@@ -43,8 +43,9 @@ def test_sharded_parameters_stay_where_they_were_put(mesh):
     assert mesh["kept"] == [True, True]
 
 
-def test_the_accuracy_does_not_depend_on_the_devices(mesh):
-    first, second = mesh["scores"]
+@pytest.mark.parametrize("where", [0, 1], ids=["on the mesh", "on one device"])
+def test_the_accuracy_does_not_depend_on_the_devices(mesh, where):
+    first, second = mesh["scores"][where]
     assert first == second
 
 

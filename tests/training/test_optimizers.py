@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax import decompose
+from lowrank_jax import decompose, reconstruct
 from lowrank_jax.training import TrainState, carry_optimizer, one_cycle_sgd
 
 
@@ -70,12 +70,35 @@ def test_a_carried_state_trains_on(dense):
     assert after[0].count == 2 and optax.tree_utils.tree_norm(updates) > 0
 
 
+@pytest.mark.parametrize("tx", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_moments_of_factors_start_anew_where_the_factors_have_the_same_shapes(small, tx, caplog):
+    caplog.set_level("INFO", logger="lowrank_jax")
+    again = decompose(reconstruct(small), {"Conv_0": 2})
+    old, new = (TrainState.create(tree, tx) for tree in (small, again))
+    _, state = tx.update(ones(old.params), old.optimizer, old.params)
+    carried = carry_optimizer(tx, state, new.params)
+
+    def wanted(path, before, fresh):
+        name = jax.tree_util.keystr(path)
+        return fresh if "vertical" in name or "horizontal" in name else before
+
+    expected = jax.tree_util.tree_map_with_path(wanted, state, new.optimizer)
+    chex.assert_trees_all_equal(carried, expected)
+    assert caplog.messages == ["The optimiser starts anew for Conv_0."]
+
+
 def test_an_optimiser_of_the_same_tree_is_carried_whole(dense, caplog):
     tx = optax.adam(0.1)
     state = TrainState.create(dense, tx)
     _, moved = tx.update(ones(state.params), state.optimizer, state.params)
     chex.assert_trees_all_equal(carry_optimizer(tx, moved, state.params), moved)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("clip", [0, -1.0, float("nan")])
+def test_a_largest_norm_that_is_none_is_refused(clip):
+    with pytest.raises(ValueError, match=r"clip=.* is not allowed; give a number above 0"):
+        one_cycle_sgd(0.1, 10, clip=clip)
 
 
 @pytest.mark.parametrize("peak", [0.0, -1.0, float("nan"), float("inf")])

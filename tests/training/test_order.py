@@ -58,6 +58,17 @@ def test_a_stream_starts_anew_where_it_can(again):
     assert first(data, 5) == [[0], [1], [2], [0], [1]][: 5 if again else 3]
 
 
+def test_labels_as_a_list_are_refused_in_few_words():
+    with pytest.raises(ValueError, match=r"np\.asarray") as caught:
+        batches_of((np.zeros((500, 4)), [0, 1] * 250), 8)
+    assert "shapes (500, 4), () are" in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("size", [np.int64(4), np.uint8(4)])
+def test_a_size_may_be_an_int_of_numpy(size):
+    assert first(rows(8, size), 2) == first(rows(8, 4), 2)
+
+
 def test_arrays_may_be_nested():
     tokens = {"ids": np.arange(6), "mask": np.ones((6, 2))}
     batch = next(batches_of((tokens, np.arange(6)), 3).after(0))

@@ -75,7 +75,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(dense, whole, tmp_path, 
     assert same(small, whole[0]) and plan.ranks == whole[1].ranks
 
 
-@pytest.mark.parametrize("macs", [(), (0.5, 0.5), (0.5, 0.8), (1.0,), (0.5, 0)])
+def test_inputs_may_come_from_a_generator_which_every_stage_reads():
+    def network(tree, x):
+        return jax.nn.relu(x @ tree["a"]) @ tree["b"]
+
+    tree = {"a": RNG.normal(size=(8, 8)), "b": RNG.normal(size=(8, 2))}
+    tree = jax.tree.map(np.float32, tree)
+    data = RNG.normal(size=(16, 8)).astype(np.float32)
+    batches = (data[start : start + 8] for start in (0, 8))
+    tune = dict(steps=1, batch_size=8)
+    given = [shrink(network, tree, x, data, macs=(0.8, 0.6), tune=tune) for x in (batches, data)]
+    assert given[0][1].ranks == given[1][1].ranks
+
+
+@pytest.mark.parametrize("macs", [0.5, "0.5", {0.5}, (), (0.5, 0.5), (0.5, 0.8), (1.0,), (0.5, 0)])
 def test_shares_that_do_not_fall_are_refused(dense, macs):
     with pytest.raises(ValueError, match="each smaller than the one before"):
         run(dense, macs=macs)

@@ -219,6 +219,15 @@ def test_layers_of_a_dense_network_cannot_be_matched(model, dense, batch):
         make_step(model.apply, TX, "layers")(TrainState.create(dense, TX), batch[0], dense)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_state_and_its_step_have_both_an_average_or_none(kept):
+    tree, batch = {"a": jnp.ones((3, 4))}, (jnp.ones((2, 3)), jnp.zeros((2, 4)))
+    average = None if kept else 0.9
+    step = make_step(lambda tree, x: x @ tree["a"], TX, "squared_error", average=average)
+    with pytest.raises(ValueError, match=rf"average={average} .*average={kept}\); give both"):
+        step(TrainState.create(tree, TX, average=kept), batch)
+
+
 def test_a_decay_that_is_none_is_refused(model):
     with pytest.raises(ValueError, match=r"average=1\.5 is not allowed"):
         make_step(model.apply, TX, average=1.5)

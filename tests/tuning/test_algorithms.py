@@ -133,7 +133,7 @@ def test_padding_the_rank_changes_nothing_and_is_offered_only_where_it_pads():
     )
 
 
-@pytest.mark.parametrize("name", ["fast", "convolve", "convolve+guess", "merged"])
+@pytest.mark.parametrize("name", ["fast", "convolve", "convolve+guess", "merged", None, 3])
 def test_unknown_algorithms_are_refused_with_those_there_are(name):
     with pytest.raises(ValueError, match=r"convolve, kn2row, im2col"):
         steps(name)
