@@ -23,6 +23,7 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.state import TrainState
 
 FACTS, PLAN, NEW = "facts.json", "plan.json", ".new"
+DAMAGED = "damaged"  # folder beside the checkpoints
 VARIABLES, TRAINING = "default", "training"  # the trees in a checkpoint
 
 
@@ -57,7 +58,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
         names = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
-        return sorted(map(int, names), reverse=True)
+        own = [int(name) for name in names if self.path(int(name)).name == name]
+        return sorted(own, reverse=True)
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""
@@ -87,13 +89,15 @@ class Checkpoints:
             raise
         finally:
             self._remove_scratch()
-        for step in self.steps()[self.keep :]:
+        older = [step for step in self.steps() if step <= int(state.step)]
+        for step in older[self.keep :]:
             shutil.rmtree(self.path(step))
 
     def newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint and its facts; None where there is none.
 
-        A warning names a damaged checkpoint, and the checkpoint before it is taken.
+        A warning names a damaged checkpoint, which is moved to the folder "damaged" beside the
+        checkpoints, so that no later one is taken for older. The checkpoint before it is read.
 
         Args:
             like: a state of the same network and optimiser.
@@ -101,15 +105,29 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another network or optimiser.
         """
-        for step in self.steps():
+        steps = self.steps()
+        for step in steps:
             path = self.path(step)
             if reason := damage(path):
-                warnings.warn(
-                    f"The checkpoint {path} is damaged ({reason}) and left out.", stacklevel=2
-                )
+                self._set_aside(path, reason)
                 continue
             return _state(path, like), json.loads((path / FACTS).read_text())
+        if steps:
+            warnings.warn(
+                f"No checkpoint in {self.folder} is whole; the run starts at step 0.", stacklevel=2
+            )
         return None
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        """Moves a damaged checkpoint out of the folder."""
+        target = self.folder.with_name(DAMAGED) / path.name
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier run in this folder
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        warnings.warn(
+            f"The checkpoint {path} is damaged ({reason}) and left out; {target} has its files.",
+            stacklevel=3,
+        )
 
     def _write(
         self, folder: Path, state: TrainState, facts: Mapping[str, Any], plan: Plan | None

@@ -24,7 +24,8 @@ def fingerprint(tree: Any) -> str:
         (True, False)
     """
     total = hashlib.blake2b(digest_size=6)
-    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+    names = leaf_names(tree, is_leaf=lambda _: False)  # each factor for itself
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         total.update(f"{name} {np.shape(leaf)}".encode())
         total.update(_rows(leaf))
     return total.hexdigest()

@@ -44,3 +44,10 @@ def test_a_large_array_is_read_in_a_few_rows():
     other = large.copy()
     other[::2] = 1
     assert fingerprint(large) != fingerprint(other)
+
+
+def test_every_factor_of_a_decomposed_kernel_counts(small):
+    leaves, structure = jax.tree.flatten(small)
+    others = [[x + (i == own) for i, x in enumerate(leaves)] for own in range(len(leaves))]
+    trees = [small, *(jax.tree.unflatten(structure, other) for other in others)]
+    assert len(set(map(fingerprint, trees))) == len(trees)
