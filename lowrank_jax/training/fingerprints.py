@@ -31,6 +31,22 @@ def fingerprint(tree: Any) -> str:
     return total.hexdigest()
 
 
+def magnitudes(tree: Any) -> dict[str, float]:
+    """The sum of the absolute values of each leaf, by its name.
+
+    The sums are nearly the same where the tree is computed anew, on another machine or with other
+    signs of the components of factors.
+
+    Example:
+        >>> magnitudes({"x": np.array([1.0, -2.0])})
+        {'x': 3.0}
+    """
+    names = leaf_names(tree, is_leaf=lambda _: False)
+    arrays = [np.asarray(plain(leaf)) for leaf in jax.tree.leaves(tree)]
+    sums = [float(np.abs(array).sum(dtype=np.float64)) for array in arrays]
+    return dict(zip(names, sums, strict=True))
+
+
 def _rows(leaf: Any) -> bytes:
     array = np.asarray(plain(leaf))  # on the host, where picking rows compiles nothing
     if not array.ndim or not len(array):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import time
@@ -18,7 +17,8 @@ from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
-from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.facts import START, check_facts
+from lowrank_jax.training.fingerprints import fingerprint, magnitudes
 from lowrank_jax.training.metrics import Metrics
 from lowrank_jax.training.order import Batches
 from lowrank_jax.training.placing import like, placed
@@ -89,28 +89,23 @@ class Run:
                 "leave it out, and save what comes back in the first process."
             )
         if self.folder is None:
-            return _Loop(self, state, None).finish()
+            return _Loop(self, state).finish()
         with held(self.folder):
-            kept = Checkpoints(self.folder)
-            return _Loop(self, self._resumed(kept, state), kept).finish()
+            kept, facts = Checkpoints(self.folder), self._facts(state)
+            return _Loop(self, self._resumed(kept, state, facts), kept, facts).finish()
 
-    @functools.cached_property
-    def facts(self) -> dict[str, Any]:
+    def _facts(self, start: TrainState) -> dict[str, Any]:
         """What a run that goes on must have again; the data are read once, before all steps."""
         own = {"seed": self.seed, "loss": self.loss, **self.batches.facts}
+        own[START] = magnitudes(start.variables)
         return own if self.teacher is None else own | {"teacher": fingerprint(self.teacher)}
 
-    def _resumed(self, kept: Checkpoints, state: TrainState) -> TrainState:
-        own, found = self.facts, kept.newest(state)
+    def _resumed(self, kept: Checkpoints, state: TrainState, own: dict[str, Any]) -> TrainState:
+        found = kept.newest(state)
         if found is None:
             return state
         start, (state, facts) = state, found
-        for name, value in own.items():
-            if facts.get(name, value) != value:
-                raise ValueError(
-                    f"{self.folder} holds a run with {name}={facts[name]!r}, not {value!r}; "
-                    "give what the run had, or another folder."
-                )
+        check_facts(kept.folder.parent, own, facts)
         if int(state.step) > self.steps:
             raise ValueError(
                 f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
@@ -124,7 +119,7 @@ class Run:
         if step == self.steps:
             LOG.warning("The run in %s has all its %d steps; nothing is done.", self.folder, step)
             return
-        LOG.info("The run in %s goes on after step %d.", self.folder, step)
+        LOG.warning("The run in %s goes on after step %d.", self.folder, step)
         if rate != self.rate:
             LOG.warning("The run had learning_rate=%s and goes on with %s.", rate, self.rate)
 
@@ -132,8 +127,15 @@ class Run:
 class _Loop:
     """A run in progress: its state, and the metrics of the steps since the last line."""
 
-    def __init__(self, run: Run, state: TrainState, kept: Checkpoints | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        kept: Checkpoints | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run, self.state, self.kept = run, state, kept
+        self.facts = {**(facts or {}), "rate": run.rate}
         self.number = int(state.step)
         self.metrics = Metrics(run.folder, self.number) if run.folder else None
         self.recent: list[dict[str, jax.Array]] = []
@@ -260,7 +262,7 @@ class _Loop:
     def _save(self) -> None:
         self._line()
         if self.kept is not None:
-            self.kept.save(self.state, self.run.facts | {"rate": self.run.rate}, self.run.plan)
+            self.kept.save(self.state, self.facts, self.run.plan)
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

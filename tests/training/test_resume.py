@@ -14,9 +14,10 @@ import optax
 import pytest
 
 from lowrank_jax import load_weights, reconstruct
+from lowrank_jax.io.seals import seal
 from lowrank_jax.training import checkpoints, finetune, order
 from lowrank_jax.training.checkpoints import Checkpoints, held
-from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.fingerprints import fingerprint, magnitudes
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.signals import TERMINATED
 
@@ -154,9 +155,36 @@ def test_a_folder_of_another_run_is_refused(tune, options, text):
         tune(**options)
 
 
+@pytest.mark.parametrize("leaf", ["hidden", "head", "bias"])
+@pytest.mark.parametrize("steps", [5, 8], ids=["unfinished", "finished"])
+def test_a_folder_of_a_run_from_other_variables_is_refused(plain, batch, tmp_path, steps, leaf):
+    apply, start = plain
+    options = OPTIONS | {"folder": tmp_path / "run"}
+    finetune(apply, start, batch, **options | {"steps": steps})
+    other = {**start, leaf: jax.tree.map(lambda x: 1.01 * x, start[leaf])}
+    with pytest.raises(ValueError, match=rf"began from other variables.* of {leaf}"):
+        finetune(apply, other, batch, **options)
+
+
+def test_a_start_with_other_last_digits_and_an_older_checkpoint_go_on(plain, batch, tmp_path):
+    apply, start = plain
+    options = OPTIONS | {"folder": tmp_path / "run"}
+    wanted = finetune(apply, start, batch, **options)
+    again = jax.tree.map(lambda x: x * (1 + 1e-5), start)
+    chex.assert_trees_all_equal(finetune(apply, again, batch, **options), wanted)
+    newest = tmp_path / "run" / "checkpoints" / "000000008"
+    facts = json.loads((newest / "facts.json").read_text())
+    assert facts.pop("start")
+    (newest / "facts.json").write_text(json.dumps(facts))
+    seal(newest)
+    other = jax.tree.map(lambda x: 2 * x, start)
+    chex.assert_trees_all_equal(finetune(apply, other, batch, **options), wanted)
+
+
 def test_another_learning_rate_and_a_complete_run_are_told(tune, caplog):
     tune(steps=5)
     tune(learning_rate=0.01)
+    assert "goes on after step 5" in caplog.text
     assert "The run had learning_rate=0.02 and goes on with 0.01." in caplog.text
     tune(learning_rate=0.01)
     assert "has all its 8 steps; nothing is done." in caplog.text
@@ -204,6 +232,7 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, plain[1])
     facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
     assert facts.pop("data") == fingerprint(batch)
+    assert facts.pop("start") == magnitudes(plain[1])
     assert facts == {
         "seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16, "rate": 0.02
     }  # fmt: skip
