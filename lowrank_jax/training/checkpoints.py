@@ -22,8 +22,8 @@ from lowrank_jax.io.seals import damage, seal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.state import TrainState
 
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"  # folders of a run
 FACTS, PLAN, NEW = "facts.json", "plan.json", ".new"
-DAMAGED = "damaged"  # folder beside the checkpoints
 VARIABLES, TRAINING = "default", "training"  # the trees in a checkpoint
 
 
@@ -51,7 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder) / "checkpoints", max(keep, 2)
+        self.folder, self.keep = Path(folder) / CHECKPOINTS, max(keep, 2)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_scratch()
 
@@ -149,6 +149,11 @@ class Checkpoints:
         return f"The disk is full: step {step} was not saved. {last}; make room and call again"
 
 
+def begun(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a checkpoint, whole or damaged. It is not changed."""
+    return any((Path(folder) / CHECKPOINTS).glob("[0-9]*"))
+
+
 @contextlib.contextmanager
 def held(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the folder of a run, which one process at a time may use.
@@ -168,6 +173,24 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
                 f"{folder} is in use by another run; wait for it, or give another folder."
             ) from error
         yield
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Writes any tree of arrays into a new folder, for `load_tree`."""
+    write_orbax(path, nest(_arrays(tree)))
+
+
+def load_tree(path: Path, like: Any) -> Any:
+    """A tree that `save_tree` wrote.
+
+    Args:
+        path: of the folder.
+        like: a tree of the same structure, or of its shapes.
+
+    Raises:
+        ValueError: the tree is of another network.
+    """
+    return _tree(read_orbax(path), like, path)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
