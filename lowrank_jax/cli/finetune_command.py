@@ -31,7 +31,7 @@ from lowrank_jax.training.losses import Loss, taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of
 from lowrank_jax.training.origins import has_origin, new_origin
-from lowrank_jax.training.shrinking import last_stage, shrink
+from lowrank_jax.training.shrinking import shrink, stage_folders
 from lowrank_jax.tree.paths import factored_leaves
 
 SCORED = 4096  # training images whose classes are compared with the labels
@@ -132,10 +132,11 @@ def _report(
     if labels is not None:
         wanted = labels[::every]
         accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
+    folder = stage_folders(args.out, args.shrink)[-1] if args.shrink else args.out
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
     training = Training(
         asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
-        metrics=read_metrics(last_stage(args.out) if args.shrink else args.out),
+        metrics=read_metrics(folder),
         accuracy=accuracy,
         scored=len(part.images),
     )

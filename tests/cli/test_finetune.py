@@ -93,6 +93,9 @@ def test_a_network_shrinks_in_stages_and_a_second_call_has_nothing_to_do(files, 
     assert jax.tree.all(
         jax.tree.map(np.array_equal, first, load_weights(tmp_path / "variables.npz"))
     )
+    assert main(command(files, tmp_path, "--shrink", "0.8", "--steps", "2")) == 0
+    shown = json.loads((tmp_path / "report.json").read_text())["metrics"]
+    assert shown == read_metrics(tmp_path / "0-macs-0.8")
     small = str(tmp_path / "variables.npz")
     assert main(command(files, tmp_path, "--shrink", "0.5", "--steps", "2", checkpoint=small)) == 2
     assert "--shrink needs a dense checkpoint" in capsys.readouterr().err
