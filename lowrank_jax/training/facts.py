@@ -1,5 +1,6 @@
 """The facts of a run: what the call that goes on must have again."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 START = "start"  # the magnitudes of the variables that a run began from
+SETTINGS = r"\([^()]*\)"  # of the terms of a loss, which older versions did not write
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # a start that is computed anew has other last digits
 
 
@@ -28,7 +30,8 @@ def check_facts(folder: Path, own: Mapping[str, Any], found: Mapping[str, Any]) 
         ValueError: run holds a run with seed=1, not 0; give what the run had, or another folder.
     """
     for name, value in own.items():
-        if name != START and found.get(name, value) != value:
+        older = re.sub(SETTINGS, "", value) if name == "loss" else value
+        if name != START and found.get(name, value) not in (value, older):
             raise ValueError(
                 f"{folder} holds a run with {name}={found[name]!r}, not {value!r}; "
                 "give what the run had, or another folder."

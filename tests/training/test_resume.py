@@ -15,9 +15,11 @@ import pytest
 
 from lowrank_jax import load_weights, reconstruct
 from lowrank_jax.io.seals import seal
-from lowrank_jax.training import checkpoints, finetune, order
+from lowrank_jax.training import Loss, checkpoints, cross_entropy, distillation, finetune, order
 from lowrank_jax.training.checkpoints import Checkpoints, held
+from lowrank_jax.training.facts import check_facts
 from lowrank_jax.training.fingerprints import fingerprint, magnitudes
+from lowrank_jax.training.losses import taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.signals import TERMINATED
 
@@ -34,6 +36,11 @@ def tune(plain, batch, tmp_path):
         return finetune(*plain, batches, **OPTIONS | {"folder": tmp_path / "run"} | options)
 
     return run
+
+
+def scaled(factor):
+    """A loss of the user, which has a number of the function around it."""
+    return Loss.of(lambda outputs: factor * outputs.mean())
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ def test_a_stream_is_read_forward_and_says_so(tune, batch, caplog):
         ({"batch_size": 8}, "holds a run with batch_size=16, not 8"),
         (
             {"loss": "squared_error"},
-            "holds a run with loss='1 cross_entropy', not '1 squared_error'",
+            r"holds a run with loss='1 cross_entropy\(smoothing=0\)', not '1 squared_error'",
         ),
         ({"steps": 4}, "holds a run of 5 steps, more than 4"),
         ({"average": None}, "is of another network or optimiser: average/bias differs"),
@@ -221,6 +228,32 @@ def test_a_folder_of_a_run_with_another_teacher_is_refused(tune, plain):
         tune(teacher=jax.tree.map(lambda x: x + 1, dense))
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (distillation(4.0), distillation(1.0)),
+        (cross_entropy(), cross_entropy(0.3)),
+        (cross_entropy(), 2 * cross_entropy()),
+        (taught(0.5, 4.0), taught(0.5, 2.0)),
+        (scaled(1.0), scaled(3.0)),
+    ],
+    ids=str,
+)
+def test_a_loss_with_other_settings_is_another_loss(before, after):
+    one, two = ({"loss": str(Loss.of(given))} for given in (before, after))
+    check_facts(Path("run"), one, one)
+    with pytest.raises(ValueError, match="run holds a run with loss="):
+        check_facts(Path("run"), two, one)
+
+
+@pytest.mark.parametrize("older", ["0.5 distillation + 0.5 cross_entropy", "1 cross_entropy"])
+def test_the_loss_of_an_older_version_is_known_by_its_names(older):
+    own = {"loss": str(taught(0.5 if "+" in older else 0.0, 4.0))}
+    check_facts(Path("run"), own, {"loss": older})
+    with pytest.raises(ValueError, match="holds a run with loss="):
+        check_facts(Path("run"), own, {"loss": "1 squared_error"})
+
+
 def test_a_folder_is_used_by_one_run_at_a_time(tune, tmp_path):
     with held(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
         tune()
@@ -233,9 +266,8 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
     assert facts.pop("data") == fingerprint(batch)
     assert facts.pop("start") == magnitudes(plain[1])
-    assert facts == {
-        "seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16, "rate": 0.02
-    }  # fmt: skip
+    assert facts.pop("loss") == "1 cross_entropy(smoothing=0)"
+    assert facts == {"seed": 0, "examples": 64, "batch_size": 16, "rate": 0.02}
 
 
 def killed(home, kills):
