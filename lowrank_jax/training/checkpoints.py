@@ -177,7 +177,7 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
 
 def save_tree(path: Path, tree: Any) -> None:
     """Writes any tree of arrays into a new folder, for `load_tree`."""
-    write_orbax(path, nest(_arrays(tree)))
+    write_orbax(path, {VARIABLES: nest(_arrays(tree))})
 
 
 def load_tree(path: Path, like: Any) -> Any:

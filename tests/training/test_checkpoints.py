@@ -2,14 +2,17 @@
 
 import warnings
 
+import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.training import TrainState
-from lowrank_jax.training.checkpoints import Checkpoints
+from lowrank_jax.training.checkpoints import Checkpoints, load_tree, save_tree
 
 STATE = TrainState.create({"w": jnp.ones(3)}, optax.sgd(0.1))
 
@@ -50,6 +53,23 @@ def test_where_all_are_damaged_they_are_set_aside_and_the_start_is_told(tmp_path
     assert kept.steps() == []
     names = [path.name for path in sorted((tmp_path / "damaged").iterdir())]
     assert names == ["000000005", "000000010"]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"conv": np.ones((3, 2), np.float32), "dense": np.zeros(2, np.float32)},
+        {"params": {"a": np.ones(2, np.float32)}},
+        {"net/~/conv": {"w": np.ones(2, np.float32)}},
+        [np.arange(3, dtype=np.int32), (np.ones(2, np.float32),)],
+        np.ones(3, np.float32),
+    ],
+    ids=["function", "linen", "slashes", "list", "array"],
+)
+def test_a_tree_of_any_kind_is_read_as_it_was_written(tmp_path, tree):
+    save_tree(tmp_path / "start", tree)
+    found = load_tree(tmp_path / "start", jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree)))
+    chex.assert_trees_all_equal(found, tree)
 
 
 @given(name=st.from_regex(r"[0-9]{1,12}|[0-9]{9}\.bak", fullmatch=True))
