@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.io import atomic
+from lowrank_jax.io.folders import check_path
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.orbax import read_orbax, write_orbax
 from lowrank_jax.io.seals import damage, seal
@@ -159,8 +160,10 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the folder of a run, which one process at a time may use.
 
     Raises:
+        FileExistsError: the path is a file, or lies below one.
         ValueError: another process uses it.
     """
+    check_path(folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if atomic.fcntl is None:  # Windows has no such locks
         yield

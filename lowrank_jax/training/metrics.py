@@ -47,15 +47,15 @@ class Metrics:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run, each a dict with its "step"; a line that was cut short is left out."""
+    """The lines of a run, each a dict with its "step"; a line that is damaged is left out."""
     path = Path(folder) / FILE
     found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             found.append(json.loads(text))
         except ValueError:
             continue
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+    return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def risen(first: float, last: float) -> bool:

@@ -143,6 +143,14 @@ def test_a_decomposed_checkpoint_is_not_compressed_again(files, tmp_path, capsys
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_place_of_the_folder_is_named(files, tmp_path, capsys, below):
+    (tmp_path / "a").touch()
+    labels = ["--labels", str(files / "labels.npy")]
+    assert main(command(files, tmp_path / "a" / below, *labels, "--steps", "1")) == 2
+    assert f"{tmp_path / 'a'} is a file; give another path." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", [["--batch-size", "64"], ["--freeze", "Cnv_0"]])
 def test_what_the_training_refuses_leaves_no_folder(files, tmp_path, capsys, option):
     labels = ["--labels", str(files / "labels.npy")]

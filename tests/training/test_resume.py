@@ -259,6 +259,12 @@ def test_a_folder_is_used_by_one_run_at_a_time(tune, tmp_path):
         tune()
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tune, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(FileExistsError, match="run is a file; give another path"):
+        tune()
+
+
 def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     tune(average=None)
     found = load_weights(tmp_path / "run" / "checkpoints" / "000000008")
