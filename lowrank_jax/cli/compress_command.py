@@ -36,9 +36,9 @@ def add_command(commands: Any) -> None:
         "choose the ranks, fit the factors to unlabelled images and write the compressed checkpoint"
     )
     command = new_command(commands, "compress", about, run)
-    add_job_options(command, "lowrank-jax-compress")
+    ranks = add_job_options(command, "lowrank-jax-compress")
     about = "plan.json of an earlier run, instead of a budget"
-    command.add_argument("--plan", type=Path, help=about)
+    ranks.add_argument("--plan", type=Path, help=about)
     about = "alternating refinements of the factors"
     command.add_argument("--sweeps", type=whole(0), default=1, help=about)
     about = (

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
 from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.losses import Loss, taught
 from lowrank_jax.training.metrics import read_metrics
-from lowrank_jax.training.shrinking import last_stage, shrink
+from lowrank_jax.training.order import batches_of
+from lowrank_jax.training.origins import has_origin, new_origin
+from lowrank_jax.training.shrinking import shrink, stage_folders
 from lowrank_jax.tree.paths import factored_leaves
 
 SCORED = 4096  # training images whose classes are compared with the labels
@@ -70,16 +74,12 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the network, and writes its variables and a report into the folder of the run."""
     job = load_job(args)
-    if args.shrink and (job.model.is_nnx or factored_leaves(job.variables)):
-        raise ValueError(
-            "--shrink needs a dense checkpoint of a Linen model or of a function; give one, or "
-            "--plan."
-        )
+    _check_network(job, args)
     labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
-    args.out.mkdir(parents=True, exist_ok=True)
     data = job.images if labels is None else (job.images, labels)
+    batches_of(data, args.batch_size, args.seed)  # refuses what does not do before minutes of work
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"loss": wanted, "teacher": teacher if "teacher" in wanted.needs else None}
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         tuned, plan = _shrunk(job, data, options, args)
     else:
         plan = Plan.load(args.plan) if args.plan else None
-        known["before"] = _start(job, plan, args.out / START)
+        known["before"] = _start(job, plan, args.out)
         tuned = _trained(job, known["before"], data, folder=args.out, plan=plan, **options)
     save_weights(args.out / RESULT, job.model.weights(tuned))
     if plan is not None:
@@ -101,6 +101,21 @@ def run(args: argparse.Namespace) -> None:
     print(f"The network is {args.out / RESULT}.")
     print(f"The report is {args.out / 'report.html'}.")
     print(loading_lines(job.model, job.kwargs, args.out / RESULT))
+
+
+def _check_network(job: Job, args: argparse.Namespace) -> None:
+    """Refuses networks that the options cannot compress."""
+    option = "--plan" if args.plan else "--shrink" if args.shrink else ""
+    if option and factored_leaves(job.variables):
+        raise ValueError(
+            f"{option} needs a dense checkpoint, and {args.checkpoint} is decomposed; give the "
+            f"dense one, or leave {option} out."
+        )
+    if args.shrink and job.model.is_nnx:
+        raise ValueError(
+            f"--shrink does not take {args.model}, a model of NNX; give a Linen model or a "
+            "function, or use --plan."
+        )
 
 
 def _report(
@@ -117,10 +132,11 @@ def _report(
     if labels is not None:
         wanted = labels[::every]
         accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
+    folder = stage_folders(args.out, args.shrink)[-1] if args.shrink else args.out
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
     training = Training(
         asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
-        metrics=read_metrics(last_stage(args.out) if args.shrink else args.out),
+        metrics=read_metrics(folder),
         accuracy=accuracy,
         scored=len(part.images),
     )
@@ -135,7 +151,7 @@ def _accuracy(job: Job, tree: Any, labels: np.ndarray) -> float:
 
 def _networks(job: Job, tuned: Any, plan: Plan | None) -> Networks | None:
     """The dense and the trained network; None where the dense one or the plan is not known."""
-    if plan is None or factored_leaves(job.variables):
+    if plan is None:
         return None
     values = plain_spectra(job, plan)
     return Networks(plan=plan, dense=job.variables, small=tuned, spectra=values, weighted=False)
@@ -166,9 +182,7 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
         tree = load_weights(args.teacher)
         found = variables_from(tree, args.teacher, job.model, job.images[:1], job.kwargs)
         return found.variables
-    return (
-        job.variables if (args.plan or args.shrink) and not factored_leaves(job.variables) else None
-    )
+    return job.variables if args.plan or args.shrink else None
 
 
 def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
@@ -181,13 +195,17 @@ def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
     return taught(weight, args.temperature)
 
 
-def _start(job: Job, plan: Plan | None, path: Path) -> Any:
+def _start(job: Job, plan: Plan | None, folder: Path) -> Any:
     """The network before training; a run that goes on has it in its folder."""
-    if plan is None or factored_leaves(job.variables):
+    if plan is None:
         return job.variables
-    if path.exists():
+    ranks = {layer: repr(scheme) for layer, scheme in plan.ranks.items()}
+    origin = {"checkpoint": fingerprint(job.variables), "plan": json.dumps(ranks)}
+    path = folder / START
+    if has_origin(folder, origin) and path.exists():
         return jax.tree.map(jax.numpy.asarray, load_weights(path))
     images = job.images[:CALIBRATION]
     small = compress(job.apply, job.variables, images, plan, **job.kwargs)
-    save_weights(path, job.model.weights(small))
+    with new_origin(folder, origin):
+        save_weights(path, job.model.weights(small))
     return small

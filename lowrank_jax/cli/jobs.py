@@ -142,17 +142,22 @@ def add_network_options(command: argparse.ArgumentParser, count: int | None = No
     add("--std", type=rates, help="of the channels, by which the rest is divided")
 
 
-def add_job_options(command: argparse.ArgumentParser, folder: str) -> None:
-    """The options that `plan` and `compress` share."""
+def add_job_options(command: argparse.ArgumentParser, folder: str) -> Any:
+    """The options that `plan` and `compress` share.
+
+    Returns:
+        The group of --budget, to which a command adds what excludes a budget.
+    """
     add_network_options(command, CALIBRATION)
-    add = command.add_argument
+    add, ranks = command.add_argument, command.add_mutually_exclusive_group()
     about = "macs, parameters, bytes or latency=share, or a count"
-    add("--budget", type=parse_budget, default="macs=0.5", help=about)
+    ranks.add_argument("--budget", type=parse_budget, default="macs=0.5", help=about)
     about = "images that run at once, for a budget of latency"
     add("--batch", type=positive, default=1, help=about)
     about = "ranks are restricted to multiples of this; without it 8 on an accelerator, 1 on a CPU"
     add("--multiple", type=positive, help=about)
     add("--out", type=Path, default=Path(folder), help="folder for the results")
+    return ranks
 
 
 def load_job(args: argparse.Namespace) -> Job:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from importlib.metadata import version
 
 from lowrank_jax.cli import (
     completion_command,
@@ -12,7 +13,7 @@ from lowrank_jax.cli import (
     paper_command,
     plan_command,
 )
-from lowrank_jax.io.folders import check_folder
+from lowrank_jax.io.folders import check_folder, check_path
 
 EPILOG = """\
 exit status:
@@ -40,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lowrank_jax").setLevel(logging.ERROR if args.quiet else logging.INFO)
     try:
-        if "out" in args and "goes_on" not in args:
-            check_folder(args.out)
+        if "out" in args:
+            check = check_path if "goes_on" in args else check_folder
+            check(args.out)
         args.run(args)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"lowrank-jax {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -59,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="lowrank-jax", description=about, epilog=EPILOG, formatter_class=raw
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"lowrank-jax {version('lowrank-jax')}"
     )
     names = "{demo,cifar10,plan,compress,finetune,paper,completion}"
     commands = parser.add_subparsers(required=True, dest="command", metavar=names)

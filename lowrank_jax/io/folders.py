@@ -58,10 +58,11 @@ def check_folder(out: str | os.PathLike) -> None:
     What killed runs left beside the folder is put in order.
 
     Raises:
-        FileExistsError: the folder is the current one, above it or a disk, or it holds something
-            else than the results of an earlier run.
+        FileExistsError: the folder is the current one, above it or a disk, lies below a file, or
+            holds something else than the results of an earlier run.
         OSError: no folder can be made there.
     """
+    check_path(Path(out).parent)
     out = Path(out).resolve()
     if out == Path.cwd() or out in Path.cwd().parents or os.path.ismount(out):
         raise FileExistsError(
@@ -78,6 +79,19 @@ def check_folder(out: str | os.PathLike) -> None:
                 f"{out} exists and is no folder of results that an earlier run wrote; give another "
                 "one."
             )
+
+
+def check_path(folder: str | os.PathLike) -> None:
+    """Refuses the path of a folder that is a file, or lies below one.
+
+    Raises:
+        FileExistsError: the path is a file, or lies below one.
+    """
+    files = [path for path in (Path(folder), *Path(folder).parents) if path.is_file()]
+    if files:
+        raise FileExistsError(
+            f"{folder} cannot be a folder, as {files[0]} is a file; give another path."
+        )
 
 
 def _is_ours(out: Path) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_jax.io.names import natural, plain
 
+WEIGHTS = (".msgpack", ".npz", ".safetensors")  # files that `load_weights` reads
 LOG = logging.getLogger("lowrank_jax")
 STEP = re.compile(r"([A-Za-z_-]*?)_?(\d+)")  # "10", "000010", "step_10" and "checkpoint_10"
 
@@ -128,10 +129,11 @@ def _numbered(folder: Path) -> Iterator[tuple[str, tuple[str, int]]]:
 
 
 def _advice(path: Path) -> str:
-    names = _folders(path)
+    files = sorted(own.name for own in path.iterdir() if own.suffix in WEIGHTS)
+    names = [*files, *_folders(path)]
     if not names:
         return "it has no folders in it"
-    return f"give one of the folders in it: {', '.join(names[:20])}"
+    return f"give one of these in it: {', '.join(names[:20])}"
 
 
 def _restore(folder: Path) -> dict[str, Any]:

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.io import atomic
+from lowrank_jax.io.folders import check_path
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.orbax import read_orbax, write_orbax
 from lowrank_jax.io.seals import damage, seal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.state import TrainState
 
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"  # folders of a run
 FACTS, PLAN, NEW = "facts.json", "plan.json", ".new"
 VARIABLES, TRAINING = "default", "training"  # the trees in a checkpoint
 
@@ -50,14 +52,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder) / "checkpoints", max(keep, 2)
+        self.folder, self.keep = Path(folder) / CHECKPOINTS, max(keep, 2)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_scratch()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
         names = [path.name for path in self.folder.iterdir() if path.name.isdecimal()]
-        return sorted(map(int, names), reverse=True)
+        own = [int(name) for name in names if self.path(int(name)).name == name]
+        return sorted(own, reverse=True)
 
     def path(self, step: int) -> Path:
         """The folder of a checkpoint."""
@@ -87,13 +90,15 @@ class Checkpoints:
             raise
         finally:
             self._remove_scratch()
-        for step in self.steps()[self.keep :]:
+        older = [step for step in self.steps() if step <= int(state.step)]
+        for step in older[self.keep :]:
             shutil.rmtree(self.path(step))
 
     def newest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint and its facts; None where there is none.
 
-        A warning names a damaged checkpoint, and the checkpoint before it is taken.
+        A warning names a damaged checkpoint, which is moved to the folder "damaged" beside the
+        checkpoints, so that no later one is taken for older. The checkpoint before it is read.
 
         Args:
             like: a state of the same network and optimiser.
@@ -101,15 +106,29 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is of another network or optimiser.
         """
-        for step in self.steps():
+        steps = self.steps()
+        for step in steps:
             path = self.path(step)
             if reason := damage(path):
-                warnings.warn(
-                    f"The checkpoint {path} is damaged ({reason}) and left out.", stacklevel=2
-                )
+                self._set_aside(path, reason)
                 continue
             return _state(path, like), json.loads((path / FACTS).read_text())
+        if steps:
+            warnings.warn(
+                f"No checkpoint in {self.folder} is whole; the run starts at step 0.", stacklevel=2
+            )
         return None
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        """Moves a damaged checkpoint out of the folder."""
+        target = self.folder.with_name(DAMAGED) / path.name
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier run in this folder
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        warnings.warn(
+            f"The checkpoint {path} is damaged ({reason}) and left out; {target} has its files.",
+            stacklevel=3,
+        )
 
     def _write(
         self, folder: Path, state: TrainState, facts: Mapping[str, Any], plan: Plan | None
@@ -131,13 +150,20 @@ class Checkpoints:
         return f"The disk is full: step {step} was not saved. {last}; make room and call again"
 
 
+def begun(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a checkpoint, whole or damaged. It is not changed."""
+    return any((Path(folder) / CHECKPOINTS).glob("[0-9]*"))
+
+
 @contextlib.contextmanager
 def held(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the folder of a run, which one process at a time may use.
 
     Raises:
+        FileExistsError: the path is a file, or lies below one.
         ValueError: another process uses it.
     """
+    check_path(folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     if atomic.fcntl is None:  # Windows has no such locks
         yield
@@ -150,6 +176,24 @@ def held(folder: str | os.PathLike) -> Iterator[None]:
                 f"{folder} is in use by another run; wait for it, or give another folder."
             ) from error
         yield
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Writes any tree of arrays into a new folder, for `load_tree`."""
+    write_orbax(path, {VARIABLES: nest(_arrays(tree))})
+
+
+def load_tree(path: Path, like: Any) -> Any:
+    """A tree that `save_tree` wrote.
+
+    Args:
+        path: of the folder.
+        like: a tree of the same structure, or of its shapes.
+
+    Raises:
+        ValueError: the tree is of another network.
+    """
+    return _tree(read_orbax(path), like, path)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

@@ -24,10 +24,27 @@ def fingerprint(tree: Any) -> str:
         (True, False)
     """
     total = hashlib.blake2b(digest_size=6)
-    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+    names = leaf_names(tree, is_leaf=lambda _: False)  # each factor for itself
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         total.update(f"{name} {np.shape(leaf)}".encode())
         total.update(_rows(leaf))
     return total.hexdigest()
+
+
+def magnitudes(tree: Any) -> dict[str, float]:
+    """The sum of the absolute values of each leaf, by its name.
+
+    The sums are nearly the same where the tree is computed anew, on another machine or with other
+    signs of the components of factors.
+
+    Example:
+        >>> magnitudes({"x": np.array([1.0, -2.0])})
+        {'x': 3.0}
+    """
+    names = leaf_names(tree, is_leaf=lambda _: False)
+    arrays = [np.asarray(plain(leaf)) for leaf in jax.tree.leaves(tree)]
+    sums = [float(np.abs(array).sum(dtype=np.float64)) for array in arrays]
+    return dict(zip(names, sums, strict=True))
 
 
 def _rows(leaf: Any) -> bytes:

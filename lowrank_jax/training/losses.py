@@ -62,7 +62,8 @@ class Loss:
         return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
 
     def __str__(self) -> str:
-        return " + ".join(f"{weight:g} {name}" for name, weight, _ in self.terms)
+        texts = [f"{weight:g} {name}{_settings(term)}" for name, weight, term in self.terms]
+        return " + ".join(texts)
 
     @property
     def needs(self) -> set[str]:
@@ -175,8 +176,10 @@ def taught(share: float, temperature: float) -> Loss:
         temperature: of the probabilities.
 
     Example:
-        >>> str(taught(0.75, 4.0)), sorted(taught(1.0, 4.0).needs)
-        ('0.75 distillation + 0.25 cross_entropy', ['outputs', 'teacher'])
+        >>> str(taught(0.75, 4.0))
+        '0.75 distillation(temperature=4) + 0.25 cross_entropy(smoothing=0)'
+        >>> sorted(taught(1.0, 4.0).needs)
+        ['outputs', 'teacher']
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share!r} is not allowed; give a weight from 0 to 1.")
@@ -240,6 +243,13 @@ def _by_name(name: str) -> Loss:
     if name not in LOSSES:
         raise ValueError(f"loss={name!r} is not allowed; give {_ALLOWED}.")
     return LOSSES[name]()
+
+
+def _settings(term: Term) -> str:
+    """The numbers that a function has of the function around it, as in "(temperature=4)"."""
+    known = inspect.getclosurevars(term).nonlocals if inspect.isfunction(term) else {}
+    texts = [f"{name}={own:g}" for name, own in known.items() if isinstance(own, int | float)]
+    return f"({', '.join(texts)})" if texts else ""
 
 
 def _arguments(term: Term) -> tuple[str, ...]:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowrank_jax.io.atomic import whole_file
 
 FILE = "metrics.jsonl"
+RISE = 1.5  # more than the batches differ
 Write = Callable[[int, Mapping[str, float]], None]
 
 
@@ -44,15 +47,51 @@ class Metrics:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run, each a dict with its "step"; a line that was cut short is left out."""
+    """The lines of a run, each a dict with its "step"; a line that is damaged is left out."""
     path = Path(folder) / FILE
     found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             found.append(json.loads(text))
         except ValueError:
             continue
-    return [line for line in found if isinstance(line, dict) and "step" in line]
+    return [line for line in found if isinstance(line, dict) and type(line.get("step")) is int]
+
+
+def risen(first: float, last: float) -> bool:
+    """Whether a loss, which may be negative, is clearly above what it was.
+
+    Example:
+        >>> risen(1.0, 2.0), risen(1.0, 1.2), risen(-2.0, -3.0)
+        (True, False, False)
+    """
+    return last - first > (RISE - 1) * abs(first)
+
+
+def numbers(found: Any) -> dict[str, float]:
+    """What `after_epoch` returned, as plain numbers.
+
+    Raises:
+        ValueError: it is no mapping of names to numbers.
+    """
+    try:
+        given = {} if found is None else dict(found)
+        return {str(name): float(value) for name, value in given.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"after_epoch returned {found!r:.80}; give back a mapping of names to numbers, such as "
+            '{"accuracy": 0.9}, or None.'
+        ) from error
+
+
+def floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a step as plain numbers."""
+    return {name: float(value) for name, value in metrics.items() if name != "not_finite"}
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric; there are none of no steps."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
 
 
 def _tensorboard(folder: Path) -> Write:

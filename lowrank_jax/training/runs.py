@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import logging
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -18,8 +18,9 @@ from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
-from lowrank_jax.training.fingerprints import fingerprint
-from lowrank_jax.training.metrics import Metrics
+from lowrank_jax.training.facts import START, check_facts
+from lowrank_jax.training.fingerprints import fingerprint, magnitudes
+from lowrank_jax.training.metrics import Metrics, floats, means, numbers, risen
 from lowrank_jax.training.order import Batches
 from lowrank_jax.training.placing import like, placed
 from lowrank_jax.training.signals import Signals
@@ -29,7 +30,6 @@ from lowrank_jax.training.steps import FINITE, Step
 LOG = logging.getLogger("lowrank_jax")
 LINE = 50  # steps between two lines of metrics
 FEW = 10  # steps whose mean loss is compared
-RISE = 1.5  # more than the batches differ
 HINT = (
     "The step does not run on a batch of {}. A batch is (inputs, labels), or inputs alone "
     "where the loss needs no labels. A teacher is the tree of the dense network; a teacher of "
@@ -73,6 +73,13 @@ class Run:
     after_epoch: AfterEpoch | None = None
     sharding: NamedSharding | None = None
 
+    def __post_init__(self) -> None:
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise ValueError(
+                f"plan={self.plan!r:.80} is not allowed; give a Plan, such as plan() returns, or "
+                "leave it out."
+            )
+
     def finish(self, state: TrainState) -> TrainState:
         """The state after all steps, from the newest checkpoint in the folder, or the one given.
 
@@ -89,28 +96,23 @@ class Run:
                 "leave it out, and save what comes back in the first process."
             )
         if self.folder is None:
-            return _Loop(self, state, None).finish()
+            return _Loop(self, state).finish()
         with held(self.folder):
-            kept = Checkpoints(self.folder)
-            return _Loop(self, self._resumed(kept, state), kept).finish()
+            kept, facts = Checkpoints(self.folder), self._facts(state)
+            return _Loop(self, self._resumed(kept, state, facts), kept, facts).finish()
 
-    @functools.cached_property
-    def facts(self) -> dict[str, Any]:
+    def _facts(self, start: TrainState) -> dict[str, Any]:
         """What a run that goes on must have again; the data are read once, before all steps."""
-        own = {"seed": self.seed, "loss": self.loss, **self.batches.facts}
+        own = {"seed": int(self.seed), "loss": self.loss, **self.batches.facts}
+        own[START] = magnitudes(start.variables)
         return own if self.teacher is None else own | {"teacher": fingerprint(self.teacher)}
 
-    def _resumed(self, kept: Checkpoints, state: TrainState) -> TrainState:
-        own, found = self.facts, kept.newest(state)
+    def _resumed(self, kept: Checkpoints, state: TrainState, own: dict[str, Any]) -> TrainState:
+        found = kept.newest(state)
         if found is None:
             return state
         start, (state, facts) = state, found
-        for name, value in own.items():
-            if facts.get(name, value) != value:
-                raise ValueError(
-                    f"{self.folder} holds a run with {name}={facts[name]!r}, not {value!r}; "
-                    "give what the run had, or another folder."
-                )
+        check_facts(kept.folder.parent, own, facts)
         if int(state.step) > self.steps:
             raise ValueError(
                 f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
@@ -124,7 +126,7 @@ class Run:
         if step == self.steps:
             LOG.warning("The run in %s has all its %d steps; nothing is done.", self.folder, step)
             return
-        LOG.info("The run in %s goes on after step %d.", self.folder, step)
+        LOG.warning("The run in %s goes on after step %d.", self.folder, step)
         if rate != self.rate:
             LOG.warning("The run had learning_rate=%s and goes on with %s.", rate, self.rate)
 
@@ -132,8 +134,15 @@ class Run:
 class _Loop:
     """A run in progress: its state, and the metrics of the steps since the last line."""
 
-    def __init__(self, run: Run, state: TrainState, kept: Checkpoints | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        kept: Checkpoints | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run, self.state, self.kept = run, state, kept
+        self.facts = {**(facts or {}), "rate": None if run.rate is None else float(run.rate)}
         self.number = int(state.step)
         self.metrics = Metrics(run.folder, self.number) if run.folder else None
         self.recent: list[dict[str, jax.Array]] = []
@@ -161,7 +170,7 @@ class _Loop:
         """Warns at the end of a run whose loss has risen since the first steps."""
         first, last = np.mean(losses[:FEW]), np.mean(losses[-FEW:])
         self.first = float(first) if self.first is None else self.first
-        if self.number == self.run.steps and last > RISE * self.first:
+        if self.number == self.run.steps and risen(self.first, float(last)):
             rate = "" if self.run.rate is None else f", which was {self.run.rate}"
             LOG.warning(
                 "The loss rose from %.3g to %.3g. Lower the learning rate%s: a network without "
@@ -238,10 +247,10 @@ class _Loop:
         if not self.recent:
             return
         self._check(self.number, self.recent[-1])
-        rows = [_floats(metrics) for metrics in jax.device_get(self.recent)]
+        rows = [floats(metrics) for metrics in jax.device_get(self.recent)]
         now = time.perf_counter()
         speed = {"steps_per_second": len(rows) / (now - self.since)}
-        self._write(_means(rows) | speed)
+        self._write(means(rows) | speed)
         self._tell_rise([row["loss"] for row in rows])
         self.epoch = [*self.epoch, *rows] if self.run.after_epoch else []
         self.recent, self.since = [], now
@@ -249,8 +258,9 @@ class _Loop:
     def _end_epoch(self, epoch: int) -> None:
         self._line()
         if self.run.after_epoch is not None:
-            found = self.run.after_epoch(epoch, self.state.averaged, _means(self.epoch))
-            self._write({"epoch": epoch, **(found or {})})
+            copies = jax.tree.map(jnp.copy, self.state.averaged)  # the next step donates its state
+            found = self.run.after_epoch(epoch, copies, means(self.epoch))
+            self._write({"epoch": epoch, **numbers(found)})
         self.epoch, self.since = [], time.perf_counter()
 
     def _write(self, values: Mapping[str, float]) -> None:
@@ -260,13 +270,4 @@ class _Loop:
     def _save(self) -> None:
         self._line()
         if self.kept is not None:
-            self.kept.save(self.state, self.run.facts | {"rate": self.run.rate}, self.run.plan)
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if name != "not_finite"}
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric; there are none of no steps."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ())}
+            self.kept.save(self.state, self.facts, self.run.plan)

@@ -2,19 +2,24 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from lowrank_jax.calibration.collecting import calibrate
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.training.checkpoints import Checkpoints
+from lowrank_jax.training.checkpoints import begun, load_tree, save_tree
 from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.origins import Origin, has_origin, new_origin
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 
-PLAN, STAGE = "plan.json", "-macs-"
+PLAN, START, STAGE = "plan.json", "start", "-macs-"
 
 
 def shrink(
@@ -40,15 +45,18 @@ def shrink(
         inputs: unlabelled, for the plans and the fits, as in `calibrate`.
         batches: for the tuning, as in `finetune`.
         macs: shares of the dense macs, each smaller than the one before, such as (0.7, 0.5).
-        tune: arguments of `finetune`, such as ``{"epochs": 2, "batch_size": 64}``.
-        folder: of the run, with one folder for each stage; the same call goes on from there.
+        tune: arguments of `finetune`, such as ``{"epochs": 2, "batch_size": 64}``, without "folder"
+            and "plan", which each stage has of its own.
+        folder: of the run, with one folder for each stage; the same call goes on from there, and
+            so does one with more shares after the same ones.
         **kwargs: arguments of the model itself.
 
     Returns:
         The network at the last budget, and its plan.
 
     Raises:
-        ValueError: the shares do not fall, or `plan`, `compress` or `finetune` refuses an argument.
+        ValueError: the shares do not fall, the folder is of another network or of other shares, or
+            `plan`, `compress` or `finetune` refuses an argument.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -62,22 +70,44 @@ def shrink(
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
+    _check_tune(tune)
+    stages = [None] * len(macs) if folder is None else stage_folders(folder, macs)
     dense, current = variables, variables
-    for number, share in enumerate(macs):
-        own = None if folder is None else Path(folder) / f"{number}{STAGE}{share:g}"
+    for share, own in zip(macs, stages, strict=True):
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
         options: dict[str, Any] = {"teacher": dense, **tune, "folder": own, "plan": chosen}
         current = finetune(apply, start, batches, **options, **kwargs)
     return current, chosen
 
 
-def last_stage(folder: str | os.PathLike) -> Path:
-    """The folder of the last stage within the folder of a run."""
-    return max(Path(folder).glob(f"*{STAGE}*"), key=_number)
+def stage_folders(folder: str | os.PathLike, macs: Sequence[float]) -> list[Path]:
+    """The folders of the stages, within the folder of a run.
+
+    Raises:
+        ValueError: a stage of another share was trained in one's place.
+
+    Example:
+        >>> [path.name for path in stage_folders("run", (0.8, 0.6))]
+        ['0-macs-0.8', '1-macs-0.6']
+    """
+    own = [Path(folder) / f"{number}{STAGE}{share:g}" for number, share in enumerate(macs)]
+    for number, path in enumerate(own):
+        others = [other for other in Path(folder).glob(f"{number}{STAGE}*") if other != path]
+        if trained := [other for other in others if begun(other)]:
+            raise ValueError(
+                f"{folder} holds the stage {trained[0].name}, not {path.name}; give the shares "
+                "that the run had, or another folder."
+            )
+    return own
 
 
-def _number(path: Path) -> int:
-    return int(path.name.partition(STAGE)[0])
+def _check_tune(tune: Mapping[str, Any]) -> None:
+    for name in ("folder", "plan"):
+        if name in tune:
+            raise ValueError(
+                f"tune={{{name!r}: {tune[name]!r:.80}}} is not allowed, as each stage has a {name} "
+                f"of its own; leave {name!r} out, and give shrink the folder of all stages."
+            )
 
 
 def check_schedule(macs: Sequence[float]) -> None:
@@ -105,12 +135,28 @@ def _compressed(
     kwargs: Mapping[str, Any],
 ) -> tuple[Plan, Any]:
     """The plan of a stage, and the network before its tuning."""
-    chosen = Plan.load(folder / PLAN) if folder and (folder / PLAN).exists() else None
-    if chosen and folder and Checkpoints(folder).steps():
-        return chosen, decompose(dense, chosen)  # `finetune` reads the values from its checkpoint
+    origin = {"network": fingerprint(current)}
+    if folder and has_origin(folder, origin):
+        return _kept(folder, dense)
     found = calibrate(apply, reconstruct(current), inputs, **kwargs)
-    chosen = chosen or plan(found, macs=share)
+    chosen = plan(found, macs=share)
+    small = compress(found, chosen)
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+        _keep(folder, origin, chosen, small)
+    return chosen, small
+
+
+def _keep(folder: Path, origin: Origin, chosen: Plan, small: Any) -> None:
+    with new_origin(folder, origin):
+        shutil.rmtree(folder / START, ignore_errors=True)
         chosen.save(folder / PLAN)
-    return chosen, compress(found, chosen)
+        save_tree(folder / START, small)
+
+
+def _kept(folder: Path, dense: Any) -> tuple[Plan, Any]:
+    """What `_keep` wrote; older versions kept no network, and the checkpoint has its values."""
+    chosen = Plan.load(folder / PLAN)
+    if not (folder / START).exists():
+        return chosen, decompose(dense, chosen)
+    shapes = jax.eval_shape(lambda tree: decompose(tree, chosen), dense)
+    return chosen, load_tree(folder / START, shapes)

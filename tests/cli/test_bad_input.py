@@ -267,6 +267,13 @@ def test_an_option_that_is_not_known_is_refused_with_the_nearest(
     assert_refused(capsys, tmp_path, status, f"did you mean {near}?")
 
 
+@pytest.mark.parametrize("names", [("plan", "budget"), ("budget", "plan")])
+def test_a_plan_and_a_budget_exclude_each_other(folder, capsys, tmp_path, names):
+    options = {"plan": "plan.json", "budget": "macs=0.5"}
+    status = run(folder, "compress", **{name: options[name] for name in names})
+    assert_refused(capsys, tmp_path, status, "not allowed with argument")
+
+
 def test_a_checkpoint_is_read_before_the_images(folder, capsys, tmp_path):
     status = run(folder, checkpoint="missing.npz", images="missing.npy")
     assert_refused(capsys, tmp_path, status, "missing.npz")

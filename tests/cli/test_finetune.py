@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank_jax import Plan, load_weights, plan, save_weights
+from lowrank_jax import Plan, decompose, load_weights, plan, save_weights
 from lowrank_jax.cli.main import main
 from lowrank_jax.training import read_metrics
 
@@ -36,13 +36,20 @@ def files(tmp_path_factory):
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", rng.integers(0, 4, 32))
     model = Trained()
-    variables = jax.jit(model.init, static_argnames="train")(
-        jax.random.key(0), images[:1], train=False
-    )
-    save_weights(folder / "dense.npz", variables)
-    plan(model.apply, variables, images, macs=0.6, train=False).save(folder / "plan.json")
+    for name, seed in (("dense", 0), ("other", 1)):
+        save_weights(folder / f"{name}.npz", made(model, images, seed))
+    variables = load_weights(folder / "dense.npz")
+    for name, share in (("plan", 0.6), ("low", 0.4)):
+        chosen = plan(model.apply, variables, images, macs=share, train=False)
+        chosen.save(folder / f"{name}.json")
     yield folder
     sys.path.remove(str(folder))
+
+
+def made(model, images, seed):
+    """Variables of the dense network."""
+    init = jax.jit(model.init, static_argnames="train")
+    return init(jax.random.key(seed), images[:1], train=False)
 
 
 def command(files, out, *options, checkpoint="dense.npz"):
@@ -86,6 +93,9 @@ def test_a_network_shrinks_in_stages_and_a_second_call_has_nothing_to_do(files, 
     assert jax.tree.all(
         jax.tree.map(np.array_equal, first, load_weights(tmp_path / "variables.npz"))
     )
+    assert main(command(files, tmp_path, "--shrink", "0.8", "--steps", "2")) == 0
+    shown = json.loads((tmp_path / "report.json").read_text())["metrics"]
+    assert shown == read_metrics(tmp_path / "0-macs-0.8")
     small = str(tmp_path / "variables.npz")
     assert main(command(files, tmp_path, "--shrink", "0.5", "--steps", "2", checkpoint=small)) == 2
     assert "--shrink needs a dense checkpoint" in capsys.readouterr().err
@@ -105,6 +115,47 @@ def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files
     }
     assert same.pop("Conv_0") and not any(same.values())
     assert json.loads((tmp_path / "b/checkpoints/000000002/facts.json").read_text())["seed"] == 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_plan_or_checkpoint_is_refused(files, tmp_path, capsys):
+    run = ["--labels", str(files / "labels.npy"), "--distill", "0", "--steps", "1"]
+    one, low = (["--plan", str(files / name)] for name in ("plan.json", "low.json"))
+    assert main(command(files, tmp_path / "a", *run, *low, "--freeze", "Cnv_0")) == 2
+    assert main(command(files, tmp_path / "a", *run, *one)) == 0  # nothing was trained before
+    wanted, kept = Plan.load(files / "plan.json"), load_weights(tmp_path / "a" / "variables.npz")
+    small = decompose(load_weights(files / "dense.npz"), wanted)
+    assert jax.tree.map(np.shape, kept) == jax.tree.map(np.shape, small)
+    assert main(command(files, tmp_path / "a", *run, *low)) == 2
+    assert main(command(files, tmp_path / "a", *run, *one, checkpoint="other.npz")) == 2
+    errors = capsys.readouterr().err
+    assert "began from another plan" in errors and "began from another checkpoint" in errors
+    assert Plan.load(tmp_path / "a" / "plan.json") == wanted
+
+
+@pytest.mark.parametrize("option", [["--plan", "plan.json"], ["--shrink", "0.8"]])
+def test_a_decomposed_checkpoint_is_not_compressed_again(files, tmp_path, capsys, option):
+    dense, ranks = load_weights(files / "dense.npz"), Plan.load(files / "plan.json")
+    save_weights(files / "decomposed.npz", decompose(dense, ranks))
+    given = command(files, tmp_path / "a", *option, "--steps", "1", checkpoint="decomposed.npz")
+    assert main(given) == 2
+    assert f"{option[0]} needs a dense checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_place_of_the_folder_is_named(files, tmp_path, capsys, below):
+    (tmp_path / "a").touch()
+    labels = ["--labels", str(files / "labels.npy")]
+    assert main(command(files, tmp_path / "a" / below, *labels, "--steps", "1")) == 2
+    assert f"{tmp_path / 'a'} is a file; give another path." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--batch-size", "64"], ["--freeze", "Cnv_0"]])
+def test_what_the_training_refuses_leaves_no_folder(files, tmp_path, capsys, option):
+    labels = ["--labels", str(files / "labels.npy")]
+    assert main(command(files, tmp_path / "a", *labels, "--steps", "1", *option)) == 2
+    assert not (tmp_path / "a").exists() and capsys.readouterr().err.count("\n") >= 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from lowrank_jax import __version__
 from lowrank_jax.cli import journeys
 from lowrank_jax.cli.main import build_parser, main
 from lowrank_jax.cli.options import EXAMPLES
@@ -20,6 +21,13 @@ def help_of(capsys, *command):
         main([*command, "--help"])
     assert info.value.code == 0
     return capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as info:
+        main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"lowrank-jax {__version__}\n"
 
 
 def test_the_help_tells_the_exit_statuses(capsys):

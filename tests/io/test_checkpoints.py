@@ -157,5 +157,5 @@ def test_steps_are_told_by_their_numbers(tmp_path):
     assert load_weights(tmp_path)["a"].tolist() == [10, 10]
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "other_3", {"a": np.ones(2)})
-    with pytest.raises(ValueError, match="give one of the folders in it: checkpoint_9, "):
+    with pytest.raises(ValueError, match="give one of these in it: checkpoint_9, "):
         load_weights(tmp_path)

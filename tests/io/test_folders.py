@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.io import folders
-from lowrank_jax.io.folders import MANIFEST, check_folder, whole_folder
+from lowrank_jax.io.folders import MANIFEST, check_folder, check_path, whole_folder
 
 OWN = ("report.json", "report.md", "variables.npz")
 
@@ -158,3 +158,13 @@ def test_threads_that_write_one_folder_leave_one_of_their_results(tmp_path):
     found = texts(tmp_path / "out")
     assert set(found) == set(OWN) and len(set(found.values())) == 1
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("below", ["", "run", "run/deep"])
+@pytest.mark.parametrize("check", [check_folder, check_path])
+def test_a_path_that_is_a_file_or_lies_below_one_is_refused(tmp_path, below, check):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"is a file; give|is no folder of results"):
+        check(file / below)
+    assert file.read_text() == "mine" and os.listdir(tmp_path) == ["notes.txt"]

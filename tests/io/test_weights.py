@@ -316,3 +316,11 @@ def test_a_folder_of_something_else_and_a_damaged_checkpoint_are_refused(tmp_pat
 def test_the_embedded_network_is_that_of_the_package():
     shapes = jax.tree.map(np.shape, data.pretrained()["params"]["Conv_5"])
     assert shapes == {"kernel": (1, 1, 192, 10), "bias": (10,)}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".msgpack"])
+def test_a_folder_of_results_names_the_weights_in_it(tmp_path, suffix):
+    (tmp_path / f"variables{suffix}").touch()
+    (tmp_path / "report.html").touch()
+    with pytest.raises(ValueError, match=f"give one of these in it: variables{suffix}"):
+        load_weights(tmp_path)

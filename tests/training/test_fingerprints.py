@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lowrank_jax.training.fingerprints import ROWS, fingerprint
+from lowrank_jax.training.fingerprints import ROWS, fingerprint, magnitudes
 
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=3, max_side=ROWS)
 
@@ -44,3 +44,17 @@ def test_a_large_array_is_read_in_a_few_rows():
     other = large.copy()
     other[::2] = 1
     assert fingerprint(large) != fingerprint(other)
+
+
+def test_every_factor_of_a_decomposed_kernel_counts(small):
+    leaves, structure = jax.tree.flatten(small)
+    others = [[x + (i == own) for i, x in enumerate(leaves)] for own in range(len(leaves))]
+    trees = [small, *(jax.tree.unflatten(structure, other) for other in others)]
+    assert len(set(map(fingerprint, trees))) == len(trees)
+
+
+def test_magnitudes_are_blind_to_signs_and_take_all_kinds_of_leaves(small):
+    turned = jax.tree.map(lambda x: -x, small)
+    assert magnitudes(small) == magnitudes(turned)
+    odd = {"short": jnp.ones(3, "bfloat16"), "empty": np.zeros((0, 3)), "key": jax.random.key(0)}
+    assert magnitudes(odd) == {"empty": 0.0, "key": 0.0, "short": 3.0}

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,16 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path_factory, end):
     (folder / FILE).write_text(text[:end])
     whole = text[:end].count("\n") + (end < len(text) and text[end] == "\n")
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, min(whole, 5) + 1))
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b'{"step": "x"}', b'{"step": null}', b"[1]", b'{"loss": 1}', b"\x00{"]
+)
+def test_a_damaged_line_is_left_out_and_the_run_goes_on(tmp_path, line):
+    whole = b'{"step": 1, "loss": 0.5}\n'
+    (tmp_path / FILE).write_bytes(whole + line + b"\n" + whole)
+    Metrics(tmp_path, step=1)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}] * 2
 
 
 def fake(monkeypatch, name, writer):

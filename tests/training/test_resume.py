@@ -14,9 +14,12 @@ import optax
 import pytest
 
 from lowrank_jax import load_weights, reconstruct
-from lowrank_jax.training import checkpoints, finetune, order
+from lowrank_jax.io.seals import seal
+from lowrank_jax.training import Loss, checkpoints, cross_entropy, distillation, finetune, order
 from lowrank_jax.training.checkpoints import Checkpoints, held
-from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.facts import check_facts
+from lowrank_jax.training.fingerprints import fingerprint, magnitudes
+from lowrank_jax.training.losses import taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.signals import TERMINATED
 
@@ -33,6 +36,11 @@ def tune(plain, batch, tmp_path):
         return finetune(*plain, batches, **OPTIONS | {"folder": tmp_path / "run"} | options)
 
     return run
+
+
+def scaled(factor):
+    """A loss of the user, which has a number of the function around it."""
+    return Loss.of(lambda outputs: factor * outputs.mean())
 
 
 @pytest.fixture
@@ -141,7 +149,7 @@ def test_a_stream_is_read_forward_and_says_so(tune, batch, caplog):
         ({"batch_size": 8}, "holds a run with batch_size=16, not 8"),
         (
             {"loss": "squared_error"},
-            "holds a run with loss='1 cross_entropy', not '1 squared_error'",
+            r"holds a run with loss='1 cross_entropy\(smoothing=0\)', not '1 squared_error'",
         ),
         ({"steps": 4}, "holds a run of 5 steps, more than 4"),
         ({"average": None}, "is of another network or optimiser: average/bias differs"),
@@ -154,9 +162,36 @@ def test_a_folder_of_another_run_is_refused(tune, options, text):
         tune(**options)
 
 
+@pytest.mark.parametrize("leaf", ["hidden", "head", "bias"])
+@pytest.mark.parametrize("steps", [5, 8], ids=["unfinished", "finished"])
+def test_a_folder_of_a_run_from_other_variables_is_refused(plain, batch, tmp_path, steps, leaf):
+    apply, start = plain
+    options = OPTIONS | {"folder": tmp_path / "run"}
+    finetune(apply, start, batch, **options | {"steps": steps})
+    other = {**start, leaf: jax.tree.map(lambda x: 1.01 * x, start[leaf])}
+    with pytest.raises(ValueError, match=rf"began from other variables.* of {leaf}"):
+        finetune(apply, other, batch, **options)
+
+
+def test_a_start_with_other_last_digits_and_an_older_checkpoint_go_on(plain, batch, tmp_path):
+    apply, start = plain
+    options = OPTIONS | {"folder": tmp_path / "run"}
+    wanted = finetune(apply, start, batch, **options)
+    again = jax.tree.map(lambda x: x * (1 + 1e-5), start)
+    chex.assert_trees_all_equal(finetune(apply, again, batch, **options), wanted)
+    newest = tmp_path / "run" / "checkpoints" / "000000008"
+    facts = json.loads((newest / "facts.json").read_text())
+    assert facts.pop("start")
+    (newest / "facts.json").write_text(json.dumps(facts))
+    seal(newest)
+    other = jax.tree.map(lambda x: 2 * x, start)
+    chex.assert_trees_all_equal(finetune(apply, other, batch, **options), wanted)
+
+
 def test_another_learning_rate_and_a_complete_run_are_told(tune, caplog):
     tune(steps=5)
     tune(learning_rate=0.01)
+    assert "goes on after step 5" in caplog.text
     assert "The run had learning_rate=0.02 and goes on with 0.01." in caplog.text
     tune(learning_rate=0.01)
     assert "has all its 8 steps; nothing is done." in caplog.text
@@ -193,8 +228,40 @@ def test_a_folder_of_a_run_with_another_teacher_is_refused(tune, plain):
         tune(teacher=jax.tree.map(lambda x: x + 1, dense))
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (distillation(4.0), distillation(1.0)),
+        (cross_entropy(), cross_entropy(0.3)),
+        (cross_entropy(), 2 * cross_entropy()),
+        (taught(0.5, 4.0), taught(0.5, 2.0)),
+        (scaled(1.0), scaled(3.0)),
+    ],
+    ids=str,
+)
+def test_a_loss_with_other_settings_is_another_loss(before, after):
+    one, two = ({"loss": str(Loss.of(given))} for given in (before, after))
+    check_facts(Path("run"), one, one)
+    with pytest.raises(ValueError, match="run holds a run with loss="):
+        check_facts(Path("run"), two, one)
+
+
+@pytest.mark.parametrize("older", ["0.5 distillation + 0.5 cross_entropy", "1 cross_entropy"])
+def test_the_loss_of_an_older_version_is_known_by_its_names(older):
+    own = {"loss": str(taught(0.5 if "+" in older else 0.0, 4.0))}
+    check_facts(Path("run"), own, {"loss": older})
+    with pytest.raises(ValueError, match="holds a run with loss="):
+        check_facts(Path("run"), own, {"loss": "1 squared_error"})
+
+
 def test_a_folder_is_used_by_one_run_at_a_time(tune, tmp_path):
     with held(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        tune()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tune, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(FileExistsError, match="run is a file; give another path"):
         tune()
 
 
@@ -204,9 +271,9 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, plain[1])
     facts = json.loads((tmp_path / "run/checkpoints/000000008/facts.json").read_text())
     assert facts.pop("data") == fingerprint(batch)
-    assert facts == {
-        "seed": 0, "loss": "1 cross_entropy", "examples": 64, "batch_size": 16, "rate": 0.02
-    }  # fmt: skip
+    assert facts.pop("start") == magnitudes(plain[1])
+    assert facts.pop("loss") == "1 cross_entropy(smoothing=0)"
+    assert facts == {"seed": 0, "examples": 64, "batch_size": 16, "rate": 0.02}
 
 
 def killed(home, kills):

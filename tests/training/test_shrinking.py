@@ -1,11 +1,15 @@
 """Compression in stages."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 
 import lowrank_jax as lr
+from lowrank_jax.io.seals import seal
 from lowrank_jax.training import checkpoints
 from lowrank_jax.training.shrinking import shrink
 
@@ -22,8 +26,9 @@ def dense():
     return MODEL.init(jax.random.key(0), IMAGES[:1])
 
 
-def run(dense, folder=None, macs=(0.8, 0.5)):
-    return shrink(MODEL.apply, dense, IMAGES, IMAGES, macs=macs, tune=TUNE, folder=folder)
+def run(dense, folder=None, macs=(0.8, 0.5), **tune):
+    tune = TUNE | tune
+    return shrink(MODEL.apply, dense, IMAGES, IMAGES, macs=macs, tune=tune, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,48 @@ def test_inputs_may_come_from_a_generator_which_every_stage_reads():
     tune = dict(steps=1, batch_size=8)
     given = [shrink(network, tree, x, data, macs=(0.8, 0.6), tune=tune) for x in (batches, data)]
     assert given[0][1].ranks == given[1][1].ranks
+
+
+@pytest.mark.slow
+def test_a_folder_of_other_shares_or_of_another_network_is_refused(dense, whole, tmp_path):
+    folder = shutil.copytree(whole[2], tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds the stage 0-macs-0\.8, not 0-macs-0\.9"):
+        run(dense, folder, macs=(0.9, 0.5))
+    with pytest.raises(ValueError, match="began from another network"):
+        run(jax.tree.map(lambda x: 2 * x, dense), folder)
+    assert [path.name for path in sorted(folder.iterdir())] == ["0-macs-0.8", "1-macs-0.5"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_an_older_version_goes_on(dense, whole, tmp_path):
+    folder = shutil.copytree(whole[2], tmp_path / "run")
+    for stage in folder.iterdir():
+        (stage / "origin.json").unlink()
+        shutil.rmtree(stage / "start")
+        for checkpoint in (stage / "checkpoints").iterdir():
+            facts = json.loads((checkpoint / "facts.json").read_text())
+            del facts["start"]
+            (checkpoint / "facts.json").write_text(json.dumps(facts))
+            seal(checkpoint)
+    for _ in range(2):
+        small, plan = run(dense, folder)
+        assert same(small, whole[0]) and plan.ranks == whole[1].ranks
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_never_trained_is_made_anew(dense, whole, tmp_path):
+    other = jax.tree.map(lambda x: x[..., ::-1], dense)
+    for network in (other, dense):
+        with pytest.raises(ValueError, match="save_every"):
+            run(network, tmp_path, save_every=0)
+    small, _ = run(dense, tmp_path)
+    assert same(small, whole[0])
+
+
+@pytest.mark.parametrize("name", ["folder", "plan"])
+def test_what_each_stage_has_of_its_own_is_refused(dense, name):
+    with pytest.raises(ValueError, match=f"tune={{'{name}': .* is not allowed.*leave '{name}' out"):
+        shrink(MODEL.apply, dense, IMAGES, IMAGES, macs=(0.5,), tune=TUNE | {name: "x"})
 
 
 @pytest.mark.parametrize("macs", [0.5, "0.5", {0.5}, (), (0.5, 0.5), (0.5, 0.8), (1.0,), (0.5, 0)])
