@@ -30,7 +30,8 @@ def compress(
     Errors count by what they cost the network's outputs, to second order. The fit of a layer is
     held against images that it was not fitted to. The first parameter that is added to a layer's
     output channel by channel, or subtracted, such as a bias or the mean of a batch normalisation,
-    is set so that the means are those of the dense network. Where an activation such as a ReLU
+    is set so that the means are those of the dense network. A layer behind which no parameter takes
+    up the means is fitted to the means, too. Where an activation such as a ReLU
     follows, a layer is fitted again to the errors that are left behind the activation (Zhang et
     al., 2015, arXiv 1505.06798), and the means behind the activation are matched. Without ``steps``
     nothing is trained. Layers within ``while`` and ``cond`` have the factors of `decompose`.
@@ -49,7 +50,7 @@ def compress(
         *given: the table, or variables, inputs, table and other arguments of the model. The table
             is a `Plan`, or layer path to rank or scheme, as in `decompose`.
         sweeps: alternating refinements of the two factors.
-        match_means: whether means are matched.
+        match_means: whether parameters behind the layers match the means.
         steps: gradient steps of each block, on up to 64 images each; 200 are enough for most.
         return_fits: whether to return the fits beside the tree.
         **kwargs: arguments of the model, in evaluation.
