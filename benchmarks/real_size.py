@@ -1,8 +1,8 @@
 """Seconds and memory of `calibrate`, `plan` and `compress` for a network of 224 pixels.
 
-python benchmarks/real_size.py [--images 256] [--out benchmarks/results/real_size.json]
+python benchmarks/real_size.py [--network vit_b] [--images 256] [--out FILE]
 
-ResNet-50 with random weights, smooth random images, half of the macs. The memory is the largest
+A network with random weights, smooth random images, half of the macs. The memory is the largest
 that the process holds in a stage, files that are mapped left out; Linux alone tells it.
 """
 
@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from growth import memory
+from modern import ConvNeXt, ViT
 from turns import told
 
 from lowrank_jax import calibrate, compress, plan
-from lowrank_jax.models.imagenet import ResNet50
+from lowrank_jax.models.imagenet import VGG16, ResNet50
 from lowrank_jax.tuning.device import machine
+
+NETWORKS = {"resnet50": ResNet50, "vgg16": VGG16, "convnext_t": ConvNeXt, "vit_b": ViT}
 
 
 def options() -> argparse.Namespace:
@@ -31,13 +34,17 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--network", choices=NETWORKS, default="resnet50")
     add("--images", type=int, default=256)
     add("--batch", type=int, default=32, help="images that run at once")
     add("--size", type=int, default=224, help="height and width")
     add("--macs", type=float, default=0.5, help="share that is left")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path(__file__).parent / "results" / "real_size.json")
-    return parser.parse_args()
+    add("--out", type=Path, help="JSON; by default named by the network in benchmarks/results")
+    args = parser.parse_args()
+    name = f"real_size_{args.network}.json"
+    args.out = args.out or Path(__file__).parent / "results" / name
+    return args
 
 
 def smooth(count: int, size: int, seed: int) -> np.ndarray:
@@ -73,7 +80,7 @@ class Stages:
 
 def main() -> None:
     args = options()
-    model, count = ResNet50(), args.images // args.batch
+    model, count = NETWORKS[args.network](), args.images // args.batch
     batches = [smooth(args.batch, args.size, args.seed + number) for number in range(count)]
     variables = jax.jit(model.init)(jax.random.key(args.seed), jnp.asarray(batches[0][:1]))
     stages = Stages()
@@ -84,6 +91,7 @@ def main() -> None:
         "benchmark": "real_size",
         "machine": machine(),
         "options": told(args),
+        "macs": chosen.total("macs"),
         "stages": stages.found,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
