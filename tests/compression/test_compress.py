@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, max_rank, plan
-from lowrank_jax.compression import holding
+from lowrank_jax.compression import holding, reconstruction
 from lowrank_jax.factorization.forms import SCHEMES
 
 
@@ -300,6 +300,17 @@ def test_a_value_that_stays_alive_is_written_once(monkeypatch):
     compress(Shortcut().apply, variables, [x[:4], x[4:]], {"Conv_1": 2, "Conv_2": 2})
     # Of each of two batches: the shortcut, its activation, and the outputs of the last layer.
     assert written.count(7) == 2 * 3
+
+
+def test_layers_of_too_many_inputs_have_plain_factors(monkeypatch, caplog):
+    monkeypatch.setattr(reconstruction, "WIDEST", 40)  # "circular" has 120
+    x, apply = images(64), Net().apply
+    variables = trained(Net(), x)
+    ranks = {"strided": 3, "circular": 5}
+    small, fits = compress(apply, variables, x, ranks, return_fits=True)
+    assert set(fits) == {"strided"} and "circular has plain factors: more than 40" in caplog.text
+    plain = decompose(variables, {"circular": 5})["params"]["circular"]["kernel"]
+    chex.assert_trees_all_close(small["params"]["circular"]["kernel"], plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
