@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from lowrank_jax.calibration.inputs import images, shape_key
 from lowrank_jax.calibration.network import Network
+from lowrank_jax.calibration.noise import signal_share
 from lowrank_jax.calibration.sums import AnyGeometry, geometry_of
 from lowrank_jax.factorization.importance import Importance, block_size
-from lowrank_jax.factorization.solving import TINY
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
@@ -124,19 +124,17 @@ def output_curvature(
 def _less_noise(
     totals: Float[np.ndarray, "2 k b b"], counts: Float[np.ndarray, "2"]
 ) -> Float[np.ndarray, "k b b"]:
-    """The mean of two sums, less the share beside the diagonal that is noise (James and Stein).
+    """The mean of two sums, less the share beside the diagonal that is noise.
 
-    The means of two sets of inputs differ by noise alone. Few signs leave much in wide layers:
-    those of n inputs a share of the root of b / n where F is the identity, as in the last layer.
+    Few signs leave much in wide layers: those of n inputs a share of the root of b / n where F is
+    the identity, as in the last layer.
     """
     mean = totals.sum(0) / max(counts.sum(), 1)
     if not counts.all():  # nothing to hold against
         return mean
-    one, two = totals / counts[:, None, None, None]
-    beside = mean * (1 - np.eye(mean.shape[-1]))
-    rest = (one - two) * (1 - np.eye(mean.shape[-1]))
-    noise = np.sum(rest**2) * counts.prod() / counts.sum() ** 2
-    return mean - min(1.0, noise / max(np.sum(beside**2), TINY)) * beside
+    beside = 1 - np.eye(mean.shape[-1])
+    one, two = beside * totals / counts[:, None, None, None]
+    return mean - (1 - signal_share(one, two, counts)) * beside * mean
 
 
 def _few(batches: Iterable[tuple], left: int) -> Iterator[tuple]:

@@ -207,7 +207,7 @@ class _Way:
         """The scales on the way."""
         outputs = self.outline.eqns[self.place].outvars[0]
         steps, end = self.outline.channels.after(outputs, self.axis), self.chain[-1]
-        return [s for s in steps if s.name in SCALES and self.outline.eqns.index(s.eqn) <= end]
+        return [s for s in steps if s.name in SCALES and self.outline.place(s.eqn) <= end]
 
     @property
     def wanted(self) -> list:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.calibration.noise import signal_share
 from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, patch_sums
 from lowrank_jax.compression.outline import Outline, Shift
 from lowrank_jax.compression.segments import FOLDS, Live, Note
@@ -113,17 +114,14 @@ def _others(x: Any, axis: int) -> tuple[int, ...]:
 
 
 def trusted(lack: Callable[[Sequence], np.ndarray], found: Sequence) -> np.ndarray:
-    """A mean difference over all images, less the share of it that is noise (James and Stein).
+    """A mean difference over all images, less the share of it that is noise.
 
-    Two sets of images differ by twice the noise of their mean. The share is 1 where both lack the
-    same, and 0 for one image, which nothing can be held against.
+    One image has nothing that it can be held against, and all of it counts as noise.
     """
     if len(found) < FOLDS:
         return 0 * lack(found)
     one, two = (lack([own]) for own in found)
-    noise, mean = np.sum((one - two) ** 2) / 4, np.sum((one + two) ** 2) / 4
-    share = max(0.0, 1 - noise / mean) if mean else 0.0
-    return share * lack(found)
+    return signal_share(one, two) * lack(found)
 
 
 def drifted_mean(found: Sequence[tuple]) -> np.ndarray:

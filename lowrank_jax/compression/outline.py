@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from lowrank_jax.calibration.network import NetworkProgram
+from lowrank_jax.factorization.layout import kernel_size, width_of
 from lowrank_jax.program.channels import RESHAPES, SHIFTS, Channels
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.jaxprs import constants, opened
@@ -16,6 +18,8 @@ from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.survey import Survey
 
+LOG = logging.getLogger("lowrank_jax")
+WIDEST = 16_384  # inputs of a layer; more have a covariance of over 2 GB, and a fit needs several
 Slice = tuple[int, ...]
 LINEAR = ("add", "sub", "convert_element_type", "copy", "transpose", *RESHAPES)
 
@@ -60,7 +64,7 @@ class Outline:
 
     def readers(self, place: int) -> list:
         """The equations that read what an equation gives; None where the program returns it."""
-        return [eqn for var in self.eqns[place].outvars for eqn in self.channels.reading(var)]
+        return [eqn for var in self.eqns[place].outvars for eqn in self.channels.readers(var)]
 
     def is_linear(self, eqn: Any) -> bool:
         """Whether an equation adds, moves, or scales channel by channel."""
@@ -143,7 +147,7 @@ def find_shift(outline: Outline, place: int) -> Shift | None:
     if leaf is None or outline.number(leaf) not in outline.sources:
         return None
     channels = eqn.outvars[0].aval.shape[step.axis]
-    own = leaf.aval.size == channels and outline.channels.readers(leaf) == 1
+    own = leaf.aval.size == channels and outline.channels.count_readers(leaf) == 1
     data = outline.number(eqn.invars[step.index])
     sign = 1 if step.name == "add" else -1
     return Shift(place, data, outline.number(leaf), sign, step.axis) if own else None
@@ -168,9 +172,10 @@ def are_means_matched(outline: Outline, place: int) -> bool:
         for reader in outline.readers(index) if index in led else ():
             if reader is None or not outline.is_linear(reader):
                 return False
-            shift = find_shift(outline, outline.place(reader))
+            after = outline.place(reader)
+            shift = find_shift(outline, after)
             if shift is None or shift.sign > 0:
-                led.add(outline.place(reader))
+                led.add(after)
     return True
 
 
@@ -197,15 +202,27 @@ class Matched:
 
 
 def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
-    """The equations at which a kernel of a table is read, and its path.
+    """The equations at which a kernel of a table is read and can be fitted, and its path.
 
     A layer that reads the same for all images, such as learned queries, has one sample alone and is
-    not fitted.
+    not fitted, nor is one whose covariance is too large.
     """
-    found = {}
+    found, wide = {}, set[str]()
     for place, reading in sorted(outline.readings.items()):
         source = reading.source
         fixed = set(outline.reads(reading.eqn)) <= outline.fixed
-        if source is not None and not reading.reason and not fixed and source.path in schemes:
+        if source is None or reading.reason or fixed or source.path not in schemes:
+            continue
+        if _inputs(reading, source) > WIDEST:
+            wide.add(source.path)
+        else:
             found[place] = source.path
+    for path in sorted(wide):
+        LOG.warning("%s has plain factors: more than %d inputs are not fitted.", path, WIDEST)
     return found
+
+
+def _inputs(reading: Reading, source: Source) -> int:
+    """The entries of a patch that a layer reads, of one group."""
+    axes = reading.layout.axes
+    return kernel_size(axes, source.shape) // width_of(axes, source.shape)

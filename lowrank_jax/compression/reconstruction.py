@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,16 +40,12 @@ from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
 from lowrank_jax.factorization.factors import wide
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import kernel_size, width_of
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.reading import Reading
 from lowrank_jax.program.transform import prepare
 from lowrank_jax.tree.decomposing import replaced
 from lowrank_jax.tree.paths import map_named
-
-LOG = logging.getLogger("lowrank_jax")
-WIDEST = 16_384  # inputs of a layer; more have a covariance of over 2 GB, and a fit needs several
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,23 +82,10 @@ class Reconstruction:
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
         self.done: set = set()  # kernels and shifts whose steps are over
-        self.places = fit_places(self.outline, self._fitted())
+        self.places = fit_places(self.outline, job.schemes)
         values = job.network.leaves(batches[0])
         self.shortcuts = find_shortcuts(self.outline, self.places, values)
         self.activations = find_activations(self.outline, self.places, values)
-
-    def _fitted(self) -> dict[str, Scheme]:
-        """The schemes of the layers whose covariances are not too large to fit."""
-        shapes = {path: self.factors.stored[path].shape for path in self.job.schemes}
-        fitted = {
-            path: scheme
-            for path, scheme in self.job.schemes.items()
-            if kernel_size(scheme.axes, shapes[path])
-            <= WIDEST * width_of(scheme.axes, shapes[path])
-        }
-        for path in shapes.keys() - fitted.keys():
-            LOG.warning("%s has plain factors: more than %d inputs are not fitted.", path, WIDEST)
-        return fitted
 
     def _given(self, batch: tuple) -> Values:
         outline, inputs = self.outline, self.outline.jaxpr.invars
@@ -169,14 +151,11 @@ class Reconstruction:
         note = fit_note(self.outline, place, shortcut, roots, sample)
         found = self.segments.advance(place, self._small(), note)
         if lacks:
-            centred = shift is not None or self._are_means_matched(place)
-            self.layers.fit(path, reading, found, centred)
+            later = self.match_means and are_means_matched(self.outline, place)
+            self.layers.fit(path, reading, found, shift is not None or later)
         self._match_outputs(reading, shift, found, matched)
         if sample and self.layers.supported(path):
             self._fit_again(path, sample, shift, found, matched)
-
-    def _are_means_matched(self, place: int) -> bool:
-        return self.match_means and are_means_matched(self.outline, place)
 
     def _fit_again(
         self, path: str, sample: Sample, shift: Shift | None, first: Sequence, matched: Matched

@@ -81,7 +81,8 @@ def _check(options: Mapping[str, Any], verb: Callable, model: Any) -> None:
                 f"{name}={options[name]!r:.80} is not allowed for a model of NNX, whose variables "
                 "and random numbers are its own; leave it out."
             )
-    check_options(verb, model, options.keys() - inspect.signature(verb).parameters.keys())
+    own = inspect.signature(verb).parameters
+    check_options(verb, model, [name for name in options if name not in own])
 
 
 class Training:

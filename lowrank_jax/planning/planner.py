@@ -29,6 +29,7 @@ from lowrank_jax.program.jaxprs import check_options
 if TYPE_CHECKING:
     from lowrank_jax.tuning.timer import Timer
 
+_Seen = Mapping[str, Mapping[tuple[int, ...], Strips]]
 _KNOWN: "weakref.WeakKeyDictionary[Calibration, Spectra]" = weakref.WeakKeyDictionary()
 
 
@@ -184,10 +185,11 @@ def layer_weights(found: Calibration) -> dict[str, float]:
     an error of 1, between no weight and c itself.
     """
     costs = {}
-    seen = _seen(found)
-    for path in found.curvature.keys() & seen.keys():
+    for path, own in _seen(found).items():
+        if path not in found.curvature:
+            continue
         curvature = found.curvature[path]
-        variance = np.mean([strips.variance.ravel() for strips in seen[path].values()], axis=0)
+        variance = np.mean([strips.variance.ravel() for strips in own.values()], axis=0)
         diagonal = np.diagonal(curvature, axis1=1, axis2=2).ravel()
         costs[path] = math.sqrt(float(diagonal @ variance))
     mean = sum(costs.values()) / max(len(costs), 1)
@@ -199,7 +201,7 @@ def _spectra(found: Calibration) -> Spectra:
     unseen = [path for path in found.trace.safe_paths() if path not in seen]
     values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
     jobs, sizes = {}, []  # type: ignore[var-annotated]
-    for path, first, kernel, moments in _matrices(found):
+    for path, first, kernel, moments in _matrices(found, seen):
         use, importance = found.trace.at(path)[0], found.importance.get(path)
         jobs[len(jobs), path, first] = functools.partial(
             whitened_spectrum, kernel, moments, use.scheme(1, first), importance
@@ -220,16 +222,16 @@ def _spectra(found: Calibration) -> Spectra:
     return Spectra(values)
 
 
-def _seen(found: Calibration) -> Mapping[str, Mapping[tuple[int, ...], Strips]]:
+def _seen(found: Calibration) -> _Seen:
     """The sums of the layers that some inputs reached; a branch may never be taken."""
     moments = found.moments.items()
     return {path: own for path, own in moments if all(strips.count for strips in own.values())}
 
 
-def _matrices(found: Calibration) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
+def _matrices(found: Calibration, seen: _Seen) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
     """Path, form, kernel and moments of every kernel of every stack."""
     leaves = found.network.named()
-    for path, slices in _seen(found).items():
+    for path, slices in seen.items():
         use = found.trace.at(path)[0]
         for index, strips in slices.items():
             kernel = np.asarray(leaves[path][index])

@@ -146,14 +146,14 @@ class Channels:
             var = eqn.invars[0]
         return None if isinstance(var, Literal) else var
 
-    def reading(self, var: Any) -> list:
+    def readers(self, var: Any) -> list:
         """The equations that read a value; None where the program returns it."""
         return self._readers[var]
 
-    def readers(self, var: Any) -> int:
+    def count_readers(self, var: Any) -> int:
         """How many equations read an input, directly or through copies of it."""
         count = 0
         for eqn in self._readers[var]:
             spread = eqn is not None and eqn.primitive.name in _SPREAD
-            count += self.readers(eqn.outvars[0]) if spread else 1
+            count += self.count_readers(eqn.outvars[0]) if spread else 1
         return count

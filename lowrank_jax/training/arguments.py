@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training import augmentation
 
 MAKERS = (augmentation.chain, augmentation.crops_and_flips, augmentation.cutmix, augmentation.mixup)
@@ -91,6 +92,7 @@ KINDS = {
     "dtype": Kind(_is_floating, "a floating type, such as jnp.bfloat16"),
     "folder": Kind(lambda value: isinstance(value, str | os.PathLike), "a path"),
     "teacher_apply": Kind(callable, "a function of (variables, inputs), such as model.apply"),
+    "plan": Kind(lambda value: isinstance(value, Plan), "a Plan, such as plan() returns, or None"),
     "after_epoch": Kind(callable, "a function of (epoch, variables, metrics)"),
     "sharding": Kind(
         lambda value: isinstance(value, NamedSharding), "NamedSharding(mesh, PartitionSpec('data'))"

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.training.losses import probabilities
+from lowrank_jax.training.labels import probabilities
 
 Augment = Callable[[chex.PRNGKey, tuple], tuple]
 

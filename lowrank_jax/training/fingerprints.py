@@ -1,6 +1,7 @@
 """Fingerprints of data and parameters, by which a run knows its own again."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ def fingerprint(tree: Any) -> str:
         (True, False)
     """
     total = hashlib.blake2b(digest_size=6)
-    names = leaf_names(tree, is_leaf=lambda _: False)  # each factor for itself
-    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+    for name, leaf in _named(tree):
         total.update(f"{name} {np.shape(leaf)}".encode())
         total.update(_rows(leaf))
     return total.hexdigest()
@@ -41,10 +41,14 @@ def magnitudes(tree: Any) -> dict[str, float]:
         >>> magnitudes({"x": np.array([1.0, -2.0])})
         {'x': 3.0}
     """
+    arrays = {name: np.asarray(plain(leaf)) for name, leaf in _named(tree)}
+    return {name: float(np.abs(x).sum(dtype=np.float64)) for name, x in arrays.items()}
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves with their names, each factor for itself."""
     names = leaf_names(tree, is_leaf=lambda _: False)
-    arrays = [np.asarray(plain(leaf)) for leaf in jax.tree.leaves(tree)]
-    sums = [float(np.abs(array).sum(dtype=np.float64)) for array in arrays]
-    return dict(zip(names, sums, strict=True))
+    return zip(names, jax.tree.leaves(tree), strict=True)
 
 
 def _rows(leaf: Any) -> bytes:

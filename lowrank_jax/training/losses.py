@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.training.labels import probabilities
+
 NEEDS = ("outputs", "labels", "teacher", "layers")
 Term = Callable[..., jax.Array]
 Name = Literal["cross_entropy", "distillation", "layers", "squared_error"]
@@ -254,36 +256,6 @@ def _settings(term: Term) -> str:
 
 def _arguments(term: Term) -> tuple[str, ...]:
     return tuple(inspect.signature(term).parameters)
-
-
-def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Labels as a distribution over the classes.
-
-    Args:
-        labels: ints (batch, ...) from 0, or probabilities.
-        shape: of the logits, (batch, ..., classes).
-
-    Returns:
-        Probabilities of that shape. For an int that is no class they are NaN, because a loss of
-        zero would hide the mistake.
-
-    Raises:
-        ValueError: labels of another shape or type.
-
-    Example:
-        >>> probabilities(jnp.array([1, 3]), (2, 3)).tolist()
-        [[0.0, 1.0, 0.0], [nan, nan, nan]]
-    """
-    ints = jnp.issubdtype(labels.dtype, jnp.integer)
-    if labels.shape != (shape[:-1] if ints else shape):
-        raise ValueError(
-            f"Labels {labels.dtype} {labels.shape} are not allowed for outputs {shape}; give ints "
-            f"{shape[:-1]}, or probabilities {shape}."
-        )
-    if not ints:
-        return labels
-    known = (labels >= 0) & (labels < shape[-1])
-    return jnp.where(known[..., None], jax.nn.one_hot(labels, shape[-1]), jnp.nan)
 
 
 def _one_array(outputs: Any) -> jax.Array:

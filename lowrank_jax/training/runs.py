@@ -73,13 +73,6 @@ class Run:
     after_epoch: AfterEpoch | None = None
     sharding: NamedSharding | None = None
 
-    def __post_init__(self) -> None:
-        if self.plan is not None and not isinstance(self.plan, Plan):
-            raise ValueError(
-                f"plan={self.plan!r:.80} is not allowed; give a Plan, such as plan() returns, or "
-                "leave it out."
-            )
-
     def finish(self, state: TrainState) -> TrainState:
         """The state after all steps, from the newest checkpoint in the folder, or the one given.
 

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, max_rank, plan
-from lowrank_jax.compression import holding, reconstruction
+from lowrank_jax.compression import holding, outline
 from lowrank_jax.factorization.forms import SCHEMES
 
 
@@ -303,7 +303,7 @@ def test_a_value_that_stays_alive_is_written_once(monkeypatch):
 
 
 def test_layers_of_too_many_inputs_have_plain_factors(monkeypatch, caplog):
-    monkeypatch.setattr(reconstruction, "WIDEST", 40)  # "circular" has 120
+    monkeypatch.setattr(outline, "WIDEST", 40)  # "circular" has 120
     x, apply = images(64), Net().apply
     variables = trained(Net(), x)
     ranks = {"strided": 3, "circular": 5}

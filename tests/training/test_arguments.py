@@ -33,6 +33,7 @@ OTHERS = {
     "dtype": ["bf16", jnp.int32, "no type"],
     "folder": [3, ["run"]],
     "teacher_apply": [{}, "apply"],
+    "plan": [{"Conv_0": 3}, "plan.json"],
     "after_epoch": [{}, "print"],
     "sharding": [PartitionSpec("data"), "data", jax.make_mesh((1,), ("data",))],
     "train_kwargs": [["train"], "train", True],
