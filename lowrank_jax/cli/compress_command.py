@@ -50,6 +50,11 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the compressed checkpoint with its plan and a report."""
+    if args.plan and args.multiple:
+        raise ValueError(
+            f"--multiple {args.multiple} restricts ranks that a budget chooses, and --plan gives "
+            "them; leave --multiple out."
+        )
     job = load_job(args)
     labels = job.labels(args.images, args.labels)
     compared = Comparison.of(job, labels, hold_out=labels is not None)

@@ -31,6 +31,7 @@ from lowrank_jax.training.losses import Loss, taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of
 from lowrank_jax.training.origins import has_origin, new_origin
+from lowrank_jax.training.partition import trained_leaves
 from lowrank_jax.training.shrinking import shrink, stage_folders
 from lowrank_jax.tree.paths import factored_leaves
 
@@ -79,11 +80,13 @@ def run(args: argparse.Namespace) -> None:
     teacher = _teacher(job, args)
     wanted = _loss(labels, teacher, args)
     data = job.images if labels is None else (job.images, labels)
-    batches_of(data, args.batch_size, args.seed)  # refuses what does not do before minutes of work
+    frozen = dict.fromkeys(args.freeze, False)
+    trained_leaves(job.variables, frozen)  # refuses what does not do before minutes of work,
+    batches_of(data, args.batch_size, args.seed)  # as this does
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"loss": wanted, "teacher": teacher if "teacher" in wanted.needs else None}
-    options["trained"] = dict.fromkeys(args.freeze, False)
+    options["trained"] = frozen
     known = {} if teacher is None else {"dense": teacher}
     plan: Plan | None
     if args.shrink:

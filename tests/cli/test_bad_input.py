@@ -274,6 +274,11 @@ def test_a_plan_and_a_budget_exclude_each_other(folder, capsys, tmp_path, names)
     assert_refused(capsys, tmp_path, status, "not allowed with argument")
 
 
+def test_a_plan_has_its_ranks_already(folder, capsys, tmp_path):
+    status = run(folder, "compress", plan="plan.json", multiple=8)
+    assert_refused(capsys, tmp_path, status, "leave --multiple out")
+
+
 def test_a_checkpoint_is_read_before_the_images(folder, capsys, tmp_path):
     status = run(folder, checkpoint="missing.npz", images="missing.npy")
     assert_refused(capsys, tmp_path, status, "missing.npz")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax import Plan, decompose, load_weights, plan, save_weights
+from lowrank_jax.cli import finetune_command
 from lowrank_jax.cli.main import main
 from lowrank_jax.training import read_metrics
 
@@ -117,11 +118,18 @@ def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files
     assert json.loads((tmp_path / "b/checkpoints/000000002/facts.json").read_text())["seed"] == 0
 
 
+def interrupted(*_, **__):
+    """Ctrl-C before the first step."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_a_folder_of_another_plan_or_checkpoint_is_refused(files, tmp_path, capsys):
+def test_a_folder_of_another_plan_or_checkpoint_is_refused(files, tmp_path, capsys, monkeypatch):
     run = ["--labels", str(files / "labels.npy"), "--distill", "0", "--steps", "1"]
     one, low = (["--plan", str(files / name)] for name in ("plan.json", "low.json"))
-    assert main(command(files, tmp_path / "a", *run, *low, "--freeze", "Cnv_0")) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_command, "_trained", interrupted)
+        assert main(command(files, tmp_path / "a", *run, *low)) == 130
     assert main(command(files, tmp_path / "a", *run, *one)) == 0  # nothing was trained before
     wanted, kept = Plan.load(files / "plan.json"), load_weights(tmp_path / "a" / "variables.npz")
     small = decompose(load_weights(files / "dense.npz"), wanted)
@@ -152,9 +160,13 @@ def test_a_file_in_the_place_of_the_folder_is_named(files, tmp_path, capsys, bel
 
 
 @pytest.mark.parametrize("option", [["--batch-size", "64"], ["--freeze", "Cnv_0"]])
-def test_what_the_training_refuses_leaves_no_folder(files, tmp_path, capsys, option):
-    labels = ["--labels", str(files / "labels.npy")]
-    assert main(command(files, tmp_path / "a", *labels, "--steps", "1", *option)) == 2
+@pytest.mark.parametrize("plan", [[], ["--plan", "plan.json"]])
+def test_what_the_training_refuses_leaves_no_folder(
+    files, tmp_path, capsys, monkeypatch, option, plan
+):
+    monkeypatch.chdir(files)
+    given = ["--labels", "labels.npy", "--steps", "1", *plan, *option]
+    assert main(command(files, tmp_path / "a", *given)) == 2
     assert not (tmp_path / "a").exists() and capsys.readouterr().err.count("\n") >= 1
 
 
