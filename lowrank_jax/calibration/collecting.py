@@ -20,6 +20,7 @@ from lowrank_jax.calibration.inputs import (
     tell_labels,
 )
 from lowrank_jax.calibration.network import Network
+from lowrank_jax.calibration.noise import independent
 from lowrank_jax.calibration.storing import read_moments, write_moments
 from lowrank_jax.calibration.strips import StripGeometry, strip_sums
 from lowrank_jax.factorization.importance import Importance
@@ -225,7 +226,7 @@ def _moments(
             shape = shape_key(batch)
             if shape not in programs:
                 programs[shape] = _program(network, batch, wanted)
-            total.add(programs[shape](turn, *network.leaves(batch)))
+            total.add(turn, programs[shape](turn, *network.leaves(batch)))
             count += images(batch)
     return total.by_layer(network.shapes()), count
 
@@ -245,27 +246,34 @@ def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callabl
 
 
 class _Total:
-    """Sums over batches, in float64 on the host."""
+    """Sums over batches, in float64 on the host; of every second batch those that tell noise."""
 
     def __init__(self) -> None:
         self.sums: dict[Key, Any] = {}
+        self.even: dict[Key, Any] = {}
 
-    def add(self, found: list[tuple[Any, Key]]) -> None:
+    def add(self, turn: int, found: list[tuple[Any, Key]]) -> None:
         for sums, key in found:
             new = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
-            old = self.sums.get(key)
-            self.sums[key] = new if old is None else jax.tree.map(np.add, old, new)
+            _add(self.sums, key, new)
+            telling = {name: (1 - turn % 2) * new[name] for name in ("count", "y", "part")}
+            _add(self.even, key, telling)
 
     def by_layer(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerMoments]:
         """The moments of each kernel of each stack."""
         found: dict[str, LayerMoments] = {}
         for key in list(self.sums):
             layer = found.setdefault(key.path, {})
-            for index, own in _taken_apart(key, self.sums.pop(key), shapes[key.path]):
+            own_sums = {"whole": self.sums.pop(key), "even": self.even.pop(key)}
+            for index, own in _taken_apart(key, own_sums, shapes[key.path]):
                 layer[index] = layer[index] + own if index in layer else own
         for path, layer in found.items():
             _check_finite(path, layer.values())
         return found
+
+
+def _add(sums: dict[Key, Any], key: Key, new: Any) -> None:
+    sums[key] = jax.tree.map(np.add, sums[key], new) if key in sums else new
 
 
 def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[Slice, Strips]]:
@@ -278,7 +286,14 @@ def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[
         own = dict(zip((*loops, *key.stack), place, strict=True)) | fixed
         index = tuple(int(own[axis]) for axis in sorted(own))
         one = jax.tree.map(lambda value, at=place: value[at], flat)
-        yield index, Strips(count=int(one.pop("count")), **one)
+        yield index, _strips(**one)
+
+
+def _strips(whole: dict[str, Any], even: dict[str, Any]) -> Strips:
+    """The sums of one kernel, of all batches and of every second one."""
+    samples = independent(whole, even)
+    rest = {name: value for name, value in whole.items() if name not in ("count", "part")}
+    return Strips(count=int(whole["count"]), samples=samples, **rest)
 
 
 def _check_finite(path: str, layer: Iterable[Strips]) -> None:

@@ -15,7 +15,7 @@ from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.io.missing import check_exists
 from lowrank_jax.io.npz import read_arrays, write_arrays
 
-VERSION = 3
+VERSION = 4
 FIELDS = ("x", "y", "yy", "strips", "offsets")
 LayerMoments = dict[tuple[int, ...], Strips]
 
@@ -40,7 +40,7 @@ def write_moments(
         for index, own in slices.items():
             fields = {field: getattr(own, field) for field in FIELDS}
             arrays |= flatten_dict({str(len(entries)): fields}, sep=".")
-            entries.append([layer, list(index), int(own.count)])
+            entries.append([layer, list(index), int(own.count), own.samples])
     prints = {layer: fingerprint(kernels[layer]) for layer in moments}
     arrays |= {f"curvature.{number}": own for number, own in enumerate(curvature.values())}
     head = {"version": VERSION, "images": images, "entries": entries, "kernels": prints}
@@ -66,9 +66,9 @@ def read_moments(
         if head["version"] != VERSION:
             raise ValueError(f"its version is {head['version']}, not {VERSION}")
         parts, found = unflatten_dict(arrays, sep="."), dict[str, LayerMoments]()
-        for number, (layer, index, count) in enumerate(head["entries"]):
+        for number, (layer, index, count, samples) in enumerate(head["entries"]):
             fields = {field: parts[str(number)].get(field, {}) for field in FIELDS}
-            found.setdefault(layer, {})[tuple(index)] = Strips(count=count, **fields)
+            found.setdefault(layer, {})[tuple(index)] = Strips(count, samples, **fields)
         layers = enumerate(head["curvature"])
         curvature = {layer: arrays[f"curvature.{number}"] for number, layer in layers}
     except (OSError, KeyError, TypeError, ValueError) as error:

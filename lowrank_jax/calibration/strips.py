@@ -8,10 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.sums import POSITIONS, AnyGeometry, geometry_of, summed_squares
+from lowrank_jax.calibration.sums import (
+    POSITIONS,
+    AnyGeometry,
+    geometry_of,
+    summed_products,
+    summed_squares,
+)
 from lowrank_jax.factorization.layout import forms_of, patch_axes, split_axes, width_of
 from lowrank_jax.factorization.strips import needed
 from lowrank_jax.program.reading import Reading
+
+PART = 32  # outputs whose covariance with all others tells how many samples are independent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,8 @@ def strip_sums(
 ) -> dict[str, Any]:
     """The sums of `Strips`, each with a leading axis for the kernels that run at once.
 
+    And "part", sums of the products of the first outputs with all, for `independent`.
+
     Args:
         geometry: of the layer.
         x, y: what it reads and gives.
@@ -80,6 +90,7 @@ def strip_sums(
         "x": patches.sum(0),
         "y": outputs.sum(0),
         "yy": summed_squares(outputs) if whole else (outputs**2).sum(0),
+        "part": summed_products(outputs[..., :PART], outputs),
         "strips": {first: pair[0] for first, pair in pairs.items()},
         "offsets": {first: pair[1] for first, pair in pairs.items()},
     }

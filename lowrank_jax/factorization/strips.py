@@ -5,6 +5,10 @@ A plan can do with less. With all taps in the first factor, the singular values 
 matrix L^T W, with L L^T = C, are the roots of the eigenvalues of W^T C W, the covariance of the
 outputs. With taps in both, C is taken as a Kronecker product of the mean covariance A of the strips
 that the first factor sees, and the correlation B of the taps of the second.
+
+Fewer samples than dimensions span a space in which a low rank loses nothing of them, and much of
+other samples. So a covariance is shrunk towards that of inputs without any correlation, by the
+share of their distance that is noise (Ledoit and Wolf, 2004; of Gaussian samples).
 """
 
 import dataclasses
@@ -34,6 +38,7 @@ class Strips:
 
     Attributes:
         count: number of patches.
+        samples: independent patches that would tell as much; neighbours in an image tell less.
         x: sum of the patches, each in the order in which the kernel stores its axes.
         y: sum of the outputs.
         yy: sum of the products of the outputs with each other; of their squares alone where no
@@ -44,6 +49,7 @@ class Strips:
     """
 
     count: int
+    samples: float
     x: Float64[Array, "g p"]
     y: Float64[Array, "g m"]
     yy: Float64[Array, "g m *m"]
@@ -56,6 +62,7 @@ class Strips:
 
         return Strips(
             self.count + other.count,
+            self.samples + other.samples,
             self.x + other.x,
             self.y + other.y,
             self.yy + other.yy,
@@ -98,9 +105,37 @@ def whitened_spectrum(
 
 def _of_outputs(layer: Groups, strips: Strips) -> list[Array]:
     """Eigenvalues of the covariance of the outputs of each group, weighted by their importance."""
-    covariances = _blocks(strips.output_covariance, layer.scheme.groups)
-    pairs = zip(covariances, layer.importance, strict=True)
-    return [_eigenvalues(weights.weighted(weights.weighted(own).T)) for own, weights in pairs]
+    covariances, found = _blocks(strips.output_covariance, layer.scheme.groups), []
+    for covariance, own, weights in zip(covariances, layer.own, layer.importance, strict=True):
+        weighted = weights.weighted(weights.weighted(covariance).T)
+        flat = own.reshape(-1, own.shape[-1])
+        found.append(_eigenvalues(shrunk(weighted, flat.T @ flat, strips.samples)))
+    return found
+
+
+def shrunk(
+    covariance: Float[Array, "n n"], prior: Float[Array, "n n"], samples: float
+) -> Float[Array, "n n"]:
+    """A covariance of few samples, nearer to what it would be without data.
+
+    Args:
+        covariance: of the samples.
+        prior: the covariance that is expected without data, up to a factor.
+        samples: how many there are that tell something of their own.
+
+    Example:
+        >>> one = np.outer([1.0, 1.0], [1.0, 1.0])
+        >>> [round(float(shrunk(one, np.eye(2), count)[0, 1]), 2) for count in (10, 10**6)]
+        [0.6, 1.0]
+    """
+    trace, whole = np.trace(covariance), np.trace(prior)
+    if not whole > TINY:
+        return covariance
+    towards = prior * (trace / whole)
+    noise = (np.sum(covariance**2) + trace**2) / samples
+    distance = np.sum((covariance - towards) ** 2)
+    share = noise / distance if noise < distance else 1.0
+    return covariance + share * (towards - covariance)
 
 
 def _blocks(covariances: Float[Array, "g m m"], groups: int) -> list[Array]:
@@ -116,6 +151,7 @@ def _of_strips(layer: Groups, strips: Strips) -> list[Array]:
     found = []
     every = zip(*(layer.of_groups(x) for x in _centred(layer, strips)), strict=True)
     for own, (strip, offset) in zip(layer.own, every, strict=True):
+        strip = shrunk(strip, np.eye(len(strip)), strips.samples)
         ridge = SHRINKAGES[0] * max(np.trace(offset) / layer.taps / len(strip), TINY)
         matrix, _ = whitening.whitened(own, *whitening.ridged(strip, offset, ridge))
         small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

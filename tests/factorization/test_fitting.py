@@ -107,7 +107,7 @@ def strips_of(x, y, taps):
     offsets = np.einsum("igbr,igcr->gbc", parts, parts, optimize=True)
     whole = np.einsum("igm,ign->gmn", y, y, optimize=True)
     strips, offsets = ({"horizontal": a, "pointwise": a} for a in (own, offsets))
-    return Strips(len(x), x.sum(0), y.sum(0), whole, strips, offsets)
+    return Strips(len(x), len(x), x.sum(0), y.sum(0), whole, strips, offsets)
 
 
 def factors(layer, scheme):

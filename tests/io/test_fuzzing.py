@@ -135,7 +135,7 @@ def network():
 
 
 def same_strips(one, two):
-    fields = ("count", "x", "y", "yy", "strips", "offsets")
+    fields = ("count", "samples", "x", "y", "yy", "strips", "offsets")
     parts = [[getattr(own, name) for name in fields] for own in (one, two)]
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, *parts)))
 
