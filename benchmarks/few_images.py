@@ -20,7 +20,8 @@ from modern import EfficientNetLite
 from PIL import Image
 from turns import told
 
-from lowrank_jax import calibrate, compress, decompose, from_torch, load_weights, lowrank, plan
+from lowrank_jax import calibrate, compress, decompose, load_weights, lowrank, plan
+from lowrank_jax.io.torch_names import from_torch
 from lowrank_jax.tuning.device import machine
 
 MODEL, CROP, BATCH = EfficientNetLite(), 0.875, 32

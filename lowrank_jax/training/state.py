@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.partition import Rules, joined, split, trained_leaves
 
 
@@ -54,7 +55,7 @@ class TrainState:
             average: whether to keep an average of the parameters.
 
         Raises:
-            ValueError: as `trained_leaves` says.
+            ValueError: an argument is of another kind, or as `trained_leaves` says.
 
         Example:
             >>> tree = {"dense": jnp.ones((3, 2)), "count": jnp.zeros((), int)}
@@ -64,6 +65,7 @@ class TrainState:
                    [1., 1.],
                    [1., 1.]], dtype=float32)}, dict_keys(['count', 'dense']))
         """
+        check_kinds({"tx": tx, "seed": seed, "trained": trained})
         variables = jax.tree.map(jnp.array, variables)
         params, rest = split(variables, trained_leaves(variables, trained, renewed))
         return cls(

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lowrank_jax.training import (
+    TrainState,
     chain,
     crops_and_flips,
     cutmix,
@@ -68,6 +69,12 @@ def test_finetune_checks_all_arguments_of_the_table(name, plain, batch):
 def test_a_step_checks_all_its_arguments_of_the_table(name, plain):
     with pytest.raises(ValueError, match=f"^{name}="):
         make_step(**{"apply": plain[0], "tx": optax.sgd(0.1), name: ANY[0]})
+
+
+@pytest.mark.parametrize("name", ["tx", "seed", "trained"])
+def test_a_state_checks_its_arguments(name, plain):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        TrainState.create(**{"variables": plain[1], "tx": optax.sgd(0.1), name: ANY[0]})
 
 
 @pytest.mark.parametrize("options", ALLOWED)
