@@ -47,17 +47,17 @@ def independent(whole: Mapping[str, np.ndarray], even: Mapping[str, np.ndarray])
     if not 0 < one < count:
         return 1.0
     odd = {name: whole[name] - even[name] for name in even}
-    differences = covariance_of_first(even) - covariance_of_first(odd)
+    differences = _of_first(even) - _of_first(odd)
     noise = one * (count - one) / count**2 * np.sum(differences**2)
     yy = whole["yy"] if whole["yy"].ndim == 2 else np.diagonal(whole["yy"], axis1=1, axis2=2)
     variance = yy / count - (whole["y"] / count) ** 2
-    covariance = covariance_of_first(whole)
+    covariance = _of_first(whole)
     first = variance[:, : covariance.shape[1]]
     expected = np.sum(covariance**2) + np.sum(first.sum(1) * variance.sum(1))
     return float(np.clip(expected / noise, 1, count)) if noise else count
 
 
-def covariance_of_first(sums: Mapping[str, np.ndarray]) -> Float[np.ndarray, "g k m"]:
+def _of_first(sums: Mapping[str, np.ndarray]) -> Float[np.ndarray, "g k m"]:
     """The covariance of the first outputs with all."""
     mean = sums["y"] / sums["count"]
     first = mean[:, : sums["part"].shape[1]]

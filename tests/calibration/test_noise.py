@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax import calibrate
+from lowrank_jax.factorization.strips import shrunk
 from lowrank_jax.planning.planner import calibrated_spectra
 
 INPUTS, OUTPUTS = 48, 40
@@ -36,6 +37,16 @@ def test_samples_that_are_alike_count_once(count, alike):
 def test_one_set_of_inputs_tells_no_noise_and_counts_as_one_sample():
     found = calibrate(apply, *drawn(0, 1, 8)).moments["kernel"][()]
     assert (found.count, found.samples) == (8, 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_covariance_of_one_sample_is_the_expected_one_and_of_many_its_own(seed):
+    rng = np.random.default_rng(seed)
+    wide, tall = (x @ x.T for x in (rng.normal(size=(6, 1 + seed)), rng.normal(size=(6, 9))))
+    expected = tall * (np.trace(wide) / np.trace(tall))
+    np.testing.assert_allclose(shrunk(wide, tall, 1), expected, rtol=1e-12)
+    np.testing.assert_allclose(shrunk(wide, tall, 1e9), wide, rtol=1e-5, atol=1e-6)
+    assert np.isclose(np.trace(shrunk(wide, tall, 20)), np.trace(wide))
 
 
 def test_inputs_that_do_not_vary_have_no_noise():
