@@ -89,7 +89,8 @@ def skeleton(plan: "Plan", variables: Any = None) -> Any:
         >>> from flax import linen as nn
         >>> import lowrank_jax as lr
         >>> model, x = nn.Sequential([nn.Conv(8, (3, 3))]), jnp.ones((2, 8, 8, 8))
-        >>> chosen = lr.plan(model.apply, model.init(jax.random.key(0), x), x, macs=0.5)
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> chosen = lr.plan(model.apply, variables, x, macs=0.5, forms=["vertical"])
         >>> tree = skeleton(chosen)
         >>> tree["params"]["layers_0"]["kernel"]["vertical"]
         ShapeDtypeStruct(shape=(3, 1, 8, 6), dtype=float32)
