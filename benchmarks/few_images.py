@@ -82,11 +82,12 @@ def main() -> None:
         return scores(outputs(network, every[others]), wanted, others)
 
     found = calibrate(MODEL.apply, variables, every[chosen])
-    rows = [{"network": "dense", **score(variables)}]
+    rows = [{"network": "dense", **scores(wanted, wanted, others)}]
     for share in args.macs:
         ranks, start = plan(found, macs=share), time.perf_counter()
-        small, plain = compress(found, ranks), decompose(variables, ranks, found.trace)
+        small = compress(found, ranks)
         seconds = time.perf_counter() - start
+        plain = decompose(variables, ranks, found.trace)
         rows.append({"network": "fitted", "macs": share, "seconds": seconds, **score(small)})
         rows.append({"network": "plain factors", "macs": share, **score(plain)})
         print(json.dumps(rows[-2:], indent=1), flush=True)

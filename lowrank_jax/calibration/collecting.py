@@ -226,7 +226,7 @@ def _moments(
             shape = shape_key(batch)
             if shape not in programs:
                 programs[shape] = _program(network, batch, wanted)
-            total.add(turn, programs[shape](turn, *network.leaves(batch)))
+            total.add(programs[shape](turn, *network.leaves(batch)))
             count += images(batch)
     return total.by_layer(network.shapes()), count
 
@@ -246,34 +246,27 @@ def _program(network: Network, batch: tuple, wanted: Collection[str]) -> Callabl
 
 
 class _Total:
-    """Sums over batches, in float64 on the host; of every second batch those that tell noise."""
+    """Sums over batches, in float64 on the host."""
 
     def __init__(self) -> None:
         self.sums: dict[Key, Any] = {}
-        self.even: dict[Key, Any] = {}
 
-    def add(self, turn: int, found: list[tuple[Any, Key]]) -> None:
+    def add(self, found: list[tuple[Any, Key]]) -> None:
         for sums, key in found:
             new = jax.tree.map(lambda value: np.asarray(value, np.float64), sums)
-            _add(self.sums, key, new)
-            telling = {name: (1 - turn % 2) * new[name] for name in ("count", "y", "part")}
-            _add(self.even, key, telling)
+            old = self.sums.get(key)
+            self.sums[key] = new if old is None else jax.tree.map(np.add, old, new)
 
     def by_layer(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LayerMoments]:
         """The moments of each kernel of each stack."""
         found: dict[str, LayerMoments] = {}
         for key in list(self.sums):
             layer = found.setdefault(key.path, {})
-            own_sums = {"whole": self.sums.pop(key), "even": self.even.pop(key)}
-            for index, own in _taken_apart(key, own_sums, shapes[key.path]):
+            for index, own in _taken_apart(key, self.sums.pop(key), shapes[key.path]):
                 layer[index] = layer[index] + own if index in layer else own
         for path, layer in found.items():
             _check_finite(path, layer.values())
         return found
-
-
-def _add(sums: dict[Key, Any], key: Key, new: Any) -> None:
-    sums[key] = jax.tree.map(np.add, sums[key], new) if key in sums else new
 
 
 def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[Slice, Strips]]:
@@ -289,11 +282,10 @@ def _taken_apart(key: Key, sums: Any, shape: tuple[int, ...]) -> Iterator[tuple[
         yield index, _strips(**one)
 
 
-def _strips(whole: dict[str, Any], even: dict[str, Any]) -> Strips:
-    """The sums of one kernel, of all batches and of every second one."""
-    samples = independent(whole, even)
-    rest = {name: value for name, value in whole.items() if name not in ("count", "part")}
-    return Strips(count=int(whole["count"]), samples=samples, **rest)
+def _strips(count: Any, part: Any, even: Mapping[str, Any], **rest: Any) -> Strips:
+    """The sums of one kernel, and how many of its patches are independent."""
+    own = Strips(count=int(count), samples=1.0, **rest)
+    return dataclasses.replace(own, samples=independent(own, part, even))
 
 
 def _check_finite(path: str, layer: Iterable[Strips]) -> None:

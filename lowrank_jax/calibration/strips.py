@@ -69,7 +69,8 @@ def strip_sums(
 ) -> dict[str, Any]:
     """The sums of `Strips`, each with a leading axis for the kernels that run at once.
 
-    And "part", sums of the products of the first outputs with all, for `independent`.
+    And for `independent` "part", sums of the products of the first outputs with all, and "even",
+    what it reads of the even batches.
 
     Args:
         geometry: of the layer.
@@ -94,6 +95,7 @@ def strip_sums(
         "strips": {first: pair[0] for first, pair in pairs.items()},
         "offsets": {first: pair[1] for first, pair in pairs.items()},
     }
+    found["even"] = {name: (1 - turn % 2) * found[name] for name in ("count", "y", "part")}
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (stack, *a.shape[1:])), found)
 
 
