@@ -13,7 +13,8 @@ import numpy as np
 from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, variables_from
-from lowrank_jax.cli.options import new_command, positive, rate, share, shares
+from lowrank_jax.cli.options import new_command, positive, rate, shares
+from lowrank_jax.cli.recipe import add_recipe_options, loss_of, step_options
 from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -25,9 +26,8 @@ from lowrank_jax.report.planned import Networks
 from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
-from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.finetuning import TEACHES, finetune
 from lowrank_jax.training.fingerprints import fingerprint
-from lowrank_jax.training.losses import Loss, taught
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of
 from lowrank_jax.training.origins import has_origin, new_origin
@@ -57,9 +57,7 @@ def add_command(commands: Any) -> None:
     )
     ranks.add_argument("--shrink", type=shares, help=about)
     add("--teacher", help="dense checkpoint whose probabilities are targets, too")
-    about = "weight of the teacher's probabilities from 0 to 1; the labels have the rest"
-    add("--distill", type=share, default=0.5, help=about)
-    add("--temperature", type=rate, default=4.0, help="of the probabilities")
+    add_recipe_options(add)
     length = command.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=positive, help="batches of the whole run")
     length.add_argument("--epochs", type=positive, help="passes over the images")
@@ -78,15 +76,16 @@ def run(args: argparse.Namespace) -> None:
     _check_network(job, args)
     labels = job.labels(args.images, args.labels)
     teacher = _teacher(job, args)
-    wanted = _loss(labels, teacher, args)
+    wanted = loss_of(args, labels is not None, teacher is not None)
     data = job.images if labels is None else (job.images, labels)
     frozen = dict.fromkeys(args.freeze, False)
     trained_leaves(job.variables, frozen)  # refuses what does not do before minutes of work,
     batches_of(data, args.batch_size, args.seed)  # as this does
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    options |= {"loss": wanted, "teacher": teacher if "teacher" in wanted.needs else None}
+    options |= {"loss": wanted, "teacher": teacher if wanted.needs & TEACHES else None}
     options["trained"] = frozen
+    options |= step_options(args, job.images.shape[1:3], job.class_count)
     known = {} if teacher is None else {"dense": teacher}
     plan: Plan | None
     if args.shrink:
@@ -186,16 +185,6 @@ def _teacher(job: Job, args: argparse.Namespace) -> Mapping[str, Any] | None:
         found = variables_from(tree, args.teacher, job.model, job.images[:1], job.kwargs)
         return found.variables
     return job.variables if args.plan or args.shrink else None
-
-
-def _loss(labels: Any, teacher: Any, args: argparse.Namespace) -> Loss:
-    if labels is None and teacher is None:
-        raise ValueError(
-            "There are no labels and no teacher, so there is nothing to learn from; "
-            "give --labels, --teacher, or both."
-        )
-    weight = 0.0 if teacher is None else 1.0 if labels is None else args.distill
-    return taught(weight, args.temperature)
 
 
 def _start(job: Job, plan: Plan | None, folder: Path) -> Any:

@@ -67,6 +67,21 @@ def share(text: str) -> float:
     return value
 
 
+def inside(text: str) -> float:
+    """A number above 0 and below 1.
+
+    Example:
+        >>> inside("0.999")
+        0.999
+    """
+    value = share(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not allowed; give a number above 0 and below 1"
+        )
+    return value
+
+
 def floats(text: str) -> list[float]:
     """Finite numbers with commas between them.
 

@@ -29,7 +29,7 @@ def chain(*parts: Augment) -> Augment:
     return augment
 
 
-def crops_and_flips(size: int, padding: int) -> Augment:
+def crops_and_flips(size: int | tuple[int, int], padding: int) -> Augment:
     """Applies `crop_and_flip` to the images, the first entry of a batch.
 
     Args:
@@ -120,20 +120,23 @@ def parts(batch: tuple) -> tuple[tuple, Any]:
     return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
 
 
-def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int) -> jax.Array:
-    """Pads with zeros, takes a random square and mirrors half of the images, on the device.
+def crop_and_flip(
+    key: chex.PRNGKey, images: jax.Array, size: int | tuple[int, int], padding: int
+) -> jax.Array:
+    """Pads with zeros, takes a random part and mirrors half of the images, on the device.
 
     Args:
         key: random key.
         images: (batch, height, width, channels).
-        size: side of the square in pixels, at most height + 2 * padding.
+        size: height and width of the part in pixels, or one int for a square; at most those of the
+            padded images.
         padding: zeros added on each side, in pixels.
 
     Returns:
-        Array of shape (batch, size, size, channels).
+        Array of shape (batch, *size, channels).
 
     Raises:
-        ValueError: the square is larger than the padded images, or the images are no such array.
+        ValueError: the part is larger than the padded images, or the images are no such array.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -141,8 +144,9 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
         (4, 24, 24, 3)
     """
     batch, height, width, channels = _images((images,)).shape
-    room = jnp.array((height, width)) + 2 * padding - size
-    if min(height, width) + 2 * padding < size:
+    sides = (size, size) if isinstance(size, int) else size
+    room = jnp.array((height, width)) + 2 * padding - jnp.array(sides)
+    if height + 2 * padding < sides[0] or width + 2 * padding < sides[1]:
         raise ValueError(
             f"size={size} is larger than the padded images, {height}x{width} with "
             f"padding={padding}; give a smaller size or more padding."
@@ -152,12 +156,12 @@ def crop_and_flip(key: chex.PRNGKey, images: jax.Array, size: int, padding: int)
     flips = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
-    def square(image: jax.Array, corner: jax.Array) -> jax.Array:
+    def part(image: jax.Array, corner: jax.Array) -> jax.Array:
         start = (corner[0], corner[1], 0)
-        return jax.lax.dynamic_slice(image, start, (size, size, channels))
+        return jax.lax.dynamic_slice(image, start, (*sides, channels))
 
-    squares = jax.vmap(square)(padded, corners)
-    return jnp.where(flips, squares[:, :, ::-1], squares)
+    found = jax.vmap(part)(padded, corners)
+    return jnp.where(flips, found[:, :, ::-1], found)
 
 
 def _check_alpha(alpha: float) -> None:

@@ -170,12 +170,13 @@ def distillation(temperature: float = 1.0) -> Loss:
     return Loss.of(distillation)
 
 
-def taught(share: float, temperature: float) -> Loss:
+def taught(share: float, temperature: float, smoothing: float = 0.0) -> Loss:
     """The teacher's probabilities with a weight from 0 to 1, the labels with the rest.
 
     Args:
         share: weight of `distillation`; at 1 no label is needed, at 0 no teacher.
         temperature: of the probabilities.
+        smoothing: of the labels, as in `cross_entropy`.
 
     Example:
         >>> str(taught(0.75, 4.0))
@@ -186,8 +187,8 @@ def taught(share: float, temperature: float) -> Loss:
     if not 0 <= share <= 1:
         raise ValueError(f"share={share!r} is not allowed; give a weight from 0 to 1.")
     if share in (0, 1):
-        return distillation(temperature) if share else cross_entropy()
-    return share * distillation(temperature) + (1 - share) * cross_entropy()
+        return distillation(temperature) if share else cross_entropy(smoothing)
+    return share * distillation(temperature) + (1 - share) * cross_entropy(smoothing)
 
 
 def layer_matching() -> Loss:

@@ -118,6 +118,23 @@ def test_a_decomposed_checkpoint_is_taught_by_the_dense_one_without_labels(files
     assert json.loads((tmp_path / "b/checkpoints/000000002/facts.json").read_text())["seed"] == 0
 
 
+@pytest.mark.slow
+def test_a_recipe_of_all_options_trains_and_a_second_call_goes_on(files, tmp_path):
+    options = ["--plan", str(files / "plan.json"), "--labels", str(files / "labels.npy")]
+    options += ["--smoothing", "0.1", "--layers", "2", "--crop", "1", "--mixup", "0.2"]
+    options += ["--average", "0.9", "--accumulate", "2", "--dtype", "bfloat16"]
+    options += ["--algorithms", "kn2row+im2col"]
+    assert main(command(files, tmp_path, *options, "--steps", "2")) == 0
+    first = load_weights(tmp_path / "variables.npz")
+    assert main(command(files, tmp_path, *options, "--steps", "4")) == 0
+    last = load_weights(tmp_path / "variables.npz")
+    lines = read_metrics(tmp_path)
+    assert {"distillation", "cross_entropy", "layers"} <= set(lines[-1])
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {leaf.dtype for leaf in jax.tree.leaves(last["params"])} == {np.dtype("float32")}
+    assert not jax.tree.all(jax.tree.map(np.array_equal, first, last))
+
+
 def interrupted(*_, **__):
     """Ctrl-C before the first step."""
     raise KeyboardInterrupt
@@ -177,9 +194,13 @@ def test_what_the_training_refuses_leaves_no_folder(
         (["--teacher", "none.npz"], "There is no file or folder none.npz"),
         (["--plan", "none.json"], "none.json"),
         (["--labels", "none.npy"], "There is no file none.npy"),
+        (["--labels", "labels.npy", "--layers", "1"], "--layers 1 needs a teacher"),
     ],
 )
-def test_what_cannot_be_used_ends_with_one_line(files, tmp_path, capsys, options, text):
+def test_what_cannot_be_used_ends_with_one_line(
+    files, tmp_path, capsys, monkeypatch, options, text
+):
+    monkeypatch.chdir(files)
     assert main(command(files, tmp_path / "a", *options, "--steps", "1")) == 2
     error = capsys.readouterr().err
     assert error.startswith("lowrank-jax finetune: ") and text in error and error.count("\n") == 1

@@ -1,5 +1,8 @@
 """Random changes of batches: crops are windows, mixed labels stay probabilities."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +15,18 @@ LABELS = jnp.arange(8)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("size", "padding"), [(8, 0), (8, 2), (5, 0)])
+@pytest.mark.parametrize(("size", "padding"), [(8, 0), (8, 2), (5, 0), ((4, 9), 1)])
 def test_every_crop_is_a_window_of_the_padded_image_or_its_mirror(size, padding, compiled):
     images = jnp.arange(6 * 8 * 8 * 2.0).reshape(6, 8, 8, 2) + 1
+    height, width = size if isinstance(size, tuple) else (size, size)
     fn = jax.jit(crop_and_flip, static_argnums=(2, 3)) if compiled else crop_and_flip
     padded = np.pad(images, ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
-    room = padded.shape[1] - size + 1
+    corners = itertools.product(
+        range(padded.shape[1] - height + 1), range(padded.shape[2] - width + 1)
+    )
+    parts = [np.s_[y : y + height, x : x + width] for y, x in corners]
     for image, out in zip(padded, fn(jax.random.key(0), images, size, padding), strict=True):
-        windows = [image[y : y + size, x : x + size] for y in range(room) for x in range(room)]
+        windows = [image[part] for part in parts]
         assert any(np.array_equal(out, w) or np.array_equal(out, w[:, ::-1]) for w in windows)
 
 
@@ -31,9 +38,10 @@ def test_crops_reach_every_corner_and_flip_about_half():
     assert set(out[~flipped][:, 0, 0, 0]) == {0.0, 1.0, 4.0, 5.0}
 
 
-def test_a_crop_larger_than_the_padded_image_is_refused():
-    with pytest.raises(ValueError, match="size=9 is larger"):
-        crop_and_flip(jax.random.key(0), jnp.ones((1, 8, 8, 1)), 9, 0)
+@pytest.mark.parametrize("size", [9, (9, 8), (8, 9)])
+def test_a_crop_larger_than_the_padded_image_is_refused(size):
+    with pytest.raises(ValueError, match=re.escape(f"size={size} is larger")):
+        crop_and_flip(jax.random.key(0), jnp.ones((1, 8, 8, 1)), size, 0)
 
 
 @pytest.mark.slow

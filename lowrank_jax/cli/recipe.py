@@ -1,0 +1,94 @@
+"""Options of `finetune` that say how a step is taken, and the arguments that they stand for."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from lowrank_jax.cli.options import inside, positive, rate, share
+from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.training.augmentation import Augment, chain, crops_and_flips, cutmix, mixup
+from lowrank_jax.training.losses import Loss, layer_matching, taught
+from lowrank_jax.tuning.algorithms import PAIRS, PLAIN_DENSE, Choose, Layer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_recipe_options(add: Callable) -> None:
+    """Adds the options, by the function that adds one to a command."""
+    about = "weight of the teacher's probabilities from 0 to 1; the labels have the rest"
+    add("--distill", type=share, default=0.5, help=about)
+    add("--temperature", type=rate, default=4.0, help="of the probabilities")
+    about = "share of each label that all classes get alike"
+    add("--smoothing", type=inside, default=0.0, help=about)
+    about = "weight of the squared errors of the decomposed layers' outputs; needs a teacher"
+    add("--layers", type=rate, help=about)
+    about = "random crops of the images, padded with zeros by so many pixels, half of them mirrored"
+    add("--crop", type=positive, help=about)
+    about = "mixes pairs of images and their labels; parameter of the shares, such as 0.2"
+    add("--mixup", type=rate, help=about)
+    about = "puts a part of one image into another; parameter of the shares, such as 1"
+    add("--cutmix", type=rate, help=about)
+    about = "decay of a moving average of the parameters, such as 0.999, which is the result"
+    add("--average", type=inside, help=about)
+    add("--accumulate", type=positive, default=1, help="batches that make one update")
+    about = "type of the computation; parameters keep their own"
+    add("--dtype", choices=DTYPES, help=about)
+    about = "of the factors' two convolutions, such as kn2row+im2col, which may be faster on a CPU"
+    add("--algorithms", choices=PAIRS, metavar="FIRST+SECOND", help=about)
+
+
+def loss_of(args: argparse.Namespace, has_labels: bool, has_teacher: bool) -> Loss:
+    """The loss of the options.
+
+    Raises:
+        ValueError: there is nothing to learn from, or an option needs what is not there.
+    """
+    if not (has_labels or has_teacher):
+        raise ValueError(
+            "There are no labels and no teacher, so there is nothing to learn from; "
+            "give --labels, --teacher, or both."
+        )
+    if args.layers and not has_teacher:
+        raise ValueError(f"--layers {args.layers:g} needs a teacher; give --teacher or --plan.")
+    weight = 0.0 if not has_teacher else 1.0 if not has_labels else args.distill
+    found = taught(weight, args.temperature, args.smoothing)
+    return found + args.layers * layer_matching() if args.layers else found
+
+
+def step_options(args: argparse.Namespace, size: tuple[int, int], classes: int) -> dict[str, Any]:
+    """The arguments of `lowrank_jax.finetune` that the options stand for.
+
+    Args:
+        args: the options.
+        size: height and width of the images.
+        classes: of the network.
+    """
+    return {
+        "augment": _augment(args, size, classes),
+        "average": args.average,
+        "accumulate": args.accumulate,
+        "dtype": args.dtype,
+        "choose": _factors_by(args.algorithms) if args.algorithms else None,
+    }
+
+
+def _augment(args: argparse.Namespace, size: tuple[int, int], classes: int) -> Augment | None:
+    """The changes that the options ask for, one after the other."""
+    parts = []
+    if args.crop:
+        parts.append(crops_and_flips(size, args.crop))
+    if args.mixup:
+        parts.append(mixup(classes, args.mixup))
+    if args.cutmix:
+        parts.append(cutmix(classes, args.cutmix))
+    return chain(*parts) if parts else None
+
+
+def _factors_by(algorithms: str) -> Choose:
+    """The same algorithms for all factors; dense layers, as those of a teacher, run as ever."""
+
+    def choose(layer: Layer, scheme: Scheme | None) -> str:
+        del layer
+        return algorithms if scheme else PLAIN_DENSE
+
+    return choose

@@ -1,0 +1,95 @@
+"""The options of a training are the arguments of `finetune` that they name."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lowrank_jax import Separable
+from lowrank_jax.cli.recipe import add_recipe_options, loss_of, step_options
+
+
+def options(*given):
+    """What the options stand for, given as on the command line."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_recipe_options(parser.add_argument)
+    return parser.parse_args(given)
+
+
+def test_without_options_a_step_is_that_of_finetune_itself():
+    found = step_options(options(), (8, 8), 4)
+    assert found == {
+        "augment": None,
+        "average": None,
+        "accumulate": 1,
+        "dtype": None,
+        "choose": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "labels, teacher, wanted",
+    [
+        (True, False, "1 cross_entropy(smoothing=0.1)"),
+        (False, True, "1 distillation(temperature=2) + 3 layers"),
+        (
+            True,
+            True,
+            "0.75 distillation(temperature=2) + 0.25 cross_entropy(smoothing=0.1) + 3 layers",
+        ),
+    ],
+)
+def test_the_loss_has_the_parts_that_there_is_something_to_learn_from(labels, teacher, wanted):
+    given = ["--distill", "0.75", "--temperature", "2", "--smoothing", "0.1"]
+    layers = ["--layers", "3"] if teacher else []
+    assert str(loss_of(options(*given, *layers), labels, teacher)) == wanted
+
+
+def test_a_loss_without_what_it_learns_from_is_refused():
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        loss_of(options(), False, False)
+    with pytest.raises(ValueError, match="--layers 2 needs a teacher"):
+        loss_of(options("--layers", "2"), True, False)
+
+
+@pytest.mark.parametrize(
+    "given, mixed",
+    [
+        (["--crop", "2"], False),
+        (["--mixup", "0.2"], True),
+        (["--cutmix", "1"], True),
+        (["--crop", "1", "--mixup", "0.2", "--cutmix", "1"], True),
+    ],
+)
+def test_changed_images_keep_their_shape_and_mixed_labels_are_probabilities(given, mixed):
+    augment = step_options(options(*given), (6, 9), 4)["augment"]
+    images = jax.random.normal(jax.random.key(0), (8, 6, 9, 3))
+    changed, labels = augment(jax.random.key(1), (images, jnp.arange(8) % 4))
+    assert changed.shape == images.shape and not jnp.array_equal(changed, images)
+    assert labels.shape == ((8, 4) if mixed else (8,))
+    if mixed:
+        assert jnp.allclose(labels.sum(-1), 1, atol=1e-6)
+
+
+def test_algorithms_are_those_of_the_factors_and_dense_layers_run_as_ever():
+    choose = step_options(options("--algorithms", "kn2row+im2col"), (8, 8), 4)["choose"]
+    assert choose(None, Separable(2)) == "kn2row+im2col"
+    assert choose(None, None) == "convolve"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--smoothing", "1"],
+        ["--average", "1"],
+        ["--average", "0"],
+        ["--mixup", "0"],
+        ["--dtype", "int8"],
+        ["--crop", "0"],
+        ["--algorithms", "kn2row"],
+    ],
+)
+def test_a_value_outside_its_range_is_refused(given):
+    with pytest.raises(argparse.ArgumentError):
+        options(*given)
