@@ -15,7 +15,7 @@ from lowrank_jax.calibration.sums import (
     summed_products,
     summed_squares,
 )
-from lowrank_jax.factorization.layout import forms_of, patch_axes, split_axes, width_of
+from lowrank_jax.factorization.axes import forms_of, patch_axes, split_axes, width_of
 from lowrank_jax.factorization.strips import needed
 from lowrank_jax.program.reading import Reading
 

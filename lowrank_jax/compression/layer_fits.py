@@ -11,9 +11,10 @@ from lowrank_jax.compression.holding import give_back
 from lowrank_jax.compression.kernels import Factors, Slice
 from lowrank_jax.compression.notes import folds_of
 from lowrank_jax.compression.outline import slices
+from lowrank_jax.factorization.axes import OUTPUTS, only, patch_axes, width_of
 from lowrank_jax.factorization.fitting import Fit, fit_again, fit_layer
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import OUTPUTS, merged, only, patch_axes, width_of
+from lowrank_jax.factorization.layout import merged
 from lowrank_jax.factorization.merging import multiplied
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.reading import Reading

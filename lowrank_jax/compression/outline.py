@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from lowrank_jax.calibration.network import NetworkProgram
-from lowrank_jax.factorization.layout import kernel_size, width_of
+from lowrank_jax.factorization.axes import kernel_size, width_of
 from lowrank_jax.program.channels import RESHAPES, SHIFTS, Channels
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.jaxprs import constants, opened

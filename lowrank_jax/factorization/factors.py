@@ -14,18 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.factorization.forms import FORMS, form_of
-from lowrank_jax.factorization.layout import (
+from lowrank_jax.factorization.axes import (
     AXES,
     INPUTS,
     OUTPUTS,
-    Array,
     fit_axes,
     only,
     sizes_of,
     spatial_axes,
     width_of,
 )
+from lowrank_jax.factorization.forms import FORMS, form_of
+from lowrank_jax.factorization.layout import Array
 
 # A name of a factor may be followed by the kernel's layout.
 _KEY = re.compile(r"([a-z_]+?)(?:_([A-Z]+))?")

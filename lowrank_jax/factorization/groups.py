@@ -7,16 +7,9 @@ import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.axes import INPUTS, OUTPUTS, only, patch_axes, split_axes, width_of
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import (
-    INPUTS,
-    OUTPUTS,
-    merged,
-    only,
-    patch_axes,
-    split_axes,
-    width_of,
-)
+from lowrank_jax.factorization.layout import merged
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.solving import TINY

@@ -6,17 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.axes import INPUTS, OUTPUTS, only, sizes_of, spatial_axes
 from lowrank_jax.factorization.factors import dense_shape, is_factors, read_factors
-from lowrank_jax.factorization.layout import (
-    INPUTS,
-    OUTPUTS,
-    Array,
-    merged,
-    only,
-    parted,
-    sizes_of,
-    spatial_axes,
-)
+from lowrank_jax.factorization.layout import Array, merged, parted
 from lowrank_jax.factorization.placement import dense_sharding, gathered, placed
 
 

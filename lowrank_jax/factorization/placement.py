@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from lowrank_jax.factorization.layout import own_letters
+from lowrank_jax.factorization.axes import own_letters
 
 
 def shared_axes(axes: str, first: str, index: int) -> str:

@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-from lowrank_jax.factorization.layout import own_letters, sizes_of
+from lowrank_jax.factorization.axes import own_letters, sizes_of
 
 
 def max_rank(

@@ -10,19 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.axes import OUTPUTS, own_letters, sizes_of, split_axes
 from lowrank_jax.factorization.factors import as_kernel, factor_keys, wide
 from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
-from lowrank_jax.factorization.layout import (
-    OUTPUTS,
-    Array,
-    from_matrix,
-    from_pair,
-    own_letters,
-    sizes_of,
-    split_axes,
-    to_matrix,
-    to_pair,
-)
+from lowrank_jax.factorization.layout import Array, from_matrix, from_pair, to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.placement import (
     factor_sharding,

@@ -20,10 +20,10 @@ import scipy.linalg
 from jaxtyping import Float, Float64
 
 from lowrank_jax.factorization import whitening
+from lowrank_jax.factorization.axes import INPUTS, only, split_axes
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.groups import Groups
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import INPUTS, only, split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.solving import TINY
 

@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax.linen.linear import PromoteDtypeFn
 from flax.typing import Dtype, Initializer, PaddingLike, PrecisionLike
 
+from lowrank_jax.factorization.axes import AXES
 from lowrank_jax.factorization.factors import factor_keys
-from lowrank_jax.factorization.layout import AXES
 from lowrank_jax.factorization.separable import Separable
 from lowrank_jax.program.transform import lowrank
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from lowrank_jax.factorization.layout import AXES
+from lowrank_jax.factorization.axes import AXES
 from lowrank_jax.factorization.matrix import Matrix
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.separable import Separable

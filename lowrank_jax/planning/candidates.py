@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax.factorization.layout import same_form
+from lowrank_jax.factorization.axes import same_form
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.tucker import Tucker

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_jax.factorization.axes import split_axes
 from lowrank_jax.factorization.forms import SCHEMES
-from lowrank_jax.factorization.layout import split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.io.atomic import whole_file

@@ -33,7 +33,7 @@ from typing import Literal
 
 import numpy as np
 
-from lowrank_jax.factorization.layout import kernel_size
+from lowrank_jax.factorization.axes import kernel_size
 from lowrank_jax.planning.budget import Budget, check_budget
 from lowrank_jax.planning.candidates import Candidate, Candidates, front
 from lowrank_jax.planning.knapsack import solve

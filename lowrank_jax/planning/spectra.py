@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lowrank_jax.factorization.axes import same_form, spatial_axes
 from lowrank_jax.factorization.forms import FORMS
-from lowrank_jax.factorization.layout import same_form, spatial_axes, to_matrix, to_pair
+from lowrank_jax.factorization.layout import to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.io.names import nest
 from lowrank_jax.io.weights import load_weights, save_weights

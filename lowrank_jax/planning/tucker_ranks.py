@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, Int
 
-from lowrank_jax.factorization.layout import same_form, spatial_axes
+from lowrank_jax.factorization.axes import same_form, spatial_axes
 from lowrank_jax.factorization.tucker import Tucker
 from lowrank_jax.planning.costs import Candidate, candidate_of, costs_of
 from lowrank_jax.planning.spectra import Spectra

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.factorization.layout import OUTPUTS, only, split_axes
+from lowrank_jax.factorization.axes import OUTPUTS, only, split_axes
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading, stored_letters
 

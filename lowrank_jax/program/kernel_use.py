@@ -5,8 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lowrank_jax.factorization.forms import SCHEMES
-from lowrank_jax.factorization.layout import (
+from lowrank_jax.factorization.axes import (
     forms_of,
     heads_of,
     kernel_size,
@@ -14,6 +13,7 @@ from lowrank_jax.factorization.layout import (
     spatial_axes,
     width_of,
 )
+from lowrank_jax.factorization.forms import SCHEMES
 from lowrank_jax.factorization.scheme import Scheme
 
 if TYPE_CHECKING:

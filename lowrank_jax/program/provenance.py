@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_jax.factorization.layout import INPUTS, OUTPUTS
+from lowrank_jax.factorization.axes import INPUTS, OUTPUTS
 
 UNALTERED = (
     "convert_element_type",

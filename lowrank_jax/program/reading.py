@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank_jax.factorization.layout import AXES, own_letters, spatial_axes
+from lowrank_jax.factorization.axes import AXES, own_letters, spatial_axes
 from lowrank_jax.program.provenance import Layout, Source, layout, product_layout
 
 READERS = ("conv_general_dilated", "dot_general")

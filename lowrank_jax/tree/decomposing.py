@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.factorization.axes import kernel_size
 from lowrank_jax.factorization.factors import (
     check_array,
     check_floating,
     is_factors,
 )
-from lowrank_jax.factorization.layout import kernel_size
 from lowrank_jax.factorization.merging import product
 from lowrank_jax.factorization.scheme import Scheme, factor_all
 from lowrank_jax.program.changed import KEY

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Protocol
 
-from lowrank_jax.factorization.layout import fit_axes, kernel_size, spatial_axes
+from lowrank_jax.factorization.axes import fit_axes, kernel_size, spatial_axes
 from lowrank_jax.factorization.matrix import Matrix
 from lowrank_jax.factorization.ranks import max_rank
 from lowrank_jax.factorization.scheme import Scheme

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax.factorization.axes import AXES, split_options
 from lowrank_jax.factorization.forms import SCHEMES
-from lowrank_jax.factorization.layout import AXES, split_options
 from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse

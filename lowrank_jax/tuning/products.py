@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.factorization.layout import kernel_size
+from lowrank_jax.factorization.axes import kernel_size
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel_use import KernelUse
 from lowrank_jax.tuning.timer_file import DENSE, TWO

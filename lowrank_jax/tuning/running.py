@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.factorization.axes import AXES, split_axes
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
-from lowrank_jax.factorization.layout import AXES, split_axes
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import arranged, own_axes, run_factored

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lowrank_jax.factorization.axes import OUTPUTS
 from lowrank_jax.factorization.cross_validation import SHRINKAGES
 from lowrank_jax.factorization.fitting import FEW, fit_layer
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
 from lowrank_jax.factorization.importance import Importance
-from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.factorization.merging import merge
 from lowrank_jax.factorization.moments import Moments
 from lowrank_jax.factorization.ranks import max_rank

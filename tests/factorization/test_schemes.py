@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import lowrank_jax as lr
 from lowrank_jax.factorization import forms
+from lowrank_jax.factorization.axes import own_letters
 from lowrank_jax.factorization.factors import dense_shape, factor_keys, is_factors, read_factors
-from lowrank_jax.factorization.layout import own_letters
 
 LAYOUTS = {
     "HWIO": (3, 2, 4, 6),

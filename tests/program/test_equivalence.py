@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import decompose, lowrank, max_rank, reconstruct, trace
+from lowrank_jax.factorization.axes import OUTPUTS
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
-from lowrank_jax.factorization.layout import OUTPUTS
 from lowrank_jax.program.jaxprs import programs
 
 many = settings(max_examples=25)

@@ -21,8 +21,8 @@ from flax import linen as nn
 from flax import nnx
 
 from lowrank_jax import Matrix, decompose, lowrank, max_rank, trace
+from lowrank_jax.factorization.axes import fit_axes
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
-from lowrank_jax.factorization.layout import fit_axes
 from lowrank_jax.program.jaxprs import programs
 from lowrank_jax.tree.paths import named_leaves
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax.factorization.layout import split_options
+from lowrank_jax.factorization.axes import split_options
 from lowrank_jax.factorization.separable import FORMS
 
 HIGHEST = lax.Precision.HIGHEST
