@@ -26,7 +26,7 @@ from lowrank_jax.report.planned import Networks
 from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
-from lowrank_jax.training.finetuning import TEACHES, finetune
+from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of
@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> None:
     wanted = loss_of(args, labels is not None, teacher is not None)
     data = job.images if labels is None else (job.images, labels)
     frozen = dict.fromkeys(args.freeze, False)
-    trained_leaves(job.variables, frozen)  # refuses what does not do before minutes of work,
-    batches_of(data, args.batch_size, args.seed)  # as this does
+    trained_leaves(job.variables, frozen)  # refuses what does not do before minutes of work
+    count = count_steps(batches_of(data, args.batch_size, args.seed), args.steps, args.epochs)
     names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"loss": wanted, "teacher": teacher if wanted.needs & TEACHES else None}
     options["trained"] = frozen
-    options |= step_options(args, job.images.shape[1:3], job.class_count)
+    options |= step_options(args, job.images.shape[1:3], job.class_count, count)
     known = {} if teacher is None else {"dense": teacher}
     plan: Plan | None
     if args.shrink:

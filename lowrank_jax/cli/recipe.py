@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import optax
+
+from lowrank_jax.cli.imports import imported, line
 from lowrank_jax.cli.options import inside, positive, rate, share
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.training.augmentation import Augment, chain, crops_and_flips, cutmix, mixup
@@ -22,6 +25,11 @@ def add_recipe_options(add: Callable) -> None:
     add("--smoothing", type=inside, default=0.0, help=about)
     about = "weight of the squared errors of the decomposed layers' outputs; needs a teacher"
     add("--layers", type=rate, help=about)
+    about = (
+        "import path, package.module:name, of an optimiser of optax, or of a function that makes "
+        "one of the number of updates; in place of the schedule of --learning-rate"
+    )
+    add("--optimizer", help=about)
     about = "random crops of the images, padded with zeros by so many pixels, half of them mirrored"
     add("--crop", type=positive, help=about)
     about = "mixes pairs of images and their labels; parameter of the shares, such as 0.2"
@@ -55,21 +63,52 @@ def loss_of(args: argparse.Namespace, has_labels: bool, has_teacher: bool) -> Lo
     return found + args.layers * layer_matching() if args.layers else found
 
 
-def step_options(args: argparse.Namespace, size: tuple[int, int], classes: int) -> dict[str, Any]:
+def step_options(
+    args: argparse.Namespace, size: tuple[int, int], classes: int, steps: int
+) -> dict[str, Any]:
     """The arguments of `lowrank_jax.finetune` that the options stand for.
 
     Args:
         args: the options.
         size: height and width of the images.
         classes: of the network.
+        steps: of the whole run.
     """
+    updates = -(-steps // args.accumulate)
     return {
+        "tx": _optimizer(args.optimizer, updates) if args.optimizer else None,
         "augment": _augment(args, size, classes),
         "average": args.average,
         "accumulate": args.accumulate,
         "dtype": args.dtype,
         "choose": _factors_by(args.algorithms) if args.algorithms else None,
     }
+
+
+def _optimizer(path: str, updates: int) -> optax.GradientTransformation:
+    """The optimiser that an import path names, or that its function makes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = imported(path, "--optimizer")
+    if found is None:
+        module, _, name = path.partition(":")
+        raise ValueError(f"--optimizer {path}: {module} has no {name}; give a name that it has.")
+    if callable(found):
+        try:
+            found = found(updates)
+        except Exception as error:  # of the user's own code
+            raise ValueError(
+                f"--optimizer {path} cannot be made; give a function of the number of updates: "
+                f"{line(error)}"
+            ) from error
+    if not isinstance(found, optax.GradientTransformation):
+        raise ValueError(
+            f"--optimizer {path} gives a {type(found).__name__}; give an optimiser of optax, or a "
+            "function that makes one of the number of updates."
+        )
+    return found
 
 
 def _augment(args: argparse.Namespace, size: tuple[int, int], classes: int) -> Augment | None:

@@ -18,8 +18,9 @@ def options(*given):
 
 
 def test_without_options_a_step_is_that_of_finetune_itself():
-    found = step_options(options(), (8, 8), 4)
+    found = step_options(options(), (8, 8), 4, 10)
     assert found == {
+        "tx": None,
         "augment": None,
         "average": None,
         "accumulate": 1,
@@ -63,7 +64,7 @@ def test_a_loss_without_what_it_learns_from_is_refused():
     ],
 )
 def test_changed_images_keep_their_shape_and_mixed_labels_are_probabilities(given, mixed):
-    augment = step_options(options(*given), (6, 9), 4)["augment"]
+    augment = step_options(options(*given), (6, 9), 4, 10)["augment"]
     images = jax.random.normal(jax.random.key(0), (8, 6, 9, 3))
     changed, labels = augment(jax.random.key(1), (images, jnp.arange(8) % 4))
     assert changed.shape == images.shape and not jnp.array_equal(changed, images)
@@ -72,8 +73,57 @@ def test_changed_images_keep_their_shape_and_mixed_labels_are_probabilities(give
         assert jnp.allclose(labels.sum(-1), 1, atol=1e-6)
 
 
+OPTIMISERS = """
+import optax
+
+ready = optax.sgd(0.5)
+word = "sgd"
+
+
+def falling(updates):
+    return optax.sgd(optax.linear_schedule(1.0, 0.0, updates))
+
+
+def failing(updates):
+    raise RuntimeError("no such schedule")
+"""
+
+
+@pytest.fixture
+def optimisers(tmp_path, monkeypatch):
+    """A module of the user with optimisers."""
+    (tmp_path / "own_optimisers.py").write_text(OPTIMISERS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name, steps, wanted", [("ready", 2, 0.5), ("falling", 4, 0.75)])
+def test_the_optimiser_is_the_users_and_knows_how_many_updates_there_are(
+    optimisers, name, steps, wanted
+):
+    given = options("--optimizer", f"own_optimisers:{name}", "--accumulate", "2")
+    tx = step_options(given, (8, 8), 4, 2 * steps)["tx"]
+    one = jnp.ones(())
+    _, state = tx.update(one, tx.init(one))
+    update, _ = tx.update(one, state)
+    assert update == -wanted
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("word", "gives a str; give an optimiser of optax"),
+        ("failing", "no such schedule"),
+        ("none", "own_optimisers has no none"),
+    ],
+)
+def test_what_is_no_optimiser_is_refused_by_its_name(optimisers, name, text):
+    given = options("--optimizer", f"own_optimisers:{name}")
+    with pytest.raises(ValueError, match=f"--optimizer own_optimisers:{name}.*{text}"):
+        step_options(given, (8, 8), 4, 10)
+
+
 def test_algorithms_are_those_of_the_factors_and_dense_layers_run_as_ever():
-    choose = step_options(options("--algorithms", "kn2row+im2col"), (8, 8), 4)["choose"]
+    choose = step_options(options("--algorithms", "kn2row+im2col"), (8, 8), 4, 10)["choose"]
     assert choose(None, Separable(2)) == "kn2row+im2col"
     assert choose(None, None) == "convolve"
 
