@@ -50,6 +50,7 @@ SCHEMES = {
     "channel": ("spatial", "pointwise"),
     "mixed": tuple(FORMS),
 }
+RESNET_20 = "resnet20_cifar10_torch.npz"
 FACTORS = ("plain", "plain, re-estimated", "data-aware", "data-aware, re-estimated")
 
 
@@ -57,13 +58,11 @@ def normalize(images: jax.Array) -> jax.Array:
     return (jnp.asarray(images, jnp.float32) / 255 - MEAN) / STD
 
 
-def load(shared: Path) -> tuple[CifarResNet, dict]:
+def load(weights: Path, depth: int = 20) -> tuple[CifarResNet, dict]:
     """The network as a Flax model with its pretrained variables."""
-    model, image = CifarResNet(), jnp.zeros((1, 32, 32, 3))
+    model, image = CifarResNet(depth), jnp.zeros((1, 32, 32, 3))
     target = jax.eval_shape(model.init, jax.random.key(0), image)
-    variables, _ = from_torch(
-        load_weights(shared / "resnet20_cifar10_torch.npz"), model.apply, target, image
-    )
+    variables, _ = from_torch(load_weights(weights), model.apply, target, image)
     return model, jax.tree.map(jnp.asarray, variables)
 
 
@@ -194,7 +193,7 @@ def rows(
 
 def main() -> None:
     args = options()
-    model, variables = load(args.shared)
+    model, variables = load(args.shared / RESNET_20)
     train, test = images_of(args)
     images = normalize(train.images[: args.calibration])
     accuracy = scorer(model, test, args.test)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compress import images_of, interval, load, normalize, scorer
+from compress import RESNET_20, images_of, interval, load, normalize, scorer
 from turns import told
 
 from lowrank_jax import Plan, calibrate, compress, load_weights, plan, save_weights
@@ -135,7 +135,7 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
 
 def main() -> None:
     args = options()
-    model, dense = load(args.shared)
+    model, dense = load(args.shared / RESNET_20)
     train, test = images_of(args)
     images = normalize(train.images[: args.calibration])
     chosen, small = compressed(args, model, dense, images)

@@ -17,7 +17,7 @@ from typing import Any
 
 import finetune
 import optax
-from compress import images_of, interval, load, normalize, scorer
+from compress import RESNET_20, images_of, interval, load, normalize, scorer
 from turns import told
 
 from lowrank_jax import calibrate, compress, plan
@@ -56,7 +56,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    model, dense = load(args.shared)
+    model, dense = load(args.shared / RESNET_20)
     data, test = images_of(args)
     found = calibrate(model.apply, dense, normalize(data.images[: args.calibration]))
     batches = data.images[: args.train], data.labels[: args.train]
