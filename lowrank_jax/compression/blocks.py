@@ -1,11 +1,13 @@
 """The blocks of a network: they end where one value alone leads from the images to what follows."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from lowrank_jax.compression.outline import Outline
+
+TOGETHER = 3  # blocks, whose steps make up for each other's errors
 
 
 def block_ends(outline: Outline, places: Iterable[int]) -> list[int]:
@@ -27,6 +29,17 @@ def block_ends(outline: Outline, places: Iterable[int]) -> list[int]:
         own = single[(single > place) & (single <= after)]
         found.extend(int(stop) for stop in own[-1:])
     return [*found, end] if fits else []
+
+
+def joined(ends: Sequence[int]) -> dict[int, int]:
+    """Where blocks that are trained together end, to how many they are.
+
+    Example:
+        >>> joined([10, 20, 30, 40])
+        {30: 3, 40: 1}
+    """
+    parts = [ends[start : start + TOGETHER] for start in range(0, len(ends), TOGETHER)]
+    return {part[-1]: len(part) for part in parts}
 
 
 def _alive(outline: Outline) -> np.ndarray:

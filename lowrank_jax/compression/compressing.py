@@ -36,11 +36,12 @@ def compress(
     al., 2015, arXiv 1505.06798), and the means behind the activation are matched. Without ``steps``
     nothing is trained. Layers within ``while`` and ``cond`` have the factors of `decompose`.
 
-    With ``steps`` the layers of a block, once fitted, are trained without labels: Adam changes
-    their factors, and the parameters that match their means, so that the outputs of the block come
-    closer to those of the dense network (BRECQ, Li et al., 2021, arXiv 2102.05426). A block ends
-    where one value alone leads on, as after a residual block or a plain layer. One batch of eight
-    is held out; a block whose outputs are not closer there keeps the closed form.
+    With ``steps`` the layers of three blocks, once fitted, are trained without labels: Adam changes
+    their factors, and the parameters that match their means, so that the outputs of the last block
+    come closer to those of the dense network (after BRECQ, Li et al., 2021, arXiv 2102.05426, which
+    trains one block at a time). A block ends where one value alone leads on, as after a residual
+    block or a plain layer. One batch of eight is held out; blocks whose outputs are not closer
+    there keep the closed form.
 
     ``compress(calibration, table)`` takes what `calibrate` gave. ``compress(apply, variables,
     inputs, table, *args, **kwargs)`` takes what `calibrate` takes, and a table.
@@ -51,7 +52,8 @@ def compress(
             is a `Plan`, or layer path to rank or scheme, as in `decompose`.
         sweeps: alternating refinements of the two factors.
         match_means: whether parameters behind the layers match the means.
-        steps: gradient steps of each block, on up to 64 images each; 200 are enough for most.
+        steps: gradient steps for each block, on up to 64 images each; 200 are enough for most.
+            Three blocks take all of their steps together.
         return_fits: whether to return the fits beside the tree.
         **kwargs: arguments of the model, in evaluation.
 

@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax.calibration.inputs import Inputs, shape_key
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.activations import find_activations
-from lowrank_jax.compression.blocks import block_ends
+from lowrank_jax.compression.blocks import block_ends, joined
 from lowrank_jax.compression.descent import Descent
 from lowrank_jax.compression.holding import Holding
 from lowrank_jax.compression.kernels import Factors, Parts, Slice
@@ -99,19 +99,19 @@ class Reconstruction:
         self.factors.fill_plain(_unread(outline, places, self.factors))
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
-        ends = block_ends(outline, places) if self.steps else []
+        ends = joined(block_ends(outline, places)) if self.steps else {}
         if ends:
             self.segments.mark()
         with Progress("fitting", len(places)) as progress:
             self._fit_all(matched, ends, progress)
         return self._tree()
 
-    def _fit_all(self, matched: Matched, ends: Sequence[int], progress: Progress) -> None:
-        """From stop to stop through the program; gradient steps follow where a block ends."""
+    def _fit_all(self, matched: Matched, ends: Mapping[int, int], progress: Progress) -> None:
+        """From stop to stop through the program; gradient steps follow where blocks end."""
         places = self.places
         for place in range(max(places, default=-1) + 1):
             if place in ends:
-                self._descend(place)
+                self._descend(place, ends[place])
                 self.segments.advance(place, self._small(), _nothing)
                 self.segments.mark()
             if place in places:
@@ -120,8 +120,8 @@ class Reconstruction:
             elif self.match_means:
                 self._match(place, matched)
             matched.note(place)
-        if ends:
-            self._descend(ends[-1])
+        for end in list(ends)[-1:]:
+            self._descend(end, ends[end])
 
     def _small(self) -> Values:
         """The inputs of the compressed network that differ."""
@@ -177,8 +177,8 @@ class Reconstruction:
             lack = functools.partial(lacking_mean, reading, self.factors.part(reading.source))
             self._set_shift(shift, trusted(lack, found), matched)
 
-    def _descend(self, end: int) -> None:
-        """Takes gradient steps on what was fitted since the mark, for the values at a place."""
+    def _descend(self, end: int, blocks: int) -> None:
+        """Takes the steps of some blocks, fitted since the mark, for the values at their end."""
         self.segments.rewind()
         run, lives = self.segments.block(end)
         batches = [(self.segments.given, self._small(), own.dense, own.small) for own in lives]
@@ -191,7 +191,7 @@ class Reconstruction:
             # The dense network may have run the last equation before the mark.
             return block_error({**live[0], **dense}, found)
 
-        found = stepped(loss, self._untrained(), batches, self.steps)
+        found = stepped(loss, self._untrained(), batches, blocks * self.steps)
         if found is not None:
             self._note_steps(found)
         if found is not None and found.helped:

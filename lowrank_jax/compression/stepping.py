@@ -1,7 +1,7 @@
-"""Gradient steps on the layers of one block, towards the dense network's outputs of the block.
+"""Gradient steps on the layers of a few blocks, towards the dense network's outputs of the last.
 
 No label is needed. The objective is that of BRECQ (Li et al., 2021, arXiv 2102.05426), whose blocks
-have quantised kernels where these have factors.
+have quantised kernels where these have factors, and are trained one at a time.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def block_error(dense: Mapping[int, jax.Array], small: Mapping[int, jax.Array]) 
 def stepped(
     loss: Loss[Trained], start: Trained, batches: Sequence[tuple], steps: int
 ) -> Descent[Trained] | None:
-    """The steps of a block; None where it cannot have any."""
+    """The steps of a few blocks; None where they cannot have any."""
     if len(batches) < 2 or not (start.factors or start.shifts):
         return None
     try:

@@ -42,9 +42,9 @@ class Fit:
             measured on, and before the sweeps, which lower the error.
         plain: error of the plain factors.
         samples: patches for each dimension of a patch.
-        closed, stepped: error of the outputs of the layer's block, before and after gradient steps,
-            on images that the steps did not see; equal where the steps did not help and the closed
-            form stays; None without steps.
+        closed, stepped: error of the outputs of the blocks that are trained together, the layer's
+            among them, before and after gradient steps, on images that the steps did not see; equal
+            where the steps did not help and the closed form stays; None without steps.
     """
 
     first: Array

@@ -9,9 +9,11 @@ from flax import linen as nn
 
 from lowrank_jax import Tucker, calibrate, compress, decompose, lowrank, trace
 from lowrank_jax.calibration.network import Network
+from lowrank_jax.compression import reconstruction
 from lowrank_jax.compression.blocks import block_ends
 from lowrank_jax.compression.descent import descend
 from lowrank_jax.compression.outline import Outline, fit_places
+from lowrank_jax.compression.stepping import stepped
 from lowrank_jax.factorization.separable import Separable
 
 STEPS = 20
@@ -217,6 +219,27 @@ def test_layers_that_read_one_value_side_by_side_are_one_block():
     tree = {name: jnp.ones((4, 4)) for name in ("one", "two", "three")}
     outline, ends = ends_of(apply, tree, ["one", "two", "three"])
     assert ends == [sorted(outline.readings)[1], len(outline.eqns)]
+
+
+def test_three_blocks_take_their_steps_together(monkeypatch):
+    def apply(tree, x):
+        for name in sorted(tree):
+            x = jnp.tanh(x @ tree[name])
+        return x
+
+    rng, counts = np.random.default_rng(0), []
+    tree = {name: rng.standard_normal((8, 8)).astype("f") for name in "abcd"}
+
+    def counted(loss, start, given, steps):
+        counts.append((set(start.factors), steps))
+        return stepped(loss, start, given, steps)
+
+    monkeypatch.setattr(reconstruction, "stepped", counted)
+    x = rng.standard_normal((128, 8)).astype("f")
+    _, fits = compress(apply, tree, x, dict.fromkeys("abcd", 4), steps=5, return_fits=True)
+    assert counts == [({"a", "b", "c"}, 15), ({"d"}, 5)]
+    errors = {path: (fit[()].closed, fit[()].stepped) for path, fit in fits.items()}
+    assert errors["a"] == errors["b"] == errors["c"] != errors["d"]
 
 
 def squared(arrays, target):
