@@ -136,8 +136,9 @@ def _report(
         accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
     folder = stage_folders(args.out, args.shrink)[-1] if args.shrink else args.out
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
+    steered = args.optimizer or f"learning rate up to {args.learning_rate}"
     training = Training(
-        asked=f"{length} of batches of {args.batch_size}, learning rate up to {args.learning_rate}",
+        asked=f"{length} of batches of {args.batch_size}, {steered}",
         metrics=read_metrics(folder),
         accuracy=accuracy,
         scored=len(part.images),

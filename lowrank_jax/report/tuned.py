@@ -24,7 +24,7 @@ class Training:
     """What a training was and what it gave.
 
     Attributes:
-        asked: the length and the learning rate, in words.
+        asked: the length, and the learning rate or the optimiser, in words.
         metrics: lines of the run, each with its "step" and its "loss".
         accuracy: "dense", "before" and "after", as far as they are known, to the share of training
             images that this network classifies as labelled; empty without labels.

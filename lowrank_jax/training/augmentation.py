@@ -144,7 +144,7 @@ def crop_and_flip(
         (4, 24, 24, 3)
     """
     batch, height, width, channels = _images((images,)).shape
-    sides = (size, size) if isinstance(size, int) else size
+    sides = size if isinstance(size, tuple) else (size, size)
     room = jnp.array((height, width)) + 2 * padding - jnp.array(sides)
     if height + 2 * padding < sides[0] or width + 2 * padding < sides[1]:
         raise ValueError(

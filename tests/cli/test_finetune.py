@@ -135,6 +135,16 @@ def test_a_recipe_of_all_options_trains_and_a_second_call_goes_on(files, tmp_pat
     assert not jax.tree.all(jax.tree.map(np.array_equal, first, last))
 
 
+@pytest.mark.slow
+def test_an_optimiser_of_the_user_takes_the_steps(files, tmp_path):
+    (files / "own_optimiser.py").write_text("import optax\n\nnone = optax.sgd(0.0)\n")
+    given = ["--labels", str(files / "labels.npy"), "--optimizer", "own_optimiser:none"]
+    assert main(command(files, tmp_path, *given, "--steps", "2")) == 0
+    start, end = map(load_weights, (files / "dense.npz", tmp_path / "variables.npz"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, start["params"], end["params"]))
+    assert "batches of 16, own_optimiser:none" in (tmp_path / "report.md").read_text()
+
+
 def interrupted(*_, **__):
     """Ctrl-C before the first step."""
     raise KeyboardInterrupt
