@@ -33,6 +33,7 @@ from lowrank_jax.training import (
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.runs import AfterEpoch
+from lowrank_jax.tuning.algorithms import factors_by
 from lowrank_jax.tuning.device import machine
 
 
@@ -126,7 +127,7 @@ def tuned(args: argparse.Namespace, model: CifarResNet, dense: Any, small: Any, 
         average=args.average,
         dtype=args.dtype,
         augment=augment,
-        choose=args.algorithms and (lambda _, scheme: args.algorithms if scheme else "convolve"),
+        choose=factors_by(args.algorithms) if args.algorithms else None,
         seed=args.seed,
         folder=args.folder,
         **more,

@@ -4,7 +4,8 @@ python benchmarks/resnets.py --shared ../shared/data --weights resnet56.npz resn
 
 The weights are of github.com/akamaster/pytorch_resnet_cifar10, as that of the ResNet-20 in the
 shared folder is; `torch.load` and `numpy.savez` of the tensors, less the prefix "module.", make
-them .npz. A name ends in the depth. All test images are scored. Writes JSON.
+them .npz. A name ends in the depth. All test images are scored. Writes JSON,
+and goes on after the rows that it has.
 """
 
 import argparse

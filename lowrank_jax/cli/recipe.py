@@ -8,10 +8,9 @@ import optax
 
 from lowrank_jax.cli.imports import imported, line
 from lowrank_jax.cli.options import inside, positive, rate, share
-from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.training.augmentation import Augment, chain, crops_and_flips, cutmix, mixup
 from lowrank_jax.training.losses import Loss, layer_matching, taught
-from lowrank_jax.tuning.algorithms import PAIRS, PLAIN_DENSE, Choose, Layer
+from lowrank_jax.tuning.algorithms import PAIRS, factors_by
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,7 +80,7 @@ def step_options(
         "average": args.average,
         "accumulate": args.accumulate,
         "dtype": args.dtype,
-        "choose": _factors_by(args.algorithms) if args.algorithms else None,
+        "choose": factors_by(args.algorithms) if args.algorithms else None,
     }
 
 
@@ -121,13 +120,3 @@ def _augment(args: argparse.Namespace, size: tuple[int, int], classes: int) -> A
     if args.cutmix:
         parts.append(cutmix(classes, args.cutmix))
     return chain(*parts) if parts else None
-
-
-def _factors_by(algorithms: str) -> Choose:
-    """The same algorithms for all factors; dense layers, as those of a teacher, run as ever."""
-
-    def choose(layer: Layer, scheme: Scheme | None) -> str:
-        del layer
-        return algorithms if scheme else PLAIN_DENSE
-
-    return choose

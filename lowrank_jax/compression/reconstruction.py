@@ -120,7 +120,8 @@ class Reconstruction:
             elif self.match_means:
                 self._match(place, matched)
             matched.note(place)
-        for end in list(ends)[-1:]:
+        if ends:
+            end = max(ends)  # of the program, which the loop does not reach
             self._descend(end, ends[end])
 
     def _small(self) -> Values:

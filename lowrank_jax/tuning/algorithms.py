@@ -187,6 +187,16 @@ def plain(scheme: Scheme | None) -> str:
     return PLAIN_DENSE if scheme is None else PLAIN
 
 
+def factors_by(algorithm: str) -> Choose:
+    """The same algorithm for all factors; dense layers, as those of a teacher, run as ever.
+
+    Example:
+        >>> factors_by("kn2row+im2col")(None, None)
+        'convolve'
+    """
+    return lambda _, scheme: algorithm if scheme else plain(None)
+
+
 def algorithms_of(layer: Layer, rank: int | None) -> list[str]:
     """Names of the algorithms that can run a layer at a rank, or dense. The first is the plain one.
 
