@@ -1,6 +1,6 @@
 """Seconds and memory of `calibrate`, `plan` and `compress` for a network of 224 pixels.
 
-python benchmarks/real_size.py [--network vit_b] [--images 256] [--out FILE]
+python benchmarks/real_size.py [--network vit_b] [--images 256] [--steps 200] [--out FILE]
 
 A network with random weights, smooth random images, half of the macs. The memory is the largest
 that the process holds in a stage, files that are mapped left out; Linux alone tells it.
@@ -39,6 +39,7 @@ def options() -> argparse.Namespace:
     add("--batch", type=int, default=32, help="images that run at once")
     add("--size", type=int, default=224, help="height and width")
     add("--macs", type=float, default=0.5, help="share that is left")
+    add("--steps", type=int, default=0, help="gradient steps of `compress` for each block")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON; by default named by the network in benchmarks/results")
     args = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     stages = Stages()
     found = stages.run("calibrate", lambda: calibrate(model.apply, variables, batches))
     chosen = stages.run("plan", lambda: plan(found, macs=args.macs))
-    stages.run("compress", lambda: compress(found, chosen))
+    stages.run("compress", lambda: compress(found, chosen, steps=args.steps))
     written = {
         "benchmark": "real_size",
         "machine": machine(),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from lowrank_jax.compression.outline import Outline
+from lowrank_jax.program.derivatives import lacks_derivative
 
 TOGETHER = 3  # blocks, whose steps make up for each other's errors
 
@@ -31,14 +32,19 @@ def block_ends(outline: Outline, places: Iterable[int]) -> list[int]:
     return [*found, end] if fits else []
 
 
-def joined(ends: Sequence[int]) -> dict[int, int]:
+def joined(outline: Outline, ends: Sequence[int]) -> dict[int, int]:
     """Where blocks that are trained together end, to how many they are.
 
-    Example:
-        >>> joined([10, 20, 30, 40])
-        {30: 3, 40: 1}
+    A block that has no derivative stands alone, so that its neighbours keep their steps.
     """
-    parts = [ends[start : start + TOGETHER] for start in range(0, len(ends), TOGETHER)]
+    moving = [eqn for eqn in outline.eqns if not outline.fixed.issuperset(outline.gives(eqn))]
+    lacking = [outline.place(eqn) for eqn in moving if lacks_derivative(eqn)]
+    alone = {next(end for end in ends if end > place) for place in lacking}
+    parts: list[list[int]] = []
+    for end in ends:
+        if not parts or len(parts[-1]) == TOGETHER or alone & {end, parts[-1][-1]}:
+            parts.append([])
+        parts[-1].append(end)
     return {part[-1]: len(part) for part in parts}
 
 

@@ -99,7 +99,7 @@ class Reconstruction:
         self.factors.fill_plain(_unread(outline, places, self.factors))
         changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
         matched = Matched(outline, outline.differing(changed))
-        ends = joined(block_ends(outline, places)) if self.steps else {}
+        ends = joined(outline, block_ends(outline, places)) if self.steps and places else {}
         if ends:
             self.segments.mark()
         with Progress("fitting", len(places)) as progress:

@@ -197,6 +197,25 @@ def test_a_block_without_a_derivative_keeps_the_closed_form():
     chex.assert_trees_all_equal(small, compress(found, {"kernel": 2}))
 
 
+def test_the_neighbours_of_a_block_without_a_derivative_keep_their_steps():
+    def apply(tree, x):
+        for name in sorted(tree):
+            x = jnp.tanh(x @ tree[name])
+            if name == "b":
+                x = jax.lax.while_loop(lambda x: jnp.abs(x).max() > 1, lambda x: x / 2, x)
+        return x
+
+    rng = np.random.default_rng(0)
+    tree = {name: rng.standard_normal((8, 8)).astype("f") for name in "abcd"}
+    x = [rng.standard_normal((64, 8)).astype("f") for _ in range(2)]
+    with pytest.warns(UserWarning, match="All layers count alike"):
+        found = calibrate(apply, tree, x)
+    with pytest.warns(UserWarning, match="^b: no gradient steps"):
+        _, fits = compress(found, dict.fromkeys("abcd", 4), steps=5, return_fits=True)
+    assert {path for path, fit in fits.items() if fit[()].stepped is None} == {"b"}
+    assert fits["c"][()].closed == fits["d"][()].closed
+
+
 def ends_of(apply, variables, paths):
     outline = Outline(Network(apply, variables).program((images(2),)))
     schemes = {path: Separable(2) for path in paths}
@@ -259,6 +278,13 @@ def test_steps_that_do_not_end_are_dropped():
     start = {"x": jnp.ones(3)}
     found = descend(lambda arrays, _: jnp.sum(jnp.sqrt(1 - arrays["x"])), start, [0.0, 1.0], 3)
     assert found.arrays is start and found.after == found.before == 0
+
+
+@pytest.mark.parametrize("steps", [0, STEPS])
+def test_the_same_call_gives_the_same_bits(steps):
+    apply, variables, ranks = residual()
+    one, two = (compress(apply, variables, batches(), ranks, steps=steps) for _ in range(2))
+    chex.assert_trees_all_equal(one, two)
 
 
 @pytest.mark.parametrize("steps", [-1, 0.5, True, "200"])
