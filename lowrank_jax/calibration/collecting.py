@@ -210,7 +210,8 @@ def calibrate(
 
 def _wanted(trace: Trace, paths: Collection[str] | None) -> set[str]:
     """The layers that were named, or all that can be decomposed."""
-    wanted, known = set(trace.safe_paths() if paths is None else paths), trace.paths()
+    named = [paths] if isinstance(paths, str) else paths
+    wanted, known = set(trace.safe_paths() if named is None else named), trace.paths()
     if unknown := sorted(wanted - set(known)):
         advice = suggest(unknown[0], known, "there are no layers.")
         raise ValueError(f"paths: {unknown[0]!r} is no layer of the network; {advice}")

@@ -33,6 +33,10 @@ LEAST, MOST = 64, 1024  # inputs
 WORK = 64e9  # multiply-accumulates of a forward pass of all inputs, where they are more than LEAST
 AT_ONCE = 32  # a backward pass holds all activations
 ALIKE = "All layers count alike in a plan, because the network has no derivative"
+LOST = (
+    "The derivatives of %d of %d inputs are infinite or NaN, as that of a norm or a root at 0; "
+    "these inputs do not tell which errors cost the outputs most."
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,7 +95,8 @@ def output_curvature(
 
     Args:
         network: where it has no derivative, as with ``while``, a warning says that all layers and
-            outputs count alike.
+            outputs count alike. Parts of the inputs whose derivatives are not finite are left out,
+            and a warning says how many they are.
         batches: of inputs; the first of them are used, `LEAST` or more where these cost little.
         trace: of the network and one input, which tells how many outputs a layer has.
         paths: of the layers.
@@ -103,7 +108,7 @@ def output_curvature(
     shapes = {path: _blocks_of(trace.at(path)[0]) for path in paths}
     totals = {path: np.zeros((2, *shape)) for path, shape in shapes.items()}
     programs: dict[str, Any] = {}
-    counts = np.zeros(2)
+    counts, asked = np.zeros(2), 0
     wanted = int(np.clip(WORK / max(trace.macs, 1), LEAST, MOST))
     with Progress("derivatives", -(-wanted // AT_ONCE)) as progress:
         for turn, batch in enumerate(progress.over(_few(batches, wanted))):
@@ -115,9 +120,16 @@ def output_curvature(
             except NO_DERIVATIVE as error:
                 warnings.warn(f"{ALIKE}: {what_is_lacking(error)}", stacklevel=3)
                 return {}
+            asked += images(batch)
+            if not all(np.isfinite(own).all() for own in sums.values()):
+                continue
             for path, own in sums.items():
                 totals[path][turn % 2] += np.asarray(own, np.float64)
             counts[turn % 2] += images(batch)
+    if counts.sum() < asked:
+        warnings.warn(LOST % (asked - counts.sum(), asked), stacklevel=3)
+    if not counts.any():
+        return {}
     return {path: _less_noise(total, counts) for path, total in totals.items()}
 
 

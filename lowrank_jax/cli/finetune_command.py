@@ -13,8 +13,8 @@ import numpy as np
 from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, variables_from
-from lowrank_jax.cli.options import new_command, positive, rate, shares
-from lowrank_jax.cli.recipe import add_recipe_options, loss_of, step_options
+from lowrank_jax.cli.options import new_command, positive, shares
+from lowrank_jax.cli.recipe import RATE, add_recipe_options, loss_of, step_options
 from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -62,7 +62,6 @@ def add_command(commands: Any) -> None:
     length.add_argument("--steps", type=positive, help="batches of the whole run")
     length.add_argument("--epochs", type=positive, help="passes over the images")
     add("--batch-size", type=positive, default=128, help="images in a step")
-    add("--learning-rate", type=rate, default=0.02, help="highest of the one-cycle schedule")
     about = "layer, or regular expression of layers, that is not trained; once for each"
     add("--freeze", action="append", default=[], help=about)
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     frozen = dict.fromkeys(args.freeze, False)
     trained_leaves(job.variables, frozen)  # refuses what does not do before minutes of work
     count = count_steps(batches_of(data, args.batch_size, args.seed), args.steps, args.epochs)
-    names = ("steps", "epochs", "batch_size", "learning_rate", "seed", "save_every")
+    names = ("steps", "epochs", "batch_size", "seed", "save_every")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"loss": wanted, "teacher": teacher if wanted.needs & TEACHES else None}
     options["trained"] = frozen
@@ -136,7 +135,7 @@ def _report(
         accuracy = {name: _accuracy(part, tree, wanted) for name, tree in trees.items()}
     folder = stage_folders(args.out, args.shrink)[-1] if args.shrink else args.out
     length = f"{args.epochs} epochs" if args.epochs else f"{args.steps} steps"
-    steered = args.optimizer or f"learning rate up to {args.learning_rate}"
+    steered = args.optimizer or f"learning rate up to {args.learning_rate or RATE}"
     training = Training(
         asked=f"{length} of batches of {args.batch_size}, {steered}",
         metrics=read_metrics(folder),

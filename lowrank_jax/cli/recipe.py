@@ -12,18 +12,21 @@ from lowrank_jax.training.augmentation import Augment, chain, crops_and_flips, c
 from lowrank_jax.training.losses import Loss, layer_matching, taught
 from lowrank_jax.tuning.algorithms import PAIRS, factors_by
 
+TAUGHT = ("distill", "temperature", "layers")  # options that need a teacher
+DISTILL, TEMPERATURE, RATE = 0.5, 4.0, 0.02  # without the options
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_recipe_options(add: Callable) -> None:
     """Adds the options, by the function that adds one to a command."""
-    about = "weight of the teacher's probabilities from 0 to 1; the labels have the rest"
-    add("--distill", type=share, default=0.5, help=about)
-    add("--temperature", type=rate, default=4.0, help="of the probabilities")
-    about = "share of each label that all classes get alike"
-    add("--smoothing", type=inside, default=0.0, help=about)
+    about = "weight of the teacher's probabilities from 0 to 1, the labels have the rest; 0.5"
+    add("--distill", type=share, help=about)
+    add("--temperature", type=rate, help="of the teacher's probabilities; 4")
+    about = "share of each label that all classes get alike; 0"
+    add("--smoothing", type=inside, help=about)
     about = "weight of the squared errors of the decomposed layers' outputs; needs a teacher"
     add("--layers", type=rate, help=about)
+    add("--learning-rate", type=rate, help="highest of the one-cycle schedule; 0.02")
     about = (
         "import path, package.module:name, of an optimiser of optax, or of a function that makes "
         "one of the number of updates; in place of the schedule of --learning-rate"
@@ -55,11 +58,21 @@ def loss_of(args: argparse.Namespace, has_labels: bool, has_teacher: bool) -> Lo
             "There are no labels and no teacher, so there is nothing to learn from; "
             "give --labels, --teacher, or both."
         )
-    if args.layers and not has_teacher:
-        raise ValueError(f"--layers {args.layers:g} needs a teacher; give --teacher or --plan.")
-    weight = 0.0 if not has_teacher else 1.0 if not has_labels else args.distill
-    found = taught(weight, args.temperature, args.smoothing)
+    for name in () if has_teacher else TAUGHT:
+        _refuse(args, name, "a teacher; give --teacher or --plan")
+    for name in () if has_labels else ("distill", "smoothing"):
+        _refuse(args, name, "labels; give --labels")
+    own = DISTILL if args.distill is None else args.distill
+    weight = 0.0 if not has_teacher else 1.0 if not has_labels else own
+    found = taught(weight, args.temperature or TEMPERATURE, args.smoothing or 0.0)
     return found + args.layers * layer_matching() if args.layers else found
+
+
+def _refuse(args: argparse.Namespace, name: str, needed: str) -> None:
+    """Refuses an option that was given where what it needs is not there."""
+    value = getattr(args, name)
+    if value is not None:
+        raise ValueError(f"--{name} {value:g} needs {needed}, or leave --{name} out.")
 
 
 def step_options(
@@ -73,8 +86,14 @@ def step_options(
         classes: of the network.
         steps: of the whole run.
     """
+    if args.optimizer and args.learning_rate is not None:
+        raise ValueError(
+            f"--learning-rate {args.learning_rate:g} is of the schedule that --optimizer "
+            f"{args.optimizer} stands in place of; leave one of both out."
+        )
     updates = -(-steps // args.accumulate)
     return {
+        "learning_rate": args.learning_rate or RATE,
         "tx": _optimizer(args.optimizer, updates) if args.optimizer else None,
         "augment": _augment(args, size, classes),
         "average": args.average,

@@ -20,6 +20,8 @@ from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
+_INPUTS, _OUTPUTS = ("inputs", "images"), ("outputs", "positions")
+
 
 class Kept(Protocol):
     """Keeps rows of what a layer reads and gives in a batch, and of what is added to that."""
@@ -45,10 +47,8 @@ def fit_note(
         roots: of the importance of the outputs.
         kept: takes the rows whose moments these are.
     """
-    reading = outline.readings[place]
-    x_number = outline.number(reading.eqn.invars[1 - reading.operand])
-    y_number = outline.gives(reading.eqn)[0]
-    sums = _fit_sums(geometry_of(reading))
+    x_number, y_number = values_of(outline, place)
+    sums = _fit_sums(geometry_of(outline.readings[place]))
 
     def note(live: Live, turn: int) -> dict[str, Any]:
         x, y = live.small.get(x_number, live.dense[x_number]), live.dense[y_number]
@@ -60,6 +60,13 @@ def fit_note(
         return found
 
     return note
+
+
+def values_of(outline: Outline, place: int) -> tuple[int, int]:
+    """The numbers of what a layer's equation reads, beside the kernel, and of what it gives."""
+    reading = outline.readings[place]
+    x = reading.eqn.invars[1 - reading.operand]
+    return outline.number(x), outline.gives(reading.eqn)[0]
 
 
 @functools.lru_cache(maxsize=256)  # layers of one geometry share a program
@@ -80,9 +87,10 @@ def _mean_sums(geometry: AnyGeometry, x: jax.Array, y: jax.Array) -> dict[str, j
     if channels is None:  # the means of several axes of outputs are not matched
         return {}
     total = wide(x).sum(batch, keepdims=True)
+    size = str(total.shape)  # images of several sizes have several means
     return {
-        "inputs": total,
-        "images": jnp.float32(x.size // total.size),
+        "inputs": {size: total},
+        "images": {size: jnp.float32(x.size // total.size)},
         "outputs": _channel_sums(y, channels),
         "positions": jnp.float32(y.size // y.shape[channels]),
     }
@@ -135,18 +143,26 @@ def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> 
 
     A layer is linear: the mean of its outputs is the output of the mean of its inputs.
     """
-    totals = {name: _total(found, name) for name in ("inputs", "images", "outputs", "positions")}
-    x = jnp.asarray(totals["inputs"] / totals["images"], jnp.float32)
-    outputs = run_factored(reading, x, jax.tree.map(lambda a: a.astype(jnp.float32), kernel))
-    assert outputs is not None
+    kernel = jax.tree.map(lambda a: a.astype(jnp.float32), kernel)
+    outputs, positions = (np.sum([own[name] for own in found], 0) for name in _OUTPUTS)
+    sums = [_small_outputs(reading, kernel, found, size) for size in _sizes(found)]
+    return (outputs - np.sum(sums, 0)) / positions
+
+
+def _sizes(found: Sequence[Mapping]) -> list[str]:
+    return list(dict.fromkeys(size for own in found for size in own["inputs"]))
+
+
+def _small_outputs(
+    reading: Reading, kernel: Kernel, found: Sequence[Mapping], size: str
+) -> np.ndarray:
+    """The sums of a compressed layer's outputs for all images of one size."""
+    own = [note for note in found if size in note["inputs"]]
+    inputs, images = (np.sum([note[name][size] for note in own], 0) for name in _INPUTS)
+    outputs = run_factored(reading, jnp.asarray(inputs / images, jnp.float32), kernel)
     axis = reading.channel_axis
-    assert axis is not None
-    mean = np.asarray(outputs, np.float64).mean(_others(outputs, axis))
-    return totals["outputs"] / totals["positions"] - mean
-
-
-def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
-    return np.sum([note[name] for note in found], axis=0)
+    assert outputs is not None and axis is not None
+    return images * np.asarray(outputs, np.float64).sum(_others(outputs, axis))
 
 
 def folds_of(found: Sequence[Mapping], path: str, centred: bool) -> list[list[Moments]]:

@@ -36,6 +36,7 @@ from lowrank_jax.compression.outline import (
 )
 from lowrank_jax.compression.refitting import Sample, fit_again
 from lowrank_jax.compression.segments import Live, Segments, Values
+from lowrank_jax.compression.sharing import later_readings, with_others
 from lowrank_jax.compression.shortcuts import find_shortcuts
 from lowrank_jax.compression.stepping import Trained, block_error, cut, stepped
 from lowrank_jax.factorization.factors import wide
@@ -145,12 +146,15 @@ class Reconstruction:
         lacks = self.layers.lacks(path, reading)
         if not lacks and shift is None:
             return
-        activation = self.activations.get(place) if lacks else None
+        others = later_readings(self.outline, self.places, place) if lacks else []
+        activation = self.activations.get(place) if lacks and not others else None
         holding = Holding(len(self.segments.lives), self.segments.files)
         sample = Sample(self.outline, place, activation, holding) if activation else None
         roots, shortcut = self.layers.roots(path), self.shortcuts.get(place)
         note = fit_note(self.outline, place, shortcut, roots, sample)
         found = self.segments.advance(place, self._small(), note)
+        if others:
+            found = with_others(self.segments, self.outline, found, others, roots, shift)
         if lacks:
             later = self.match_means and are_means_matched(self.outline, place)
             self.layers.fit(path, reading, found, shift is not None or later)

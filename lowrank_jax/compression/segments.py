@@ -5,7 +5,7 @@ file where it is much; the device holds one batch.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,27 @@ class Segments:
         give_back()
         return found
 
+    def ahead(self, stop: int, numbers: Collection[int], note: Note) -> list:
+        """Runs the dense network alone further on, and adds up what is noted of some values.
+
+        Args:
+            stop: index of the last equation that is run.
+            numbers: of the values that the note gets, as those of the dense network.
+            note: as in `advance`.
+
+        Returns:
+            The sums of the notes, as `advance` gives them.
+        """
+        programs: dict[int, Callable] = {}
+        found: list[Any] = []
+        for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
+            if id(outline) not in programs:
+                run = _dense_segment(outline, self.place, stop, numbers)
+                programs[id(outline)] = jax.jit(run, compiler_options=default_options())
+            values = programs[id(outline)](self.given, loaded(live.dense))
+            add_note(found, turn % FOLDS, note(Live(values, {}), turn))
+        return found
+
     def _still(self, live: Live, place: int) -> tuple[Values, Values]:
         """What was alive before and is needed after a place."""
         one, two = (
@@ -128,10 +149,28 @@ def _copies(lives: Sequence[Live]) -> list[Live]:
 def add_note(sums: list, fold: int, note: Any) -> None:
     """Adds a note to the sum of its fold."""
     if fold == len(sums):
-        sums.append(jax.tree.map(lambda value: np.array(value, np.float64), note))
-        return
-    for old, new in zip(jax.tree.leaves(sums[fold]), jax.tree.leaves(note), strict=True):
-        np.add(old, np.asarray(new), out=old)  # in place, since moments are large
+        sums.append(_wide(note))
+    else:
+        sums[fold] = added(sums[fold], note)
+
+
+def added(old: Any, new: Any) -> Any:
+    """The sum of two notes, of which one may have names that the other lacks.
+
+    Example:
+        >>> added({"a": np.ones(2)}, {"a": np.ones(2), "b": np.ones(1)})
+        {'a': array([2., 2.]), 'b': array([1.])}
+    """
+    if isinstance(new, Mapping):
+        names = {name: added(old[name], x) if name in old else _wide(x) for name, x in new.items()}
+        return {**old, **names}
+    if isinstance(new, tuple):
+        return tuple(map(added, old, new))
+    return np.add(old, np.asarray(new), out=old)  # in place, since moments are large
+
+
+def _wide(note: Any) -> Any:
+    return jax.tree.map(lambda value: np.array(value, np.float64), note)
 
 
 def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -> Segment:
@@ -156,6 +195,22 @@ def _segment(outline: Outline, start: int, stop: int, last: Mapping[int, int]) -
             kept.update(outline.gives(eqn))
         pairs = ((one, dense), (two, other))
         return tuple({n: x[n] for n in sorted(kept) if n in x and n not in old} for x, old in pairs)
+
+    return run
+
+
+def _dense_segment(
+    outline: Outline, start: int, stop: int, numbers: Collection[int]
+) -> Callable[[Values, Values], Values]:
+    """A function of (given, dense live values) to some values of the dense network."""
+    own = range(start, stop + 1)
+    needed = _fixed_equations(outline, own)
+
+    def run(given: Values, dense: Values) -> Values:
+        values = {**given, **dense}
+        for place in (*needed, *own):
+            _dense(outline, place, values)
+        return {number: values[number] for number in numbers}
 
     return run
 

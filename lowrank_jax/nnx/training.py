@@ -106,7 +106,7 @@ class Training:
 
 
 def _collections(model: Any) -> dict[str, dict]:
-    params, rest = nnx.state(model, nnx.Param, ...)
+    params, _, rest = nnx.state(model, nnx.Param, nnx.Intermediate, ...)  # none that was sown
     return {
         PARAMS: nnx.to_pure_dict(params, raw_value),
         STATE: nnx.to_pure_dict(rest, raw_value),

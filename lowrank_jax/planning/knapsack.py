@@ -104,7 +104,7 @@ def _fill(
             loss[pick] - loss[new] for loss, pick, new in zip(losses, picks, best, strict=True)
         ]
         layer = int(np.argmax(gains))
-        if gains[layer] <= 0:
+        if not gains[layer] > 0:  # NaN ends the search, too
             break
         picks[layer] = best[layer]
     return picks

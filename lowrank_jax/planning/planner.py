@@ -91,6 +91,11 @@ def plan(
         (8, (73728, 36864))
     """
     check_options(plan, None if isinstance(source, Calibration) else source, kwargs)
+    if isinstance(source, Calibration) and isinstance(variables, int | float):
+        raise ValueError(
+            f"plan(calibration, {variables}) does not say what {variables} is of; give the budget "
+            f"by its name, such as macs={variables}."
+        )
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
     wanted = None if forms is None else check_forms(forms)
     if not isinstance(source, Calibration):
@@ -98,8 +103,7 @@ def plan(
     elif variables is not None or kwargs:
         raise ValueError(
             "plan of a calibration takes a budget alone, plan(calibration, macs=0.5); the "
-            "arguments "
-            "of the model were given to calibrate."
+            "arguments of the model were given to calibrate."
         )
     step = usual_multiple() if multiple is None else multiple
     known = calibrated_spectra(source)

@@ -123,12 +123,15 @@ class KernelUse:
         """Macs of all the uses with the factors in place of the kernel.
 
         The first convolution runs at the input's size along the axes that it leaves alone, so that
-        with a stride the macs do not follow the parameters. Padding that the program adds as
-        an operation of its own, such as circular padding, is counted as part of that input.
+        with a stride the macs do not follow the parameters. The zeros that a transposed convolution
+        puts between its inputs are not counted. Padding that the program adds as an operation of
+        its own, such as circular padding, is counted as part of that input.
         """
         sizes = map(math.prod, scheme.shapes(self.kernel_shape))
-        pairs = zip(self.positions_after(scheme), sizes, strict=True)
-        return self.uses * sum(positions * size for positions, size in pairs)
+        rows = zip(self.positions_after(scheme), sizes, scheme.taps(), strict=True)
+        return self.uses * sum(
+            positions * size // self._spread(along, scheme.axes) for positions, size, along in rows
+        )
 
     def positions_after(self, scheme: Scheme) -> list[int]:
         """Positions of one use after each factor, over the whole batch."""
@@ -143,6 +146,11 @@ class KernelUse:
         extent = zip(spatial_axes(axes), self.inputs[1:-1], self.outputs[1:-1], strict=True)
         sizes = [out if letter in along else own for letter, own, out in extent]
         return self.inputs[0] * math.prod(sizes)
+
+    def _spread(self, along: str, axes: str) -> int:
+        """How many times a convolution along some axes spreads its inputs with zeros between."""
+        pairs = zip(spatial_axes(axes), self.input_dilation, strict=False)  # a product has none
+        return math.prod(times for letter, times in pairs if letter in along)
 
     def bytes_at(self, scheme: Scheme) -> float:
         """Bytes that all the uses move with the factors in place of the kernel.

@@ -138,6 +138,7 @@ def _convolution(found: Found) -> KernelUse:
     source, layout, reason = reading.source, reading.layout, reading.reason
     stored = source.shape if source and not reason else kernel.shape
     macs = math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[spec.rhs_spec[0]]
+    macs //= math.prod(params["lhs_dilation"])  # zeros between the inputs are not multiplied
     together = 1 if reading.shared else reading.stack
     return KernelUse(
         path=source.path if source else "",

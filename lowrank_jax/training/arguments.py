@@ -1,17 +1,15 @@
 """Which kinds of values the arguments of a training may have, in one table."""
 
-import numbers
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training import augmentation
+from lowrank_jax.training.kinds import is_int, is_number
 
 MAKERS = (augmentation.chain, augmentation.crops_and_flips, augmentation.cutmix, augmentation.mixup)
 
@@ -40,15 +38,6 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         fits, allowed, optional = KINDS[name]
         if not (optional and given[name] is None) and not fits(given[name]):
             raise ValueError(f"{name}={given[name]!r:.80} is not allowed; give {allowed}.")
-
-
-def is_int(value: Any) -> bool:
-    """Whether a value is an int, of Python or of NumPy."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) or (isinstance(value, jax.Array) and value.ndim == 0)
 
 
 def _is_seed(value: Any) -> bool:
@@ -81,11 +70,11 @@ def _is_augmentation(value: Any) -> bool:
 
 KINDS = {
     "learning_rate": Kind(
-        _is_number, "a number above 0, and a schedule by tx=, as in tx=optax.sgd(schedule)", False
+        is_number, "a number above 0, and a schedule by tx=, as in tx=optax.sgd(schedule)", False
     ),
     "seed": Kind(_is_seed, "an int from 0 to below 2**63", False),
-    "clip": Kind(_is_number, "a number above 0, or None"),
-    "average": Kind(_is_number, "a decay between 0 and 1, such as 0.999"),
+    "clip": Kind(is_number, "a number above 0, or None"),
+    "average": Kind(is_number, "a decay between 0 and 1, such as 0.999"),
     "tx": Kind(_is_optimiser, "an optimiser of optax, such as optax.adam(1e-3)"),
     "trained": Kind(_is_mapping, "a dict of patterns to bools, such as {'stem': False}"),
     "augment": Kind(_is_augmentation, "a function of (key, batch), such as mixup(10)"),

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.training.kinds import is_above_zero, is_int
 from lowrank_jax.training.labels import probabilities
 
 Augment = Callable[[chex.PRNGKey, tuple], tuple]
@@ -35,11 +36,16 @@ def crops_and_flips(size: int | tuple[int, int], padding: int) -> Augment:
     Args:
         size, padding: as in `crop_and_flip`.
 
+    Raises:
+        ValueError: the size or the padding is not allowed.
+
     Example:
         >>> batch = jnp.ones((4, 32, 32, 3)), jnp.arange(4)
         >>> crops_and_flips(24, padding=0)(jax.random.key(0), batch)[0].shape
         (4, 24, 24, 3)
     """
+
+    _check_part(size, padding)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
         images, *rest = batch
@@ -58,7 +64,8 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
         alpha: parameter of Beta(alpha, alpha), the distribution of the first example's share.
 
     Raises:
-        ValueError: ``alpha`` is not above 0; when called, for inputs of ints, which have no shares.
+        ValueError: ``classes`` is no int above 0, or ``alpha`` not above 0; when called, for inputs
+            of ints, which have no shares.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -66,6 +73,7 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
         >>> images.shape, labels.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), (4, 4), [1.0, 1.0, 1.0, 1.0])
     """
+    _check_classes(classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -91,8 +99,8 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
         classes, alpha: as in `mixup`.
 
     Raises:
-        ValueError: ``alpha`` is not above 0; when called, for inputs that are not one
-            array of images.
+        ValueError: ``classes`` is no int above 0, or ``alpha`` not above 0; when called, for inputs
+            that are not one array of images.
 
     Example:
         >>> batch = jnp.ones((4, 8, 8, 3)), jnp.arange(4)
@@ -100,6 +108,7 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
         >>> images.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), [1.0, 1.0, 1.0, 1.0])
     """
+    _check_classes(classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -136,15 +145,16 @@ def crop_and_flip(
         Array of shape (batch, *size, channels).
 
     Raises:
-        ValueError: the part is larger than the padded images, or the images are no such array.
+        ValueError: the size or the padding is not allowed, the part is larger than the padded
+            images, or the images are no such array.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> crop_and_flip(jax.random.key(0), jnp.ones((4, 32, 32, 3)), size=24, padding=0).shape
         (4, 24, 24, 3)
     """
+    sides = _check_part(size, padding)
     batch, height, width, channels = _images((images,)).shape
-    sides = size if isinstance(size, tuple) else (size, size)
     room = jnp.array((height, width)) + 2 * padding - jnp.array(sides)
     if height + 2 * padding < sides[0] or width + 2 * padding < sides[1]:
         raise ValueError(
@@ -165,8 +175,25 @@ def crop_and_flip(
 
 
 def _check_alpha(alpha: float) -> None:
-    if not alpha > 0:
+    if not is_above_zero(alpha):
         raise ValueError(f"alpha={alpha!r} is not allowed; give a number above 0.")
+
+
+def _check_classes(classes: int) -> None:
+    if not is_int(classes) or classes < 1:
+        raise ValueError(f"classes={classes!r} is not allowed; give an int of at least 1.")
+
+
+def _check_part(size: Any, padding: Any) -> tuple[int, int]:
+    """Height and width of a part."""
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
+        raise ValueError(
+            f"size={size!r} is not allowed; give an int of at least 1, or two: (height, width)."
+        )
+    if not is_int(padding) or padding < 0:
+        raise ValueError(f"padding={padding!r} is not allowed; give an int of at least 0.")
+    return sides
 
 
 def _check_floating(inputs: Any) -> None:

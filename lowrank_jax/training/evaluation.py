@@ -8,13 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.order import positive
-from lowrank_jax.training.placing import on_mesh, placed
+from lowrank_jax.training.placing import automatic, on_mesh, placed
 
 Preprocess = Callable[[jax.Array], jax.Array]
 
@@ -62,7 +62,7 @@ def evaluate(
     """
     check_kinds({"sharding": sharding})
     _check_labels(np.shape(images), np.shape(labels))
-    count = _count_correct(apply, preprocess)
+    count = _count_correct(apply, preprocess, None if sharding is None else sharding.mesh)
     batch_size = _fitting(positive("batch_size", batch_size), len(labels), sharding)
     if sharding is not None:
         variables = on_mesh(variables, sharding.mesh)
@@ -93,7 +93,7 @@ def _fitting(size: int, count: int, sharding: NamedSharding | None) -> int:
 
 
 @functools.lru_cache(maxsize=8)  # what is kept, keeps its function, too
-def _count_correct(apply: Callable, preprocess: Preprocess) -> Callable:
+def _count_correct(apply: Callable, preprocess: Preprocess, mesh: Any) -> Callable:
     def count(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = lowrank(apply)(variables, preprocess(images))
         if logits.shape[:-1] != labels.shape:
@@ -103,4 +103,6 @@ def _count_correct(apply: Callable, preprocess: Preprocess) -> Callable:
             )
         return jnp.sum(jnp.argmax(logits, -1) == labels)
 
+    if mesh is not None:
+        count = automatic(count, mesh, NamedSharding(mesh, PartitionSpec()))
     return jax.jit(count, compiler_options=default_options())

@@ -16,11 +16,12 @@ from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
+from lowrank_jax.training.forward import check_mutable
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of, positive
 from lowrank_jax.training.partition import Rules
-from lowrank_jax.training.placing import beside, on_mesh
+from lowrank_jax.training.placing import automatic, beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
@@ -96,7 +97,8 @@ def finetune(
         folder: where checkpoints and metrics are kept; the same call goes on from there.
         save_every: steps between two checkpoints.
         plan: of the ranks, kept in the checkpoints.
-        after_epoch: called with (epoch from 1, variables, mean metrics) after each epoch.
+        after_epoch: called with (epoch from 1, variables, mean metrics) after each epoch, of
+            batches that can be counted.
         sharding: of the batches over devices, such as ``NamedSharding(mesh, P("data"))``; every
             process gives all examples. Parameters on the mesh stay where they are, the others are
             whole on each device, and the statistics of a batch are of the whole batch.
@@ -131,8 +133,10 @@ def finetune(
     check_kinds(locals())
     check_function(apply, variables)
     check_options(finetune, apply, kwargs)
+    check_mutable(mutable, variables)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
+    _check_idle(teacher_apply, teacher, after_epoch, data)
     if data.epoch:  # a stream cannot be looked into
         warn_if_raw(_seen(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
@@ -167,7 +171,7 @@ def finetune(
         seed=seed,
         loss=str(wanted),
         labelled="labels" in wanted.needs,
-        rate=learning_rate if tx is None else None,
+        settings=_settings(tx, learning_rate, clip, accumulate, average, dtype),
         teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
         save_every=positive("save_every", save_every),
@@ -176,6 +180,35 @@ def finetune(
         sharding=sharding,
     )
     return run.finish(start).averaged
+
+
+def _check_idle(
+    teacher_apply: Callable | None, teacher: Any, after_epoch: AfterEpoch | None, data: Batches
+) -> None:
+    """Refuses functions that would never be called."""
+    if teacher_apply is not None and teacher is None:
+        raise ValueError(
+            "teacher_apply is not allowed without teacher, the variables that it is called with; "
+            "give both, or neither."
+        )
+    if after_epoch is not None and data.epoch is None:
+        raise ValueError(
+            "after_epoch is not allowed for batches that cannot be counted, which have no epochs; "
+            "give arrays or a list of batches, or leave it out."
+        )
+
+
+def _settings(
+    tx: Any, rate: float, clip: float | None, accumulate: int, average: float | None, dtype: Any
+) -> dict[str, Any]:
+    """What a run that goes on may have otherwise, which the log then tells."""
+    return {
+        "rate": float(rate) if tx is None else None,
+        "clip": float(clip) if tx is None and clip is not None else None,
+        "accumulate": int(accumulate),
+        "average": None if average is None else float(average),
+        "dtype": None if dtype is None else jax.numpy.dtype(dtype).name,
+    }
 
 
 def _seen(batch: tuple, augment: Augment | None) -> tuple:
@@ -192,6 +225,7 @@ def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> 
         return jax.jit(step, donate_argnums=0, compiler_options=options)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = NamedSharding(sharding.mesh, PartitionSpec())
+    step = automatic(step, sharding.mesh, (places, whole))
     return jax.jit(step, donate_argnums=0, out_shardings=(places, whole), compiler_options=options)
 
 

@@ -155,6 +155,22 @@ def cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree.map(own, tree)
 
 
+def check_mutable(mutable: Sequence[str] | None, variables: Any) -> None:
+    """Refuses collections that the variables lack, or that are trained.
+
+    Raises:
+        ValueError: there is no such collection, or it is "params".
+    """
+    known = _collections(variables)
+    for name in mutable or ():
+        if name not in known:
+            why = "which is trained" if name == PARAMS else "which the variables do not have"
+            raise ValueError(
+                f"mutable={name!r} is not allowed, {why}; give some of {sorted(known)}, the "
+                "collections that a call renews."
+            )
+
+
 def _collections(variables: Any) -> list[str]:
     """The collections of Linen variables that a call may renew."""
     return [name for name in variables if name != PARAMS] if isinstance(variables, Mapping) else []

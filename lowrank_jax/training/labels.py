@@ -1,5 +1,7 @@
 """Labels of classes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,7 @@ def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         >>> probabilities(jnp.array([1, 3]), (2, 3)).tolist()
         [[0.0, 1.0, 0.0], [nan, nan, nan]]
     """
+    labels = one_array(labels)
     ints = jnp.issubdtype(labels.dtype, jnp.integer)
     if labels.shape != (shape[:-1] if ints else shape):
         raise ValueError(
@@ -30,5 +33,21 @@ def probabilities(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         )
     if not ints:
         return labels
+    if labels.dtype.itemsize < 4:  # the number of classes may be more than these ints hold
+        labels = labels.astype(jnp.int32)
     known = (labels >= 0) & (labels < shape[-1])
     return jnp.where(known[..., None], jax.nn.one_hot(labels, shape[-1]), jnp.nan)
+
+
+def one_array(labels: Any) -> jax.Array:
+    """The labels, if they are one array.
+
+    Raises:
+        ValueError: they are several, or none.
+    """
+    if not hasattr(labels, "dtype"):
+        raise ValueError(
+            f"Labels that are a {type(labels).__name__} are not allowed in this loss; give one "
+            "array, or a loss of your own: a function of (outputs, labels)."
+        )
+    return labels

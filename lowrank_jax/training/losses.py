@@ -12,7 +12,9 @@ It gives one number, the mean over the batch.
 """
 
 import dataclasses
+import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -20,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.training.labels import probabilities
+from lowrank_jax.training.kinds import is_above_zero, is_number
+from lowrank_jax.training.labels import one_array, probabilities
 
 NEEDS = ("outputs", "labels", "teacher", "layers")
 Term = Callable[..., jax.Array]
@@ -61,7 +64,7 @@ class Loss:
                 f"The loss {given!r:.80} takes {_arguments(given)}; name its arguments as some "
                 f"of {NEEDS}, or call what makes a loss, as in distillation()."
             )
-        return cls(((name or getattr(given, "__name__", "loss"), 1.0, given),))
+        return cls(((name or _name_of(given), 1.0, given),))
 
     def __str__(self) -> str:
         texts = [f"{weight:g} {name}{_settings(term)}" for name, weight, term in self.terms]
@@ -104,10 +107,18 @@ class Loss:
         names = {name for name, _, _ in self.terms}
         twice = [name for name, _, _ in other.terms if name in names]
         if twice:
-            raise ValueError(f"The loss {twice[0]!r} comes twice; add its weights instead.")
+            raise ValueError(
+                f"The loss {twice[0]!r} comes twice; add its weights, or name another function of "
+                'this name, as in Loss.of(function, "name").'
+            )
         return Loss(self.terms + other.terms)
 
+    def __radd__(self, other: "Loss | Term | Name | Literal[0]") -> "Loss":
+        return self if other == 0 else Loss.of(other) + self
+
     def __mul__(self, weight: float) -> "Loss":
+        if not math.isfinite(weight):
+            raise ValueError(f"The weight {weight!r} of a loss is not allowed; give a number.")
         return Loss(tuple((name, weight * own, term) for name, own, term in self.terms))
 
     __rmul__ = __mul__
@@ -130,7 +141,7 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
         >>> float(cross_entropy()(outputs=jnp.zeros((2, 4)), labels=jnp.array([0, 3])))
         1.3862943649291992
     """
-    if not 0 <= smoothing < 1:
+    if not (is_number(smoothing) and 0 <= smoothing < 1):
         raise ValueError(f"smoothing={smoothing!r} is not allowed; give a share from 0 to below 1.")
 
     def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -158,7 +169,7 @@ def distillation(temperature: float = 1.0) -> Loss:
         >>> float(distillation(4.0)(outputs=y, teacher=y))
         0.0
     """
-    if not temperature > 0:
+    if not is_above_zero(temperature):
         raise ValueError(f"temperature={temperature!r} is not allowed; give a number above 0.")
 
     def distillation(outputs: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -184,7 +195,7 @@ def taught(share: float, temperature: float, smoothing: float = 0.0) -> Loss:
         >>> sorted(taught(1.0, 4.0).needs)
         ['outputs', 'teacher']
     """
-    if not 0 <= share <= 1:
+    if not (is_number(share) and 0 <= share <= 1):
         raise ValueError(f"share={share!r} is not allowed; give a weight from 0 to 1.")
     if share in (0, 1):
         return distillation(temperature) if share else cross_entropy(smoothing)
@@ -222,7 +233,7 @@ def squared_error() -> Loss:
     """
 
     def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-        found = _one_array(outputs)
+        found, labels = _one_array(outputs), one_array(labels)
         if found.shape != labels.shape:
             raise ValueError(
                 f"Labels of shape {labels.shape} are not allowed for outputs of shape "
@@ -256,7 +267,15 @@ def _settings(term: Term) -> str:
 
 
 def _arguments(term: Term) -> tuple[str, ...]:
-    return tuple(inspect.signature(term).parameters)
+    """What a term takes; arguments of other names may keep the values that they have."""
+    given = inspect.signature(term).parameters.values()
+    return tuple(own.name for own in given if own.name in NEEDS or own.default is own.empty)
+
+
+def _name_of(term: Term) -> str:
+    while isinstance(term, functools.partial):
+        term = term.func
+    return getattr(term, "__name__", "loss")
 
 
 def _one_array(outputs: Any) -> jax.Array:

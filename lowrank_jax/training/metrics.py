@@ -72,16 +72,22 @@ def numbers(found: Any) -> dict[str, float]:
     """What `after_epoch` returned, as plain numbers.
 
     Raises:
-        ValueError: it is no mapping of names to numbers.
+        ValueError: it is no mapping of names to numbers, or has a name that is taken.
     """
     try:
         given = {} if found is None else dict(found)
-        return {str(name): float(value) for name, value in given.items()}
+        plain = {str(name): float(value) for name, value in given.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"after_epoch returned {found!r:.80}; give back a mapping of names to numbers, such as "
             '{"accuracy": 0.9}, or None.'
         ) from error
+    if taken := plain.keys() & {"step", "epoch"}:
+        raise ValueError(
+            f"after_epoch returned {min(taken)!r}, which every line of the metrics has of its own; "
+            "give it another name."
+        )
+    return plain
 
 
 def floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from lowrank_jax.calibration.inputs import as_arguments, is_iterable_of_batches
-from lowrank_jax.training.arguments import is_int
 from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.kinds import is_int
 
 SHOWN = 8  # shapes in an error
 LOG = logging.getLogger("lowrank_jax")

@@ -1,12 +1,13 @@
 """Where the arrays of a training lie: split batches, and the state beside its parameters."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from lowrank_jax.training.state import TrainState
 
@@ -54,6 +55,22 @@ def on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(_moved, tree, _places(tree, mesh))
 
 
+def automatic(function: Callable, mesh: Mesh | AbstractMesh, out: Any) -> Callable:
+    """A function that lets the compiler place what lies between its arguments and its results.
+
+    `jax.make_mesh` makes explicit axes, on which random numbers, gathers and convolutions of split
+    kernels need a place of their own.
+
+    Args:
+        function: of arrays on the mesh.
+        mesh: of devices.
+        out: places of the results.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return function
+    return auto_axes(function, out_sharding=out)
+
+
 def beside(
     state: TrainState, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
@@ -66,11 +83,16 @@ def beside(
     """
     whole, own = NamedSharding(mesh, PartitionSpec()), _places(state.params, mesh)
 
-    def as_its_parameter(_: jax.Array, sharding: NamedSharding) -> NamedSharding:
-        return sharding
+    def as_its_parameter(moment: Any, sharding: NamedSharding) -> Any:
+        return moment if _is_masked(moment) else sharding
 
     moments = optax.tree_utils.tree_map_params(
-        tx, as_its_parameter, state.optimizer, own, transform_non_params=lambda _: whole
+        tx,
+        as_its_parameter,
+        state.optimizer,
+        own,
+        transform_non_params=lambda _: whole,
+        is_leaf=_is_masked,
     )
     places = dataclasses.replace(
         _places(state, mesh),
@@ -79,6 +101,11 @@ def beside(
         average=None if state.average is None else own,
     )
     return jax.tree.map(_moved, state, places)
+
+
+def _is_masked(moment: Any) -> bool:
+    """Whether an optimiser of some of the parameters has nothing for this one."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 def like(tree: Any, other: Any) -> Any:

@@ -16,16 +16,16 @@ from jax.sharding import NamedSharding
 
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.program.names import leaf_names
 from lowrank_jax.training.checkpoints import Checkpoints, held
 from lowrank_jax.training.facts import START, check_facts
 from lowrank_jax.training.fingerprints import fingerprint, magnitudes
+from lowrank_jax.training.finite import FINITE, check_parameters, not_finite
 from lowrank_jax.training.metrics import Metrics, floats, means, numbers, risen
 from lowrank_jax.training.order import Batches
 from lowrank_jax.training.placing import like, placed
 from lowrank_jax.training.signals import Signals
 from lowrank_jax.training.state import TrainState
-from lowrank_jax.training.steps import FINITE, Step
+from lowrank_jax.training.steps import Step
 
 LOG = logging.getLogger("lowrank_jax")
 LINE = 50  # steps between two lines of metrics
@@ -48,7 +48,7 @@ class Run:
         steps: of the whole run.
         seed: of the run.
         loss: what is minimised, in words.
-        rate: the learning rate, where it is a number; a run may go on with another one.
+        settings: what else a run has, such as the learning "rate"; it may go on with other values.
         labelled: whether the loss reads labels.
         teacher: variables of the teacher.
         folder: for checkpoints and metrics; nothing is kept without one.
@@ -64,7 +64,7 @@ class Run:
     steps: int
     seed: int = 0
     loss: str = ""
-    rate: float | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labelled: bool = True
     teacher: Any = None
     folder: Path | None = None
@@ -111,17 +111,19 @@ class Run:
                 f"{self.folder} holds a run of {int(state.step)} steps, more than {self.steps}; "
                 "give as many steps, or another folder."
             )
-        self._tell(int(state.step), facts.get("rate", self.rate))
+        self._tell(int(state.step), facts)
         return state if self.sharding is None else like(state, start)
 
-    def _tell(self, step: int, rate: float | None) -> None:
+    def _tell(self, step: int, facts: Mapping[str, Any]) -> None:
         """Says how a run goes on."""
         if step == self.steps:
             LOG.warning("The run in %s has all its %d steps; nothing is done.", self.folder, step)
             return
         LOG.warning("The run in %s goes on after step %d.", self.folder, step)
-        if rate != self.rate:
-            LOG.warning("The run had learning_rate=%s and goes on with %s.", rate, self.rate)
+        for name, value in self.settings.items():
+            before, shown = facts.get(name, value), "learning_rate" if name == "rate" else name
+            if before != value:
+                LOG.warning("The run had %s=%s and goes on with %s.", shown, before, value)
 
 
 class _Loop:
@@ -135,9 +137,9 @@ class _Loop:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.state, self.kept = run, state, kept
-        self.facts = {**(facts or {}), "rate": None if run.rate is None else float(run.rate)}
+        self.facts = {**(facts or {}), **run.settings}
         self.number = int(state.step)
-        self.metrics = Metrics(run.folder, self.number) if run.folder else None
+        self.metrics = self._metrics(run.folder) if run.folder else None
         self.recent: list[dict[str, jax.Array]] = []
         self.batch: tuple = ()
         self.first: float | None = None  # the loss of the first steps
@@ -164,7 +166,8 @@ class _Loop:
         first, last = np.mean(losses[:FEW]), np.mean(losses[-FEW:])
         self.first = float(first) if self.first is None else self.first
         if self.number == self.run.steps and risen(self.first, float(last)):
-            rate = "" if self.run.rate is None else f", which was {self.run.rate}"
+            rate = self.run.settings.get("rate")
+            rate = "" if rate is None else f", which was {rate}"
             LOG.warning(
                 "The loss rose from %.3g to %.3g. Lower the learning rate%s: a network without "
                 "batch statistics, or with frozen ones, may need a tenth or less.",
@@ -208,25 +211,9 @@ class _Loop:
 
     def _check(self, number: int, metrics: Mapping[str, jax.Array]) -> None:
         which = int(metrics["not_finite"])
-        if which == FINITE:
-            return
-        names = [*leaf_names(self.state.params, is_leaf=lambda _: False), "the loss alone"]
-        loss, norm = float(metrics["loss"]), float(metrics["gradient"])
-        raise FloatingPointError(
-            f"Step {number}: the loss is {loss:.3g} and the norm of its gradient {norm:.3g}; the "
-            f"first that is not finite, in its value or its gradient, is {names[which]}. "
-            f"{self._last()}. Lower the learning rate, or look at the data{self._labels()}."
-        )
-
-    def _labels(self) -> str:
-        """What the labels of the last batch are, where the loss reads them and they are ints."""
-        labels = self.batch[-1] if self.run.labelled and len(self.batch) > 1 else None
-        if labels is None or not np.issubdtype(labels.dtype, np.integer):
-            return ""
-        return (
-            ": labels are ints from 0 to the number of classes less 1, and those of the last batch "
-            f"are {int(labels.min())} to {int(labels.max())}"
-        )
+        if which != FINITE:
+            labels = self.batch[-1] if self.run.labelled and len(self.batch) > 1 else None
+            raise not_finite(number, which, metrics, self.state.params, self._last(), labels)
 
     def _last(self) -> str:
         """Where the last good state is."""
@@ -257,10 +244,26 @@ class _Loop:
         self.epoch, self.since = [], time.perf_counter()
 
     def _write(self, values: Mapping[str, float]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(self.number, values)
+        metrics = self.metrics
+        if metrics is not None:
+            self._told(lambda: metrics.write(self.number, values))
+
+    def _metrics(self, folder: Path) -> Metrics:
+        return self._told(lambda: Metrics(folder, self.number))
+
+    def _told(self, write: Callable[[], Any]) -> Any:
+        """What some writing gives; its error says how far the run is."""
+        try:
+            return write()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Step {self.number}: the metrics in {self.run.folder} cannot be written: "
+                f"{error.strerror}. {self._last()}. Make room, and call again",
+            ) from error
 
     def _save(self) -> None:
         self._line()
+        check_parameters(self.number, self.state.params, self._last())
         if self.kept is not None:
             self.kept.save(self.state, self.facts, self.run.plan)

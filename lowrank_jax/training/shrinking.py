@@ -1,5 +1,6 @@
 """Compression in stages: compress, tune, and compress what was tuned again, to the next budget."""
 
+import inspect
 import itertools
 import os
 import shutil
@@ -13,9 +14,14 @@ from lowrank_jax.calibration.collecting import calibrate
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.program.jaxprs import check_options
+from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.checkpoints import begun, load_tree, save_tree
-from lowrank_jax.training.finetuning import finetune
+from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
+from lowrank_jax.training.kinds import is_number
+from lowrank_jax.training.losses import Loss
+from lowrank_jax.training.order import batches_of
 from lowrank_jax.training.origins import Origin, has_origin, new_origin
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 
@@ -37,7 +43,8 @@ def shrink(
 
     The ranks of a stage are chosen by `plan` from the kernels that the previous stage has trained,
     as trained rank pruning does (Xu et al., 2020, arXiv 2004.14566), and the factors are fitted to
-    what those kernels compute. The dense network is the teacher of every stage.
+    what those kernels compute. The dense network is the teacher of every stage, unless the loss
+    needs none.
 
     Args:
         apply: ``model.apply``, or any function of a tree and inputs.
@@ -70,12 +77,12 @@ def shrink(
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
-    _check_tune(tune)
+    check_tune(apply, tune, batches, kwargs)
     stages = [None] * len(macs) if folder is None else stage_folders(folder, macs)
     dense, current = variables, variables
     for share, own in zip(macs, stages, strict=True):
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
-        options: dict[str, Any] = {"teacher": dense, **tune, "folder": own, "plan": chosen}
+        options: dict[str, Any] = {**_teacher(tune, dense), "folder": own, "plan": chosen}
         current = finetune(apply, start, batches, **options, **kwargs)
     return current, chosen
 
@@ -101,7 +108,36 @@ def stage_folders(folder: str | os.PathLike, macs: Sequence[float]) -> list[Path
     return own
 
 
-def _check_tune(tune: Mapping[str, Any]) -> None:
+def _teacher(tune: Mapping[str, Any], dense: Any) -> dict[str, Any]:
+    """The arguments of `finetune`, with the dense network as teacher unless the loss has none."""
+    loss = tune.get("loss")
+    taught = loss is None or bool(Loss.of(loss).needs & TEACHES)
+    return {"teacher": dense, **tune} if taught else dict(tune)
+
+
+def check_tune(
+    apply: Callable, tune: Mapping[str, Any], batches: Any, kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses arguments of `finetune` before the first stage is compressed.
+
+    Raises:
+        ValueError: an argument is not known, not allowed, of another kind or lacking.
+    """
+    if not isinstance(tune, Mapping):
+        raise ValueError(
+            f"tune={tune!r:.80} is not allowed; give arguments of finetune, such as "
+            "{'epochs': 2, 'batch_size': 64}."
+        )
+    _check_stages(tune)
+    known = inspect.signature(finetune).parameters
+    check_options(finetune, apply, [name for name in tune if name not in known])
+    check_kinds(tune)
+    _teacher(tune, None)  # which reads the loss
+    data = batches_of(batches, tune.get("batch_size", known["batch_size"].default))
+    count_steps(data, tune.get("steps"), tune.get("epochs"))
+
+
+def _check_stages(tune: Mapping[str, Any]) -> None:
     for name in ("folder", "plan"):
         if name in tune:
             raise ValueError(
@@ -117,7 +153,8 @@ def check_schedule(macs: Sequence[float]) -> None:
         ValueError: a share is not between 0 and 1, or not smaller than the share before.
     """
     shares = [1.0, *macs] if isinstance(macs, list | tuple) else [1.0]
-    falls = all(0 < after < before for before, after in itertools.pairwise(shares))
+    known = all(map(is_number, shares))
+    falls = known and all(0 < after < before for before, after in itertools.pairwise(shares))
     if len(shares) == 1 or not falls:
         raise ValueError(
             f"macs={macs!r} is not allowed; give shares between 0 and 1, each smaller than "

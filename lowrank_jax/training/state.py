@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.partition import Rules, joined, split, trained_leaves
 
@@ -23,7 +24,8 @@ class TrainState:
         params: the trained leaves of the variables, None in the places of the others.
         rest: the other leaves: what is frozen, and collections such as "batch_stats".
         optimizer: state of the optimiser.
-        average: exponential moving average of the parameters; None without one.
+        average: exponential moving average of the parameters, in float32 or wider; None without
+            one.
         key: random key of the run, from which each step's own follows.
     """
 
@@ -66,14 +68,14 @@ class TrainState:
                    [1., 1.]], dtype=float32)}, dict_keys(['count', 'dense']))
         """
         check_kinds({"tx": tx, "seed": seed, "trained": trained})
-        variables = jax.tree.map(jnp.array, variables)
-        params, rest = split(variables, trained_leaves(variables, trained, renewed))
+        mine = trained_leaves(variables, trained, renewed)
+        params, rest = split(jax.tree.map(jnp.array, variables), mine)
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             rest=rest,
             optimizer=tx.init(params),
-            average=jax.tree.map(jnp.copy, params) if average else None,
+            average=jax.tree.map(lambda x: jnp.copy(wide(x)), params) if average else None,
             key=jax.random.key(seed),
         )
 
@@ -84,5 +86,8 @@ class TrainState:
 
     @property
     def averaged(self) -> Any:
-        """The tree with the averaged parameters, where there is an average."""
-        return self.variables if self.average is None else joined(self.average, self.rest)
+        """The tree with the averaged parameters, in their own types, where there is an average."""
+        if self.average is None:
+            return self.variables
+        own = jax.tree.map(lambda mean, x: mean.astype(x.dtype), self.average, self.params)
+        return joined(own, self.rest)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.factorization.factors import wide
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.features import Layers
+from lowrank_jax.training.finite import first_not_finite
 from lowrank_jax.training.forward import Forward
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.partition import joined
@@ -25,7 +27,6 @@ GROWN = (
     "A collection that a call extends, as that of Module.sow, cannot be renewed; leave {!r} out of "
     "the variables or of mutable=."
 )
-FINITE = -1  # in the metric "not_finite": no leaf
 
 
 def make_step(
@@ -50,9 +51,9 @@ def make_step(
         tx: the optimiser that made the state.
         loss: a `Loss`, its name, or a function of what it needs.
         augment: function of (key, batch) to the batch that the networks get.
-        average: decay of the moving average of the parameters, such as 0.999; the state must have
-            an average then, and none otherwise. Early steps count more, as in
-            (1 + step) / (10 + step).
+        average: decay of the moving average of the parameters, such as 0.999, at each update; the
+            state must have an average then, and none otherwise. Early updates count more, as in
+            (1 + n) / (10 + n) for the n-th. An average is held in float32 or wider.
         dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
             the loss keep their own.
         teacher: the teacher's function, where it is not ``apply``.
@@ -65,9 +66,10 @@ def make_step(
     Returns:
         Function of (state, batch) or, for a loss that needs a teacher, of (state, batch, variables
         of the teacher), to (state, metrics). A batch is a tuple of the network's inputs and the
-        labels; a batch that is no tuple has no labels. Metrics are scalars: "loss", each term of
-        the loss by its name, "gradient", the norm, and "not_finite", the number of the first
-        parameter whose value or gradient is not finite, or -1.
+        labels; a batch that is no tuple has no labels. Metrics are scalars: each term of the loss
+        by its name, "loss", the whole, "gradient", the norm, and "not_finite", the number of the
+        first parameter whose value or gradient is not finite, or -1. These three are not a term's
+        own where a term has such a name.
 
     Raises:
         ValueError: there is no such loss, or an argument is not allowed; when called, for a state
@@ -96,7 +98,7 @@ def make_step(
         inputs, labels = parts(given)
         _check_labels(wanted, labels)
         layers = _matched_layers(wanted, state)
-        known = _Known(labels, *_taught(master, wanted, teacher, inputs, layers))
+        known = _Known(layers, labels, *_taught(master, wanted, teacher, inputs, layers))
 
         def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
             variables = joined(params, state.rest)
@@ -106,9 +108,9 @@ def make_step(
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         (total, (values, renewed)), grads = gradient(state.params)
-        norm = optax.tree_utils.tree_norm(grads)
-        metrics = {"loss": total, **values, "gradient": norm}
-        metrics["not_finite"] = _first_not_finite(total + norm, state.params, grads)
+        norm = optax.tree_utils.tree_norm(jax.tree.map(wide, grads))
+        metrics = {**values, "loss": total, "gradient": norm}
+        metrics["not_finite"] = first_not_finite(total + norm, state.params, grads)
         return _advanced(state, tx, grads, renewed, average), metrics
 
     return step
@@ -148,6 +150,7 @@ def _check_state(state: TrainState, average: float | None) -> None:
 class _Known:
     """What a loss may need beside the trained network."""
 
+    paths: Sequence[str]  # of the layers whose outputs are wanted
     labels: Any
     teacher: Any
     layers: Layers
@@ -156,11 +159,13 @@ class _Known:
         """All that a loss may need, by the names of `NEEDS`."""
         both = layers.keys() & self.layers.keys()
         pairs = {place: (layers[place], self.layers[place]) for place in sorted(both)}
-        if layers and not pairs:
+        if self.paths and not pairs:
+            paths = sorted({place.path for place in layers}) or sorted(self.paths)
             raise ValueError(
-                "The teacher runs none of the decomposed layers "
-                f"{sorted({place.path for place in layers})}; give the variables of the dense "
-                "network, or leave the loss 'layers' out."
+                f"The {'teacher' if layers else 'network'} runs none of the decomposed layers "
+                f"{paths} as one convolution or product; give the variables of the dense network "
+                "as teacher, and factors of another scheme than Tucker, or leave the loss 'layers' "
+                "out."
             )
         return {"outputs": outputs, "labels": self.labels, "teacher": self.teacher, "layers": pairs}
 
@@ -192,21 +197,6 @@ def _taught(
     return jax.lax.stop_gradient(found)
 
 
-def _first_not_finite(total: jax.Array, params: Any, grads: Any) -> jax.Array:
-    """The number of the first parameter whose value or gradient is not finite, or -1.
-
-    The parameters are looked at only if the total is not finite. Where all of them are finite, it
-    is their count.
-    """
-
-    def look() -> jax.Array:
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-        finite = [jnp.isfinite(x).all() & jnp.isfinite(g).all() for x, g in pairs]
-        return jnp.argmin(jnp.stack([*finite, jnp.array(False)])).astype(jnp.int32)
-
-    return jax.lax.cond(jnp.isfinite(total), lambda: jnp.int32(FINITE), look)
-
-
 def _renewed(rest: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The leaves that stay as they are, with renewed collections in the containers they had."""
     own = {name: _in_place_of(rest[name], value, name) for name, value in found.items()}
@@ -235,11 +225,18 @@ def _advanced(
     updates, optimizer = tx.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     rest = _renewed(state.rest, renewed) if renewed else state.rest
-    mean = state.average
-    if average is not None:
-        share = 1 - jnp.minimum(average, (1 + state.step) / (10 + state.step))
-        mean = optax.incremental_update(params, mean, share)
+    mean = None if average is None else _averaged(state, params, optimizer, average)
     step = state.step + 1
     return dataclasses.replace(
         state, step=step, params=params, rest=rest, optimizer=optimizer, average=mean
     )
+
+
+def _averaged(state: TrainState, params: Any, optimizer: Any, decay: float) -> Any:
+    """The moving average after a step, which is an update unless gradients are accumulated."""
+    updates, whole = state.step, True
+    if isinstance(optimizer, optax.MultiStepsState):
+        updates, whole = state.optimizer.gradient_step, optimizer.mini_step == 0
+    share = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
+    new = jax.tree.map(lambda x, mean: x.astype(mean.dtype), params, state.average)
+    return optax.incremental_update(new, state.average, jnp.where(whole, share, 0))

@@ -323,7 +323,8 @@ def test_a_grid_of_positions_stands_for_all_of_them():
 def test_only_the_layers_asked_for_are_measured():
     model, x = nn.Sequential([nn.Conv(4, (3, 3)), nn.Conv(4, (3, 3))]), normal(2, 5, 5, 4)
     variables = model.init(jax.random.key(0), x)
-    assert set(calibrate(model.apply, variables, x, paths=["layers_1"]).moments) == {"layers_1"}
+    for paths in (["layers_1"], "layers_1"):
+        assert set(calibrate(model.apply, variables, x, paths=paths).moments) == {"layers_1"}
 
 
 def test_a_layer_that_there_is_not_is_refused_with_the_nearest():
@@ -403,6 +404,24 @@ def test_a_network_without_a_derivative_says_so_and_all_its_layers_count_alike()
     with pytest.warns(UserWarning, match="All layers count alike .* no derivative: Reverse-mode"):
         found = calibrate(apply, {"w": normal(4, 4)}, normal(8, 4), paths=["w"])
     assert found.importance == {}
+
+
+def unit(tree, x):
+    """Vectors of length 1, whose derivative at 0 is not finite."""
+    x = jax.nn.relu(x @ tree["one"]) @ tree["two"]
+    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("lost", [[3], [3, 30], range(40)], ids=["one", "two", "all"])
+def test_inputs_whose_derivatives_are_not_finite_are_left_out(lost):
+    tree = {"one": normal(8, 16), "two": normal(16, 8, seed=1)}
+    x = normal(40, 8, seed=2).at[jnp.array([*lost])].set(0)
+    with pytest.warns(UserWarning, match="inputs are infinite or NaN"):
+        found = calibrate(unit, tree, x)
+    assert all(np.isfinite(own).all() for own in found.curvature.values())
+    assert set(found.curvature) == (set() if len(lost) == 40 else {"one", "two"})
+    first, second = plan(found, macs=0.5).total("macs")
+    assert second <= first / 2
 
 
 def test_a_calibration_is_saved_and_loaded(tmp_path):

@@ -20,6 +20,7 @@ def options(*given):
 def test_without_options_a_step_is_that_of_finetune_itself():
     found = step_options(options(), (8, 8), 4, 10)
     assert found == {
+        "learning_rate": 0.02,
         "tx": None,
         "augment": None,
         "average": None,
@@ -42,16 +43,33 @@ def test_without_options_a_step_is_that_of_finetune_itself():
     ],
 )
 def test_the_loss_has_the_parts_that_there_is_something_to_learn_from(labels, teacher, wanted):
-    given = ["--distill", "0.75", "--temperature", "2", "--smoothing", "0.1"]
-    layers = ["--layers", "3"] if teacher else []
-    assert str(loss_of(options(*given, *layers), labels, teacher)) == wanted
+    given = ["--temperature", "2", "--layers", "3"] if teacher else []
+    given += ["--smoothing", "0.1"] if labels else []
+    given += ["--distill", "0.75"] if labels and teacher else []
+    assert str(loss_of(options(*given), labels, teacher)) == wanted
 
 
 def test_a_loss_without_what_it_learns_from_is_refused():
     with pytest.raises(ValueError, match="nothing to learn from"):
         loss_of(options(), False, False)
-    with pytest.raises(ValueError, match="--layers 2 needs a teacher"):
-        loss_of(options("--layers", "2"), True, False)
+
+
+@pytest.mark.parametrize("name", ["layers", "distill", "temperature"])
+def test_options_of_a_teacher_are_refused_without_one(name):
+    with pytest.raises(ValueError, match=f"--{name} 0.5 needs a teacher"):
+        loss_of(options(f"--{name}", "0.5"), True, False)
+
+
+@pytest.mark.parametrize("name", ["smoothing", "distill"])
+def test_options_of_labels_are_refused_without_any(name):
+    with pytest.raises(ValueError, match=f"--{name} 0.5 needs labels"):
+        loss_of(options(f"--{name}", "0.5"), False, True)
+
+
+def test_the_rate_of_a_schedule_is_refused_beside_another_optimiser():
+    given = options("--optimizer", "optax:sgd", "--learning-rate", "7")
+    with pytest.raises(ValueError, match="--learning-rate 7 is of the schedule"):
+        step_options(given, (8, 8), 4, 10)
 
 
 @pytest.mark.parametrize(

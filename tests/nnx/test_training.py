@@ -90,3 +90,18 @@ def test_an_argument_that_is_nearly_one_of_finetune_is_refused(small, data, typo
 def test_what_a_model_has_of_its_own_is_not_given(small, data, name):
     with pytest.raises(ValueError, match=f"{name}=.* is not allowed for a model of NNX"):
         finetune(small, data, steps=1, **{name: ["state"]})
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")  # models still do
+def test_what_a_model_sows_is_no_part_of_its_training(data):
+    class Sowing(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(3, 4, rngs=rngs)
+
+        def __call__(self, x):
+            x = x.mean((1, 2))
+            self.sow(nnx.Intermediate, "features", x)
+            return self.head(x)
+
+    tuned = finetune(Sowing(nnx.Rngs(0)), data, steps=2, batch_size=32)
+    assert tuned(data[0][:2]).shape == (2, 4) and len(tuned.features.get_value()) == 1

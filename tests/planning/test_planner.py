@@ -88,3 +88,9 @@ def test_inputs_that_are_all_alike_can_be_planned_and_fitted(value):
     found = lr.calibrate(model.apply, variables, images)
     small = lr.compress(found, lr.plan(found, macs=0.6))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(small))
+
+
+@pytest.mark.parametrize("amount", [0.5, 1000])
+def test_a_budget_without_its_name_is_refused_with_the_remedy(amount):
+    with pytest.raises(ValueError, match=f"what {amount} is of; give .* such as macs={amount}"):
+        plan(calibrated(), amount)

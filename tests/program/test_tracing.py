@@ -364,3 +364,15 @@ def test_a_trace_prints_as_a_table():
     assert lines[0].split()[:3] == ["layer", "kind", "kernel"] and len(lines) == 8
     assert "5x5x96x192" in lines[3] and "117,964,800" in lines[3] and lines[3].endswith("yes")
     assert lines[-1].startswith("total") and "182,378,496" in lines[-1]
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (2, 5)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 1)])
+def test_a_transposed_convolution_multiplies_each_input_by_each_tap(size, strides):
+    model, x = nn.ConvTranspose(6, size, strides), jnp.ones((2, 6, 6, 5))
+    [use] = trace(model.apply, model.init(jax.random.key(0), x), x)
+    inputs, taps = 2 * 6 * 6, size[0] * size[1]
+    assert use.macs == inputs * taps * 5 * 6
+    first = inputs * size[0] * 5 * 4  # a column of taps, from each input
+    second = inputs * strides[0] * size[1] * 4 * 6
+    assert use.macs_at(Separable(4)) == first + second

@@ -46,12 +46,11 @@ def tuned(variables, teacher, sharding=None, **options):
         variables,
         (IMAGES, LABELS),
         teacher=teacher,
-        tx=optax.adam(0.01),
         augment=crops_and_flips(8, 1),
         average=0.9,
         batch_size=16,
         sharding=sharding,
-        **{"steps": 6} | options,
+        **{"steps": 6, "tx": optax.adam(0.01)} | options,
     )
 
 
@@ -75,18 +74,26 @@ def on_a_mesh():
     with tempfile.TemporaryDirectory() as folder:
         tuned(spread, dense, split, steps=4, folder=folder)
         again = tuned(spread, dense, split, folder=folder)
+    explicit = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
+    places = None, split, explicit
+    parts = optax.multi_transform(
+        {"matrices": optax.adam(0.01), "others": optax.sgd(0.01)},
+        lambda tree: jax.tree.map(lambda x: "matrices" if x.ndim > 1 else "others", tree),
+    )
     here = jax.device_put(small, jax.devices()[0])
     score = dict(images=IMAGES[:47], labels=LABELS[:47])
     return {
         "one": flat(tuned(small, dense)),
         "mesh": flat(found),
+        "explicit": flat(tuned(small, dense, explicit)),
+        "parts": [flat(tuned(small, dense, place, tx=parts)) for place in places],
         "sharded": flat(other),
         "resumed": flat(again),
         "kept": [
             tree["params"]["Dense_0"]["kernel"].sharding == columns for tree in (other, again)
         ],
         "scores": [
-            [evaluate(MODEL.apply, tree, sharding=place, **score) for place in (None, split)]
+            [evaluate(MODEL.apply, tree, sharding=place, **score) for place in places]
             for tree in (found, here)
         ],
     }

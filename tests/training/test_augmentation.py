@@ -104,3 +104,31 @@ def test_shares_of_ints_are_refused_with_the_remedy(dtype):
 def test_a_distribution_that_does_not_exist_is_refused(make):
     with pytest.raises(ValueError, match=r"alpha=0\.0 is not allowed"):
         make(8, 0.0)
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: crops_and_flips((8,), 1), "size=(8,) is not allowed"),
+        (lambda: crops_and_flips(8.0, 1), "size=8.0 is not allowed"),
+        (lambda: crops_and_flips(0, 4), "size=0 is not allowed"),
+        (lambda: crops_and_flips(8, 1.5), "padding=1.5 is not allowed"),
+        (lambda: crops_and_flips(8, -1), "padding=-1 is not allowed"),
+        (lambda: mixup(4.0), "classes=4.0 is not allowed"),
+        (lambda: cutmix("4"), "classes='4' is not allowed"),
+        (lambda: mixup(4, "a"), "alpha='a' is not allowed"),
+        (lambda: cutmix(4, float("inf")), "alpha=inf is not allowed"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_refused_when_a_change_is_made(make, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        make()
+
+
+def test_a_list_of_two_is_a_size():
+    assert crops_and_flips([4, 5], 0)(jax.random.key(0), (jnp.ones((1, 8, 8, 1)),))[0].shape == (
+        1,
+        4,
+        5,
+        1,
+    )

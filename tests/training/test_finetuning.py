@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import SeparableConv, lowrank
+from lowrank_jax import SeparableConv, lowrank, reconstruct
 from lowrank_jax.training import (
     TrainState,
     crops_and_flips,
@@ -175,6 +175,9 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
         ({"steps": 1, "learning_rate": 0.0}, r"learning_rate=0\.0 is not allowed"),
         ({"steps": 1, "teacher": {}, "loss": "cross_entropy"}, "leave the teacher out"),
         ({"steps": 1, "loss": "distillation"}, "there is no teacher"),
+        ({"steps": 1, "teacher_apply": len}, "teacher_apply is not allowed without teacher"),
+        ({"steps": 1, "mutable": ["batch_stat"]}, "which the variables do not have; give some of"),
+        ({"steps": 1, "mutable": ["params"]}, "mutable='params' is not allowed, which is trained"),
     ],
 )
 def test_arguments_that_are_not_allowed_are_refused(batch, tune, options, text):
@@ -193,6 +196,24 @@ def test_arguments_that_are_not_allowed_are_refused(batch, tune, options, text):
 def test_data_that_do_not_do_are_refused(tune, batches, text):
     with pytest.raises(ValueError, match=text):
         tune(batches, steps=3, batch_size=4)
+
+
+def test_a_function_after_each_epoch_of_a_stream_is_refused(tune, batch):
+    with pytest.raises(ValueError, match="after_epoch is not allowed for batches that cannot be"):
+        tune(iter([batch]), steps=1, after_epoch=print)
+
+
+def test_what_is_no_array_in_a_tree_is_named(batch):
+    with pytest.raises(ValueError, match=r"act: a .*function.* is not allowed; give a tree"):
+        finetune(lambda tree, x: x, {"w": np.ones(3), "act": len}, batch, epochs=1, batch_size=8)
+
+
+def test_several_inputs_without_labels_end_in_none(plain, batch):
+    apply, tree = plain
+    two = lambda tree, x, z: apply(tree, x) + z  # noqa: E731
+    data = batch[0], np.ones((64, 4), np.float32), None
+    options = dict(teacher=reconstruct(tree), steps=1, batch_size=32)
+    assert finetune(two, tree, data, **options).keys() == tree.keys()
 
 
 def test_epochs_of_a_stream_cannot_be_counted(tune):

@@ -1,5 +1,7 @@
 """Losses: pure functions that add with weights and say what they need."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.training import Loss, cross_entropy, distillation, layer_matching, squared_error
+from lowrank_jax.training.labels import probabilities
 
 LOGITS = jax.random.normal(jax.random.key(0), (6, 4))
 TEACHER = jax.random.normal(jax.random.key(1), (6, 4))
@@ -83,7 +86,12 @@ def test_a_loss_has_the_name_by_which_it_is_asked_for(name):
         (lambda: Loss.of(lambda y, labels: 0.0), r"\('y', 'labels'\); name its arguments as"),
         (lambda: cross_entropy(1.0), r"smoothing=1\.0 is not allowed"),
         (lambda: distillation(0), "temperature=0 is not allowed"),
+        (lambda: distillation("4"), "temperature='4' is not allowed"),
+        (lambda: distillation(float("inf")), "temperature=inf is not allowed"),
+        (lambda: cross_entropy("0.1"), "smoothing='0.1' is not allowed"),
+        (lambda: float("nan") * cross_entropy(), "The weight nan of a loss is not allowed"),
         (lambda: squared_error() + squared_error(), "comes twice"),
+        (lambda: Loss.of(lambda labels: 0.0) + (lambda outputs: 0.0), r'Loss.of\(function, "name"'),
         *[
             (lambda make=make: Loss.of(make), r"or call what makes a loss, as in distillation\(\)")
             for make in (cross_entropy, distillation, layer_matching, squared_error)
@@ -113,6 +121,34 @@ def test_a_loss_adds_with_all_that_makes_one(other):
     given = dict(outputs=LOGITS, labels=LOGITS + 1)
     wanted = distillation()(outputs=LOGITS, teacher=TEACHER) + Loss.of(other)(**given)
     np.testing.assert_allclose((distillation() + other)(**given, teacher=TEACHER), wanted)
+
+
+def test_a_term_may_have_settings_and_many_losses_have_a_sum():
+    def scaled(outputs, scale=2.0):
+        return scale * outputs.sum()
+
+    given = dict(outputs=LOGITS, labels=LOGITS + 1)
+    loss = sum([squared_error(), Loss.of(functools.partial(scaled, scale=3.0))])
+    assert [name for name, _, _ in loss.terms] == ["squared_error", "scaled"]
+    np.testing.assert_allclose(loss(**given), 1 + 3 * LOGITS.sum(), rtol=1e-6)
+    np.testing.assert_allclose(Loss.of(scaled)(**given), 2 * LOGITS.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("classes", [3, 200, 256, 257, 1000])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_labels_of_any_int_are_the_same_classes(dtype, classes, compiled):
+    labels = np.arange(0, min(classes, 120), 2)
+    fn = jax.jit(probabilities, static_argnums=1) if compiled else probabilities
+    found = fn(jnp.asarray(labels, dtype), (len(labels), classes))
+    np.testing.assert_array_equal(found, np.eye(classes)[labels])
+
+
+@pytest.mark.parametrize("make", [cross_entropy, squared_error])
+@pytest.mark.parametrize("labels", [{"a": LABELS}, [1, 2], None])
+def test_labels_that_are_no_array_are_refused(make, labels):
+    with pytest.raises(ValueError, match=r"Labels that are a .* or a loss of your own"):
+        make()(outputs=LOGITS, labels=labels)
 
 
 @pytest.mark.parametrize("labels", [[5, 0, 1, 2, 3, 0], [-1, 0, 1, 2, 3, 0], [4] * 6])

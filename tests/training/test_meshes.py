@@ -34,9 +34,14 @@ def mesh(devices):
     return found(started("mesh", env=devices(8)))
 
 
-@pytest.mark.parametrize("how", ["mesh", "sharded", "resumed"])
+@pytest.mark.parametrize("how", ["mesh", "explicit", "sharded", "resumed"])
 def test_eight_devices_train_to_the_parameters_of_one(mesh, how):
     np.testing.assert_allclose(mesh[how], mesh["one"], atol=ROUNDING)
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["automatic", "explicit"])
+def test_an_optimiser_of_some_parameters_trains_on_a_mesh(mesh, place):
+    np.testing.assert_allclose(mesh["parts"][place], mesh["parts"][0], atol=ROUNDING)
 
 
 def test_sharded_parameters_stay_where_they_were_put(mesh):
@@ -45,8 +50,8 @@ def test_sharded_parameters_stay_where_they_were_put(mesh):
 
 @pytest.mark.parametrize("where", [0, 1], ids=["on the mesh", "on one device"])
 def test_the_accuracy_does_not_depend_on_the_devices(mesh, where):
-    first, second = mesh["scores"][where]
-    assert first == second
+    first, *others = mesh["scores"][where]
+    assert others == [first, first]
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 import chex
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.training import finetune, read_metrics
-from lowrank_jax.training.metrics import RISE, risen
+from lowrank_jax.training.metrics import RISE, Metrics, risen
 
 
 @pytest.fixture
@@ -63,3 +64,52 @@ def test_what_is_no_plan_is_refused_before_the_first_step(tune, plan, tmp_path):
 def test_a_loss_that_falls_has_not_risen_whatever_its_sign(first, fall):
     assert not risen(first, first - fall)
     assert risen(first, first + RISE * abs(first) + 1)
+
+
+@pytest.mark.parametrize("name", ["step", "epoch"])
+def test_a_metric_of_an_epoch_with_a_name_that_is_taken_is_refused(tune, name):
+    with pytest.raises(ValueError, match=f"after_epoch returned '{name}', which every line"):
+        tune(epochs=1, after_epoch=lambda *_: {name: 3})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_parameters_that_the_last_update_spoils_are_neither_kept_nor_returned(
+    plain, batch, tmp_path, dtype
+):
+    apply, tree = plain
+    tree = {**tree, "bias": jnp.zeros(4, dtype)}
+    spoil = optax.chain(*[optax.scale(-1e4)] * 11)  # float16 ends at 65,504
+    options = dict(tx=spoil, batch_size=32, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"^Step 1: the update makes .*no checkpoint"):
+        finetune(apply, tree, batch, steps=1, **options)
+    with pytest.raises(FloatingPointError, match=r"^Step 1: the update makes .*no checkpoint"):
+        finetune(apply, tree, batch, steps=3, folder=tmp_path, **options)
+    assert not list((tmp_path / "checkpoints").glob("0*"))
+
+
+@pytest.mark.parametrize("labels", [{"a": np.zeros(4)}, np.zeros((4, 0), int)])
+def test_a_loss_that_is_not_finite_is_told_whatever_the_labels_are(plain, labels):
+    def lost(outputs, labels):
+        return jnp.nan * outputs.sum()
+
+    batches = [(np.ones((4, 8, 8, 3), np.float32), labels)]
+    with pytest.raises(FloatingPointError, match=r"Step 1: the loss is nan"):
+        finetune(*plain, batches, steps=1, loss=lost)
+
+
+def test_a_full_disk_is_told_by_the_metrics_too(tune, monkeypatch):
+    def full(self, step, values):
+        raise OSError(28, "No space left on device")
+
+    tune(steps=1)
+    monkeypatch.setattr(Metrics, "write", full)
+    with pytest.raises(OSError, match=r"Step 2: the metrics in .* No space left.*000000001"):
+        tune(steps=2)
+
+
+def test_other_settings_of_a_run_that_goes_on_are_told(tune, caplog):
+    tune(steps=1, clip=1.0, accumulate=1)
+    tune(steps=2, clip=None, dtype=jnp.bfloat16)
+    assert "The run had clip=1.0 and goes on with None." in caplog.text
+    assert "The run had dtype=None and goes on with bfloat16." in caplog.text
+    assert "accumulate" not in caplog.text

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import lowrank_jax as lr
 from lowrank_jax.io.seals import seal
-from lowrank_jax.training import checkpoints
+from lowrank_jax.training import checkpoints, shrinking
 from lowrank_jax.training.shrinking import shrink
 
 RNG = np.random.default_rng(0)
@@ -18,6 +18,7 @@ IMAGES = RNG.normal(size=(32, 8, 8, 3)).astype(np.float32)
 MODEL = nn.Sequential(
     [nn.Conv(16, (3, 3)), nn.relu, nn.Conv(16, (3, 3)), nn.relu, nn.Conv(4, (8, 8))]
 )
+LABELS = np.zeros((32, 8, 8), int)
 TUNE = dict(steps=4, batch_size=8, learning_rate=0.001, save_every=2)
 
 
@@ -139,3 +140,27 @@ def test_what_each_stage_has_of_its_own_is_refused(dense, name):
 def test_shares_that_do_not_fall_are_refused(dense, macs):
     with pytest.raises(ValueError, match="each smaller than the one before"):
         run(dense, macs=macs)
+
+
+@pytest.mark.parametrize(
+    "tune, text",
+    [
+        (None, "tune=None is not allowed; give arguments of finetune"),
+        ({"setps": 2, "batch_size": 8}, "finetune has no argument 'setps'; it has steps"),
+        ({"batch_size": 8}, "steps=None and epochs=None are not allowed"),
+        ({"steps": 2, "batch_size": 10_000}, "batch_size=10000 is more than"),
+        ({"steps": 2, "tx": "adam"}, "tx='adam' is not allowed"),
+        ({"steps": 2, "loss": "entropy"}, "loss='entropy' is not allowed"),
+    ],
+)
+def test_arguments_of_the_tuning_are_refused_before_the_first_stage(dense, tune, text, monkeypatch):
+    monkeypatch.setattr(shrinking, "calibrate", None)
+    apply = lambda tree, x: MODEL.apply(tree, x)  # noqa: E731
+    with pytest.raises(ValueError, match=text):
+        shrink(apply, dense, IMAGES, (IMAGES, LABELS), macs=(0.5,), tune=tune)
+
+
+def test_a_loss_of_labels_alone_needs_no_teacher(dense):
+    tune = {"steps": 1, "batch_size": 8, "loss": "cross_entropy"}
+    small, _ = shrink(MODEL.apply, dense, IMAGES, (IMAGES, LABELS), macs=(0.5,), tune=tune)
+    assert small.keys() == dense.keys()

@@ -9,14 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_jax import lowrank
+from lowrank_jax import Tucker, decompose, lowrank
 from lowrank_jax.training import (
+    Loss,
     TrainState,
     cross_entropy,
     distillation,
     layer_matching,
     make_step,
+    squared_error,
 )
+from lowrank_jax.training.finite import FINITE
 
 TX = optax.sgd(0.1)
 
@@ -139,6 +142,49 @@ def test_the_average_follows_the_parameters():
     assert state.averaged["a"][0, 0] > state.variables["a"][0, 0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_average_is_wide_and_the_types_stay(dtype):
+    tree, batch = {"a": jnp.ones((3, 4), dtype)}, (jnp.ones((2, 3), dtype), jnp.zeros((2, 4)))
+    step = make_step(lambda tree, x: x @ tree["a"], TX, "squared_error", average=0.999)
+    state = TrainState.create(tree, TX, average=True)
+    again = lambda state, _: (step(state, batch)[0], None)  # noqa: E731
+    found, _ = jax.lax.scan(again, state, length=9)  # which refuses types that change
+    assert found.average["a"].dtype == jnp.float32 and found.averaged["a"].dtype == dtype
+    assert found.average["a"][0, 0] < 1
+
+
+def test_the_average_counts_updates_and_not_the_batches_of_one():
+    tree, batch = {"a": jnp.ones((3, 4))}, (jnp.ones((2, 3)), jnp.zeros((2, 4)))
+    apply = lambda tree, x: x @ tree["a"]  # noqa: E731
+    whole = TrainState.create(tree, TX, average=True)
+    many = optax.MultiSteps(TX, 3).gradient_transformation()
+    parts = TrainState.create(tree, many, average=True)
+    one, two = (jax.jit(make_step(apply, tx, "squared_error", average=0.5)) for tx in (TX, many))
+    for _ in range(4):
+        whole, _ = one(whole, batch)
+        for _ in range(3):
+            parts, _ = two(parts, batch)
+    chex.assert_trees_all_close(parts.average, whole.average, rtol=1e-6)
+
+
+def test_a_term_does_not_hide_the_whole_loss():
+    def loss(outputs):
+        return jnp.float32(7)
+
+    step = make_step(lambda tree, x: x @ tree["a"], TX, 0.5 * Loss.of(loss) + squared_error())
+    state = TrainState.create({"a": jnp.ones((3, 4))}, TX)
+    _, metrics = step(state, (jnp.ones((2, 3)), jnp.ones((2, 4))))
+    assert float(metrics["loss"]) == 3.5 + 4 == 3.5 + float(metrics["squared_error"])
+
+
+def test_the_norm_of_a_gradient_in_float16_does_not_overflow():
+    step = make_step(lambda tree, x: x @ tree["a"], TX, "squared_error")
+    state = TrainState.create({"a": jnp.ones((3, 4), jnp.float16)}, TX)
+    x, y = 100 * jnp.ones((2, 3), jnp.float16), jnp.zeros((2, 4))
+    _, metrics = jax.jit(step)(state, (x, y))
+    assert 65_504**0.5 < metrics["gradient"] < jnp.inf and metrics["not_finite"] == FINITE
+
+
 def test_a_network_that_equals_its_teacher_stays_as_it_is(model, small, batch):
     wanted = distillation(2.0) + layer_matching()
     step = jax.jit(make_step(model.apply, TX, wanted, train_kwargs={"train": False}, mutable=()))
@@ -212,6 +258,13 @@ def test_a_teacher_without_the_layers_is_refused(model, small, batch):
     )
     with pytest.raises(ValueError, match="runs none of the decomposed layers"):
         step(TrainState.create(small, TX), batch[0], {"w": jnp.ones(1)})
+
+
+def test_layers_of_three_factors_cannot_be_matched(model, dense, batch):
+    small = decompose(dense, {"Conv_0": Tucker(2, inner=2)})
+    step = make_step(model.apply, TX, layer_matching())
+    with pytest.raises(ValueError, match=r"network runs none of .*'Conv_0'.* another scheme than"):
+        step(TrainState.create(small, TX), batch[0], dense)
 
 
 def test_layers_of_a_dense_network_cannot_be_matched(model, dense, batch):
