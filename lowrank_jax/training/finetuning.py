@@ -188,13 +188,13 @@ def _check_idle(
     """Refuses functions that would never be called."""
     if teacher_apply is not None and teacher is None:
         raise ValueError(
-            "teacher_apply is not allowed without teacher, the variables that it is called with; "
-            "give both, or neither."
+            f"teacher_apply={teacher_apply!r:.80} is not allowed without teacher, the variables "
+            "that it is called with; give both, or neither."
         )
     if after_epoch is not None and data.epoch is None:
         raise ValueError(
-            "after_epoch is not allowed for batches that cannot be counted, which have no epochs; "
-            "give arrays or a list of batches, or leave it out."
+            f"after_epoch={after_epoch!r:.80} is not allowed for batches that cannot be counted, "
+            "which have no epochs; give arrays or a list of batches, or leave it out."
         )
 
 

@@ -50,7 +50,7 @@ def shrink(
         apply: ``model.apply``, or any function of a tree and inputs.
         variables: of the dense network.
         inputs: unlabelled, for the plans and the fits, as in `calibrate`.
-        batches: for the tuning, as in `finetune`.
+        batches: for the tuning, as in `finetune`; a generator has to last for all stages.
         macs: shares of the dense macs, each smaller than the one before, such as (0.7, 0.5).
         tune: arguments of `finetune`, such as ``{"epochs": 2, "batch_size": 64}``, without "folder"
             and "plan", which each stage has of its own.

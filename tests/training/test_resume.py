@@ -273,7 +273,8 @@ def test_a_checkpoint_is_readable_as_weights(tune, plain, batch, tmp_path):
     assert facts.pop("data") == fingerprint(batch)
     assert facts.pop("start") == magnitudes(plain[1])
     assert facts.pop("loss") == "1 cross_entropy(smoothing=0)"
-    assert facts == {"seed": 0, "examples": 64, "batch_size": 16, "rate": 0.02}
+    settings = {"rate": 0.02, "clip": 1.0, "accumulate": 1, "average": None, "dtype": None}
+    assert facts == {"seed": 0, "examples": 64, "batch_size": 16, **settings}
 
 
 def killed(home, kills):
