@@ -199,9 +199,7 @@ def test_data_that_do_not_do_are_refused(tune, batches, text):
 
 
 def test_a_function_after_each_epoch_of_a_stream_is_refused(tune, batch):
-    with pytest.raises(
-        ValueError, match="after_epoch=.* is not allowed for batches that cannot be"
-    ):
+    with pytest.raises(ValueError, match=r"after_epoch=.* is not allowed for batches"):
         tune(iter([batch]), steps=1, after_epoch=print)
 
 
