@@ -13,6 +13,7 @@ from lowrank_jax.cli import (
     paper_command,
     plan_command,
 )
+from lowrank_jax.cli.options import OneLine
 from lowrank_jax.io.folders import check_folder, check_path
 
 EPILOG = """\
@@ -59,9 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     about = "Low-rank compression of pretrained networks."
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="lowrank-jax", description=about, epilog=EPILOG, formatter_class=raw
-    )
+    parser = OneLine(prog="lowrank-jax", description=about, epilog=EPILOG, formatter_class=raw)
     parser.add_argument(
         "--version", action="version", version=f"lowrank-jax {version('lowrank-jax')}"
     )

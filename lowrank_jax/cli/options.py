@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Number = TypeVar("Number", int, float)
 NETWORK = "--checkpoint net.npz --model package.module:Net --images images.npy"
@@ -185,12 +185,23 @@ def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """Ends a command that was given what it does not know, with the nearest of its options."""
     known = re.findall(r"--[a-z-]+", command.format_help())
     near = difflib.get_close_matches(unknown[0], known, n=1)
-    advice = f"; did you mean {near[0]}?" if near else "; see --help"
+    advice = f"; did you mean {near[0]}?" if near else ""
     command.error(f"{unknown[0]} is not known{advice}")
 
 
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help shows all options\n")
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the example."""
+    """Shows defaults where there are any, and keeps the lines of the example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False or action.default == []
+        return action.help if none else super()._get_help_string(action)
 
 
 def new_command(commands: Any, name: str, about: str, run: Callable) -> argparse.ArgumentParser:

@@ -37,6 +37,13 @@ def test_the_help_tells_the_exit_statuses(capsys):
 
 
 @pytest.mark.parametrize("command", EXAMPLES)
+def test_the_help_of_a_command_tells_the_defaults_that_there_are(command, capsys):
+    text = " ".join(help_of(capsys, command).split())
+    assert not any(f"(default: {none})" in text for none in (None, False, []))
+    assert command in ("completion", "paper") or "(default: 0)" in text  # of --seed
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_the_help_of_a_command_ends_with_an_example_that_parses(command, capsys):
     example = help_of(capsys, command).strip().splitlines()[-1]
     name, *given = shlex.split(example.partition(">")[0])
