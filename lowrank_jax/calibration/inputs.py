@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 LOG = logging.getLogger("lowrank_jax")
 BATCH = 256
@@ -126,7 +127,8 @@ def as_arguments(batch: Any) -> tuple:
 
 
 def _as_array(leaf: Any) -> Any:
-    array = leaf if isinstance(leaf, jax.Array) or hasattr(leaf, "aval") else np.asarray(leaf)
+    known = isinstance(leaf, jax.Array) or hasattr(leaf, "aval")
+    array = leaf if known and not _is_explicit(leaf) else np.asarray(leaf)
     extended = jax.numpy.issubdtype(array.dtype, jax.dtypes.extended)  # keys of random numbers
     if not extended and (array.dtype.kind not in "fiubV" or array.dtype.names):
         raise ValueError(
@@ -134,6 +136,14 @@ def _as_array(leaf: Any) -> Any:
             "numbers, or batches of those."
         )
     return array
+
+
+def _is_explicit(leaf: Any) -> bool:
+    """Whether an array lies on a mesh of explicit axes, where no part of it can be picked."""
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    if mesh is None or isinstance(leaf, jax.core.Tracer):
+        return False
+    return AxisType.Explicit in mesh.axis_types
 
 
 def picking(arguments: tuple) -> str:

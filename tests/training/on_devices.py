@@ -54,6 +54,12 @@ def tuned(variables, teacher, sharding=None, **options):
     )
 
 
+def fitted(dense, sharding):
+    """The dense network compressed, with variables and a batch on a mesh."""
+    whole = jax.device_put(dense, NamedSharding(sharding.mesh, P()))
+    return lr.compress(MODEL.apply, whole, [jax.device_put(IMAGES, sharding)], {"Conv_0": 4})
+
+
 def flat(tree):
     """All numbers of a tree, in order."""
     leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
@@ -89,6 +95,7 @@ def on_a_mesh():
         "parts": [flat(tuned(small, dense, place, tx=parts)) for place in places],
         "sharded": flat(other),
         "resumed": flat(again),
+        "fitted": [flat(fitted(dense, place)) for place in (split, explicit)],
         "kept": [
             tree["params"]["Dense_0"]["kernel"].sharding == columns for tree in (other, again)
         ],

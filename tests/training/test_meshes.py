@@ -44,6 +44,11 @@ def test_an_optimiser_of_some_parameters_trains_on_a_mesh(mesh, place):
     np.testing.assert_allclose(mesh["parts"][place], mesh["parts"][0], atol=ROUNDING)
 
 
+def test_a_fit_does_not_depend_on_how_a_mesh_was_made(mesh):
+    automatic, explicit = mesh["fitted"]
+    np.testing.assert_allclose(explicit, automatic, atol=ROUNDING)
+
+
 def test_sharded_parameters_stay_where_they_were_put(mesh):
     assert mesh["kept"] == [True, True]
 
