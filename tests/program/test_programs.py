@@ -336,6 +336,7 @@ def other_cases():
     yield own("product, kernel from the left", lambda k, x: jnp.matmul(k, x), (8, 9), (2, 9, 4))
     yield own("product, kernel scaled", lambda k, x: x @ (0.5 * k), (4, 8))
     yield own("product, part of the kernel", lambda k, x: x @ k[:, :8], (4, 9))
+    yield own("product, kernels side by side", lambda k, x: x @ jnp.hstack([k, 2 * k]), (4, 8))
     yield own("product, kernel split into heads", lambda k, x: jnp.einsum(
         "bhwd,dnk->bhwnk", x, k.reshape(4, 2, 4)), (4, 8))  # fmt: skip
     yield own("product of each expert", lambda k, x: jnp.einsum(
