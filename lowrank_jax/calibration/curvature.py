@@ -120,12 +120,13 @@ def output_curvature(
             except NO_DERIVATIVE as error:
                 warnings.warn(f"{ALIKE}: {what_is_lacking(error)}", stacklevel=3)
                 return {}
-            asked += images(batch)
+            count = images(batch)
+            asked += count
             if not all(np.isfinite(own).all() for own in sums.values()):
                 continue
             for path, own in sums.items():
                 totals[path][turn % 2] += np.asarray(own, np.float64)
-            counts[turn % 2] += images(batch)
+            counts[turn % 2] += count
     if counts.sum() < asked:
         warnings.warn(LOST % (asked - counts.sum(), asked), stacklevel=3)
     if not counts.any():

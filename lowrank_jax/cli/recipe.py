@@ -19,16 +19,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_recipe_options(add: Callable) -> None:
     """Adds the options, by the function that adds one to a command."""
-    about = (
-        "weight of the teacher's probabilities from 0 to 1, the labels have the rest (default: 0.5)"
-    )
-    add("--distill", type=share, help=about)
-    add("--temperature", type=rate, help="of the teacher's probabilities (default: 4)")
+    about = "weight of the teacher's probabilities from 0 to 1, the labels have the rest"
+    add("--distill", type=share, help=f"{about} (default: {DISTILL:g})")
+    about = "of the teacher's probabilities"
+    add("--temperature", type=rate, help=f"{about} (default: {TEMPERATURE:g})")
     about = "share of each label that all classes get alike (default: 0)"
     add("--smoothing", type=inside, help=about)
     about = "weight of the squared errors of the decomposed layers' outputs; needs a teacher"
     add("--layers", type=rate, help=about)
-    add("--learning-rate", type=rate, help="highest of the one-cycle schedule (default: 0.02)")
+    about = "highest of the one-cycle schedule"
+    add("--learning-rate", type=rate, help=f"{about} (default: {RATE:g})")
     about = (
         "import path, package.module:name, of an optimiser of optax, or of a function that makes "
         "one of the number of updates; in place of the schedule of --learning-rate"

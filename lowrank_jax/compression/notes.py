@@ -20,8 +20,6 @@ from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.reading import Reading
 
-_INPUTS, _OUTPUTS = ("inputs", "images"), ("outputs", "positions")
-
 
 class Kept(Protocol):
     """Keeps rows of what a layer reads and gives in a batch, and of what is added to that."""
@@ -144,13 +142,13 @@ def lacking_mean(reading: Reading, kernel: Kernel, found: Sequence[Mapping]) -> 
     A layer is linear: the mean of its outputs is the output of the mean of its inputs.
     """
     kernel = jax.tree.map(lambda a: a.astype(jnp.float32), kernel)
-    outputs, positions = (np.sum([own[name] for own in found], 0) for name in _OUTPUTS)
-    sums = [_small_outputs(reading, kernel, found, size) for size in _sizes(found)]
-    return (outputs - np.sum(sums, 0)) / positions
+    sizes = dict.fromkeys(size for note in found for size in note["inputs"])
+    small = sum(_small_outputs(reading, kernel, found, size) for size in sizes)
+    return (_total(found, "outputs") - small) / _total(found, "positions")
 
 
-def _sizes(found: Sequence[Mapping]) -> list[str]:
-    return list(dict.fromkeys(size for own in found for size in own["inputs"]))
+def _total(found: Sequence[Mapping], name: str) -> np.ndarray:
+    return np.sum([note[name] for note in found], axis=0)
 
 
 def _small_outputs(
@@ -158,7 +156,7 @@ def _small_outputs(
 ) -> np.ndarray:
     """The sums of a compressed layer's outputs for all images of one size."""
     own = [note for note in found if size in note["inputs"]]
-    inputs, images = (np.sum([note[name][size] for note in own], 0) for name in _INPUTS)
+    inputs, images = (_total([note[name] for note in own], size) for name in ("inputs", "images"))
     outputs = run_factored(reading, jnp.asarray(inputs / images, jnp.float32), kernel)
     axis = reading.channel_axis
     assert outputs is not None and axis is not None

@@ -153,9 +153,10 @@ def find_shift(outline: Outline, place: int) -> Shift | None:
     return Shift(place, data, outline.number(leaf), sign, step.axis) if own else None
 
 
-def shift_after(outline: Outline, place: int, axis: int) -> Shift | None:
-    """The shift that the output of an equation meets first, if nothing else reads it before."""
-    steps = outline.channels.after(outline.eqns[place].outvars[0], axis)
+def shift_after(outline: Outline, place: int) -> Shift | None:
+    """The shift that a layer's outputs meet first, if nothing else reads them before."""
+    axis = outline.readings[place].channel_axis
+    steps = [] if axis is None else outline.channels.after(outline.eqns[place].outvars[0], axis)
     if not steps:
         return None
     return find_shift(outline, outline.place(steps[0].eqn))

@@ -141,8 +141,7 @@ class Reconstruction:
     def _fit(self, place: int, path: str, matched: Matched) -> None:
         """Fits the kernels that an equation reads, unless they are, and matches the means."""
         reading = self.outline.readings[place]
-        axis = reading.channel_axis if self.match_means else None
-        shift = None if axis is None else shift_after(self.outline, place, axis)
+        shift = shift_after(self.outline, place) if self.match_means else None
         lacks = self.layers.lacks(path, reading)
         if not lacks and shift is None:
             return

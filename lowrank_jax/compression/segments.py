@@ -92,14 +92,11 @@ class Segments:
         Returns:
             The sums of the notes, in float64, of the even and of the odd batches.
         """
-        programs: dict[int, Callable] = {}
+        programs = self._programs(lambda own: _segment(own, self.place, place, self.last))
         found: list[Any] = []
         still = [self._still(live, place) for live in self.lives]
         holding = Holding(len(still), self.files, sum(map(nbytes, still)))
         for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
-            if id(outline) not in programs:
-                run = _segment(outline, self.place, place, self.last)
-                programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             held = loaded((live.dense, live.small))
             new = programs[id(outline)](self.given, small, *held)
             add_note(found, turn % FOLDS, note(_joined(held, new), turn))
@@ -119,15 +116,18 @@ class Segments:
         Returns:
             The sums of the notes, as `advance` gives them.
         """
-        programs: dict[int, Callable] = {}
+        programs = self._programs(lambda own: _dense_segment(own, self.place, stop, numbers))
         found: list[Any] = []
         for turn, (live, outline) in enumerate(zip(self.lives, self.outlines, strict=True)):
-            if id(outline) not in programs:
-                run = _dense_segment(outline, self.place, stop, numbers)
-                programs[id(outline)] = jax.jit(run, compiler_options=default_options())
             values = programs[id(outline)](self.given, loaded(live.dense))
             add_note(found, turn % FOLDS, note(Live(values, {}), turn))
         return found
+
+    def _programs(self, make: Callable[[Outline], Callable]) -> dict[int, Callable]:
+        """A compiled function for each outline, which batches of one shape share."""
+        outlines = {id(outline): outline for outline in self.outlines}
+        options = default_options()
+        return {at: jax.jit(make(own), compiler_options=options) for at, own in outlines.items()}
 
     def _still(self, live: Live, place: int) -> tuple[Values, Values]:
         """What was alive before and is needed after a place."""

@@ -44,6 +44,8 @@ def with_others(
         shift: what takes up the means behind the reading; only readings that have it in common
             join in the means.
     """
+    shifts = {other: shift_after(outline, other) for other in others}
+    alike = {other for other, own in shifts.items() if own and shift and own.leaf == shift.leaf}
     notes = {other: fit_note(outline, other, None, roots) for other in others}
     numbers = {number for other in others for number in values_of(outline, other)}
 
@@ -53,13 +55,5 @@ def with_others(
     sums = list(found)
     for fold, known in enumerate(segments.ahead(max(others), numbers, note)):
         for other, own in known.items():
-            same = shift is not None and _shift_after(outline, other) == shift.leaf
-            sums[fold] = added(sums[fold], own if same else {"sums": own["sums"]})
+            sums[fold] = added(sums[fold], own if other in alike else {"sums": own["sums"]})
     return sums
-
-
-def _shift_after(outline: Outline, place: int) -> int | None:
-    """Number of the parameter that takes up the means behind an equation."""
-    axis = outline.readings[place].channel_axis
-    shift = None if axis is None else shift_after(outline, place, axis)
-    return None if shift is None else shift.leaf

@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.training.kinds import is_above_zero, is_int
+from lowrank_jax.training.kinds import is_above_zero, is_int, positive
 from lowrank_jax.training.labels import probabilities
 
 Augment = Callable[[chex.PRNGKey, tuple], tuple]
@@ -73,7 +73,7 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
         >>> images.shape, labels.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), (4, 4), [1.0, 1.0, 1.0, 1.0])
     """
-    _check_classes(classes)
+    positive("classes", classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -108,7 +108,7 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
         >>> images.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), [1.0, 1.0, 1.0, 1.0])
     """
-    _check_classes(classes)
+    positive("classes", classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -177,11 +177,6 @@ def crop_and_flip(
 def _check_alpha(alpha: float) -> None:
     if not is_above_zero(alpha):
         raise ValueError(f"alpha={alpha!r} is not allowed; give a number above 0.")
-
-
-def _check_classes(classes: int) -> None:
-    if not is_int(classes) or classes < 1:
-        raise ValueError(f"classes={classes!r} is not allowed; give an int of at least 1.")
 
 
 def _check_part(size: Any, padding: Any) -> tuple[int, int]:

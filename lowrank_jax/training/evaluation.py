@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.training.arguments import check_kinds
-from lowrank_jax.training.order import positive
+from lowrank_jax.training.kinds import positive
 from lowrank_jax.training.placing import automatic, on_mesh, placed
 
 Preprocess = Callable[[jax.Array], jax.Array]

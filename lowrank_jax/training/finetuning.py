@@ -17,9 +17,10 @@ from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.forward import check_mutable
+from lowrank_jax.training.kinds import positive
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
-from lowrank_jax.training.order import Batches, batches_of, positive
+from lowrank_jax.training.order import Batches, batches_of
 from lowrank_jax.training.partition import Rules
 from lowrank_jax.training.placing import automatic, beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run

@@ -21,8 +21,7 @@ def first_not_finite(total: jax.Array, params: Any, grads: Any) -> jax.Array:
     """
 
     def look() -> jax.Array:
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True)
-        finite = [jnp.isfinite(x).all() & jnp.isfinite(g).all() for x, g in pairs]
+        finite = [x & g for x, g in zip(_are_finite(params), _are_finite(grads), strict=True)]
         return jnp.argmin(jnp.stack([*finite, jnp.array(False)])).astype(jnp.int32)
 
     return jax.lax.cond(jnp.isfinite(total), lambda: jnp.int32(FINITE), look)
@@ -66,8 +65,8 @@ def check_parameters(step: int, params: Any, kept: str) -> None:
     Raises:
         FloatingPointError: a parameter is not finite.
     """
-    finite = _are_finite(jax.tree.leaves(params))
-    lost = [name for name, own in zip(_names(params), finite, strict=True) if not own]
+    pairs = zip(_names(params), _are_finite(params), strict=True)
+    lost = [name for name, finite in pairs if not finite]
     if lost:
         raise FloatingPointError(
             f"Step {step}: the update makes {lost[0]} infinite or NaN. {kept}. Lower the learning "
@@ -80,8 +79,8 @@ def _names(params: Any) -> list[str]:
 
 
 @jax.jit
-def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
+def _are_finite(tree: Any) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
 
 
 def _range(labels: Any) -> str:

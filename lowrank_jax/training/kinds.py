@@ -1,4 +1,4 @@
-"""What kind of number a value is."""
+"""What kind of number a value is, and the refusal of another kind."""
 
 import math
 import numbers
@@ -26,3 +26,14 @@ def is_above_zero(value: Any) -> bool:
         (True, False, False)
     """
     return is_number(value) and 0 < value < math.inf
+
+
+def positive(name: str, value: Any) -> int:
+    """The value of an argument, if it is an int of at least 1.
+
+    Raises:
+        ValueError: the value is no int of at least 1.
+    """
+    if not is_int(value) or value < 1:
+        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
+    return int(value)

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax.calibration.inputs import as_arguments, is_iterable_of_batches
 from lowrank_jax.training.fingerprints import fingerprint
-from lowrank_jax.training.kinds import is_int
+from lowrank_jax.training.kinds import positive
 
 SHOWN = 8  # shapes in an error
 LOG = logging.getLogger("lowrank_jax")
@@ -71,17 +71,6 @@ def batches_of(given: Any, size: int = 128, seed: int = 0) -> Batches:
 def _example(batch: Any) -> tuple:
     """A batch as arrays; PyTorch's loaders give a list (inputs, labels)."""
     return as_arguments(tuple(batch) if isinstance(batch, list) else batch)
-
-
-def positive(name: str, value: Any) -> int:
-    """The value of an argument, if it is an int of at least 1.
-
-    Raises:
-        ValueError: the value is no int of at least 1.
-    """
-    if not is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
-    return int(value)
 
 
 class _Shuffled:

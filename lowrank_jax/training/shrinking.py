@@ -77,7 +77,7 @@ def shrink(
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
-    check_tune(apply, tune, batches, kwargs)
+    _check_tune(apply, tune, batches)
     stages = [None] * len(macs) if folder is None else stage_folders(folder, macs)
     dense, current = variables, variables
     for share, own in zip(macs, stages, strict=True):
@@ -115,9 +115,7 @@ def _teacher(tune: Mapping[str, Any], dense: Any) -> dict[str, Any]:
     return {"teacher": dense, **tune} if taught else dict(tune)
 
 
-def check_tune(
-    apply: Callable, tune: Mapping[str, Any], batches: Any, kwargs: Mapping[str, Any]
-) -> None:
+def _check_tune(apply: Callable, tune: Mapping[str, Any], batches: Any) -> None:
     """Refuses arguments of `finetune` before the first stage is compressed.
 
     Raises:
