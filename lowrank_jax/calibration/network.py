@@ -11,11 +11,12 @@ import numpy as np
 from lowrank_jax.calibration.inputs import picking
 from lowrank_jax.factorization.factors import is_factors
 from lowrank_jax.program.changed import ChangedKernels
-from lowrank_jax.program.jaxprs import Program, check_function, is_array
+from lowrank_jax.program.jaxprs import check_function, is_array
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.program.names import leaf_names, names_of
 from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.traced import Program
 from lowrank_jax.program.tracing import NEEDED, trace
 
 

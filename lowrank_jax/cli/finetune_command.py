@@ -14,7 +14,7 @@ from lowrank_jax.cli.comparing import plain_spectra
 from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import CALIBRATION, Job, add_network_options, load_job, variables_from
 from lowrank_jax.cli.options import new_command, positive, shares
-from lowrank_jax.cli.recipe import RATE, add_recipe_options, loss_of, step_options
+from lowrank_jax.cli.recipe import add_recipe_options, loss_of, step_options
 from lowrank_jax.cli.snippets import loading_lines
 from lowrank_jax.compression.compressing import compress
 from lowrank_jax.io.weights import load_weights, save_weights
@@ -26,7 +26,7 @@ from lowrank_jax.report.planned import Networks
 from lowrank_jax.report.record import Report
 from lowrank_jax.report.tuned import Training, tuned_report
 from lowrank_jax.report.writing import write_report
-from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
+from lowrank_jax.training.finetuning import RATE, TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of

@@ -9,11 +9,12 @@ import optax
 from lowrank_jax.cli.imports import imported, line
 from lowrank_jax.cli.options import inside, positive, rate, share
 from lowrank_jax.training.augmentation import Augment, chain, crops_and_flips, cutmix, mixup
+from lowrank_jax.training.finetuning import RATE
 from lowrank_jax.training.losses import Loss, layer_matching, taught
 from lowrank_jax.tuning.algorithms import PAIRS, factors_by
 
 TAUGHT = ("distill", "temperature", "layers")  # options that need a teacher
-DISTILL, TEMPERATURE, RATE = 0.5, 4.0, 0.02  # without the options
+DISTILL, TEMPERATURE = 0.5, 4.0  # without the options
 DTYPES = ("float32", "bfloat16", "float16")
 
 

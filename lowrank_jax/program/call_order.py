@@ -9,7 +9,8 @@ import jax
 from jax.extend.core import Literal
 
 from lowrank_jax.program.flattening import SAME_ORDER, Flat, Lost, State, after
-from lowrank_jax.program.jaxprs import programs, traced
+from lowrank_jax.program.jaxprs import programs
+from lowrank_jax.program.traced import traced
 
 Leaves = frozenset[int]
 Known = dict[Any, Leaves | State]

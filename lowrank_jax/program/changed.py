@@ -18,10 +18,11 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from lowrank_jax.factorization.factors import is_factors, why_not_floating
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.interpreter import bind
-from lowrank_jax.program.jaxprs import Program, check_function, constants, opened
+from lowrank_jax.program.jaxprs import check_function, constants, opened
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source, moved
 from lowrank_jax.program.reading import READERS
+from lowrank_jax.program.traced import Program
 
 KEY = "changed"
 Names = frozenset[str]

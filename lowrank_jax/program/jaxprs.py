@@ -1,69 +1,14 @@
-"""The program of a forward pass, and the programs inside its equations."""
+"""Jaxprs, the programs inside their equations, and the functions that they are traced from."""
 
-import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 NEAR = 0.85  # of two names, as difflib measures: above that of trained and training
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A function that was traced: its jaxpr, and how its outputs are put together.
-
-    Attributes:
-        closed: the jaxpr with its constants.
-        inputs: the number of the leaf that each input of the jaxpr is.
-        outputs: leaves of the result; `Hole` where one is an output of the jaxpr.
-        tree: structure of the result.
-    """
-
-    closed: Any
-    inputs: tuple[int, ...]
-    outputs: list
-    tree: Any
-
-    @classmethod
-    def of(cls, fn: Callable, tree: Any, leaves: Sequence[Any]) -> "Program":
-        """Traces ``fn(*args, **kwargs)``; leaves that are no arrays stay as they are.
-
-        Args:
-            fn: the function.
-            tree: structure of (args, kwargs).
-            leaves: of that structure; arrays or shapes where the function computes.
-        """
-        arrays = {i: leaf for i, leaf in enumerate(leaves) if is_array(leaf)}
-        found: dict[str, Any] = {}
-
-        def forward(arrays: dict[int, Any]) -> list:
-            args, kwargs = jax.tree.unflatten(
-                tree, [arrays.get(i, x) for i, x in enumerate(leaves)]
-            )
-            results, found["tree"] = jax.tree.flatten(fn(*args, **kwargs))
-            found["outputs"] = [Hole() if is_array(leaf) else leaf for leaf in results]
-            return [leaf for leaf in results if is_array(leaf)]
-
-        closed = jax.make_jaxpr(forward)(arrays)
-        return cls(closed, tuple(arrays), found["outputs"], found["tree"])
-
-    @property
-    def jaxpr(self) -> Any:
-        return opened(self.closed)
-
-    def rebuild(self, results: Sequence[Any]) -> Any:
-        """The function's result from the outputs of its jaxpr."""
-        given = iter(results)
-        leaves = [next(given) if isinstance(leaf, Hole) else leaf for leaf in self.outputs]
-        return jax.tree.unflatten(self.tree, leaves)
-
-
-class Hole:
-    """Stands for an output of a jaxpr among the leaves of a result."""
 
 
 def is_array(leaf: Any) -> bool:
@@ -125,22 +70,6 @@ def _takes(apply: Any, name: str) -> bool:
     called = type(module).__call__ if callable(module) else apply
     options = inspect.signature(called).parameters if callable(called) else {}
     return name in options or any(own.kind is own.VAR_KEYWORD for own in options.values())
-
-
-def traced(
-    apply: Callable, variables: Any, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Program, list, dict[int, Any]]:
-    """Traces ``apply(variables, *args, **kwargs)``; what is no array stays as it is.
-
-    Returns:
-        The program; all (path, leaf) pairs of (variables, args, kwargs), those of the variables
-        first; and the number of each leaf that is an input of the jaxpr, in the order of the
-        inputs, to the leaf.
-    """
-    check_function(apply, variables)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(((variables, *args), kwargs))
-    program = Program.of(apply, tree, [leaf for _, leaf in leaves])
-    return program, leaves, {i: leaves[i][1] for i in program.inputs}
 
 
 def programs(params: dict[str, Any]) -> list[Any]:

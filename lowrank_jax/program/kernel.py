@@ -83,6 +83,12 @@ class Kernel:
             return not reading.reason
         return reading.order(self.axes, self.first, self.groups) is not None
 
+    @property
+    def whole(self) -> jax.Array:
+        """The dense kernel as the program has it here."""
+        assert self.value is not None, f"{self.source.path}: the program needs its product"
+        return self.value
+
     def with_value(self) -> "Kernel":
         """Both the factors and their product."""
         assert self.factors is not None
@@ -91,10 +97,7 @@ class Kernel:
 
 def dense(value: Any) -> Any:
     """The array that stands for a value of a program."""
-    if not isinstance(value, Kernel):
-        return value
-    assert value.value is not None, f"{value.source.path}: the program needs its product"
-    return value.value
+    return value.whole if isinstance(value, Kernel) else value
 
 
 def sources_of(values: Sequence[Any]) -> list[Source | None]:

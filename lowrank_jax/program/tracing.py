@@ -10,11 +10,11 @@ import numpy as np
 
 from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.changed import ChangedKernels
-from lowrank_jax.program.jaxprs import Program, traced
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.survey import Found, Survey
+from lowrank_jax.program.traced import Program, traced
 
 NEEDED = (
     "Give inputs of the shape and the type that the model is for, the variables of this model, and "
@@ -28,10 +28,11 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
 
     Follows ``jit``, ``custom_jvp``, ``custom_vjp``, ``remat``, ``shard_map``, ``scan`` (counted
     once an iteration), ``while`` (one iteration) and ``cond`` (every branch). A kernel that is
-    converted to another type, transposed, reversed, or one of a stack that is scanned, sliced or
-    vmapped still counts as unaltered. So does one that the program changes by parameters alone, as
-    weight standardisation, weight and spectral norm, masks and scales do: then the changed kernel
-    is decomposed, for evaluation. Any other operation on a kernel is named.
+    converted to another type, transposed, reversed, one of a stack that is scanned, sliced or
+    vmapped, or joined with others along the outputs still counts as unaltered. So does one that the
+    program changes by parameters alone, as weight standardisation, weight and spectral norm, masks
+    and scales do: then the changed kernel is decomposed, for evaluation. Any other operation on a
+    kernel is named.
 
     Args:
         apply: function (variables, *args, **kwargs), such as ``model.apply``. If the function has a

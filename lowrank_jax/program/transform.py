@@ -19,12 +19,13 @@ from lowrank_jax.factorization.placement import dense_sharding
 from lowrank_jax.program.changed import changed, is_first
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
-from lowrank_jax.program.jaxprs import Program, check_function, is_array
+from lowrank_jax.program.jaxprs import check_function, is_array
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
 from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.survey import Survey
+from lowrank_jax.program.traced import Program
 
 
 def lowrank(apply: Callable) -> Callable:
@@ -33,7 +34,8 @@ def lowrank(apply: Callable) -> Callable:
     A function transformation like ``jax.grad``. The function is traced with the dense tree, of
     which only shapes are needed. Then its program runs with factors in the place of kernels: at a
     convolution or a product two smaller ones run. Factors pass through type conversions, moves of
-    axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``. At any other operation they are
+    axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``; kernels that are joined along their
+    outputs are read one after the other. At any other operation they are
     multiplied back, once. The result is exact there, and no faster than the dense function; `trace`
     tells beforehand. Factors of a changed kernel, which stand as ``{"changed": factors}``, run
     where the program read the changed kernel. A factor that stands decomposed itself, as `Tucker`
@@ -142,11 +144,11 @@ def _run(
     kernels = factored_kernels(names, values)
     shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
     whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
-    program = Program.of(whole, tree, shapes)
     for index, (path, leaf) in enumerate(leaves):
         dense_one = index not in kernels and is_array(leaf) and is_first(path)
         if dense_one and is_kernel(names[index], leaf):
             kernels[index] = Kernel.dense(Source.of(names[index], leaf.shape), leaf)
+    program = Program.of(whole, tree, shapes, kernels)
     results, notes = run_kernels(program, shapes, kernels, rule)
     return program.rebuild(results), notes
 

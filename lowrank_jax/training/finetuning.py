@@ -30,6 +30,7 @@ from lowrank_jax.tuning.algorithms import Choose
 
 LOG = logging.getLogger("lowrank_jax")
 TEACHES = {"teacher", "layers"}
+RATE, CLIP = 0.02, 1.0  # of the default optimiser
 
 
 def finetune(
@@ -43,8 +44,8 @@ def finetune(
     loss: Loss | Term | Name | None = None,
     teacher: Any = None,
     teacher_apply: Callable | None = None,
-    learning_rate: float = 0.02,
-    clip: float | None = 1.0,
+    learning_rate: float = RATE,
+    clip: float | None = CLIP,
     tx: optax.GradientTransformation | None = None,
     accumulate: int = 1,
     average: float | None = None,
@@ -138,6 +139,7 @@ def finetune(
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
     _check_idle(teacher_apply, teacher, after_epoch, data)
+    _check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
     if data.epoch:  # a stream cannot be looked into
         warn_if_raw(_seen(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
@@ -197,6 +199,17 @@ def _check_idle(
             f"after_epoch={after_epoch!r:.80} is not allowed for batches that cannot be counted, "
             "which have no epochs; give arrays or a list of batches, or leave it out."
         )
+
+
+def _check_unread(tx: Any, **given: tuple[Any, Any]) -> None:
+    """Refuses arguments of the default optimiser beside another one, by their usual values."""
+    for name, (value, usual) in given.items():
+        if tx is not None and value != usual:
+            raise ValueError(
+                f"{name}={value!r} is not read beside tx, which has its own; leave it out, and "
+                "build it into tx, as in optax.chain(optax.clip_by_global_norm(1.0), "
+                "optax.sgd(0.1))."
+            )
 
 
 def _settings(

@@ -24,6 +24,7 @@ from lowrank_jax import Matrix, decompose, lowrank, max_rank, trace
 from lowrank_jax.factorization.axes import fit_axes
 from lowrank_jax.factorization.forms import FORMS, SCHEMES
 from lowrank_jax.program.jaxprs import programs
+from lowrank_jax.program.joined import apart
 from lowrank_jax.tree.paths import named_leaves
 
 PAGE = Path(__file__).parents[2] / "docs" / "programs.md"
@@ -276,6 +277,8 @@ def linen_cases():
     yield linen("Dense, float32 parameters, computed in bfloat16", nn.Dense(8, dtype="bfloat16"))
     yield linen("DenseGeneral, to heads", nn.DenseGeneral((2, 4)))
     yield linen("DenseGeneral, from heads", nn.DenseGeneral(8, axis=(-2, -1)))
+    gates = nn.RNN(nn.OptimizedLSTMCell(8))
+    yield linen("OptimizedLSTMCell", gates, (2, 5, 4), others=7)
     yield linen("DenseGeneral, of each row", nn.DenseGeneral(8, batch_dims=(0, 1)))
     yield linen("Einsum", nn.Einsum((2, 4, 8), "...d,hdk->...hk", use_bias=False))
     yield linen("MultiHeadDotProductAttention", nn.MultiHeadDotProductAttention(2), others=5)
@@ -336,7 +339,9 @@ def other_cases():
     yield own("product, kernel from the left", lambda k, x: jnp.matmul(k, x), (8, 9), (2, 9, 4))
     yield own("product, kernel scaled", lambda k, x: x @ (0.5 * k), (4, 8))
     yield own("product, part of the kernel", lambda k, x: x @ k[:, :8], (4, 9))
-    yield own("product, kernels side by side", lambda k, x: x @ jnp.hstack([k, 2 * k]), (4, 8))
+    yield own("product, kernels of a stack side by side", lambda k, x: x @ jnp.hstack(list(k)),
+              (2, 4, 8))  # fmt: skip
+    yield own("product, kernel beside its double", lambda k, x: x @ jnp.hstack([k, 2 * k]), (4, 8))
     yield own("product, kernel split into heads", lambda k, x: jnp.einsum(
         "bhwd,dnk->bhwnk", x, k.reshape(4, 2, 4)), (4, 8))  # fmt: skip
     yield own("product of each expert", lambda k, x: jnp.einsum(
@@ -379,7 +384,7 @@ def schemes_of(case, apply, tree, x):
     ]
 
 
-def operations(function, *args):
+def operations(program):
     """How often each operation stands in a program, calls and loops included; products of two
     factors, which alone have the highest precision, are told apart from the others."""
 
@@ -392,7 +397,7 @@ def operations(function, *args):
         inner = [body for eqn in program.eqns for body in programs(eqn.params)]
         return sum(map(count, inner), Counter(map(name_of, program.eqns)))
 
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
+    return count(program.jaxpr)
 
 
 def verdict(case):
@@ -404,7 +409,9 @@ def verdict(case):
         uses = [use for use in program if use.path in (path, "")]
         changed = program if any(use.changed for use in uses) else None
         small = jax.eval_shape(lambda tree: decompose(tree, {path: scheme}, changed), tree)
-        dense, low = operations(apply, tree, x), operations(lowrank(apply), small, x)
+        parameters = [True] * len(jax.tree.leaves(tree)) + [False]
+        read_alone = apart(jax.make_jaxpr(apply)(tree, x), parameters, parameters)
+        dense, low = operations(read_alone), operations(jax.make_jaxpr(lowrank(apply))(small, x))
     readers = ("conv_general_dilated", "dot_general")
     extra = [low[name] - dense[name] for name in (*readers, "merge")]
     own = [use for use in uses if use.path] or uses

@@ -25,7 +25,8 @@ def tune(plain):
     """`finetune` of the plain network; other arguments by name."""
 
     def run(batches, **options):
-        return finetune(*plain, batches, **{"learning_rate": 0.1, "batch_size": 16} | options)
+        usual = {"batch_size": 16} | ({} if "tx" in options else {"learning_rate": 0.1})
+        return finetune(*plain, batches, **usual | options)
 
     return run
 
@@ -175,6 +176,9 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
         ({"steps": 1, "learning_rate": 0.0}, r"learning_rate=0\.0 is not allowed"),
         ({"steps": 1, "teacher": {}, "loss": "cross_entropy"}, "leave the teacher out"),
         ({"steps": 1, "loss": "distillation"}, "there is no teacher"),
+        ({"steps": 1, "tx": optax.sgd(0.1), "clip": 0.5}, r"clip=0\.5 is not read beside tx"),
+        ({"steps": 1, "tx": optax.sgd(0.1), "clip": None}, "clip=None is not read beside tx"),
+        ({"steps": 1, "tx": optax.sgd(0.1), "learning_rate": 0.1}, "learning_rate=0.1 is not read"),
         ({"steps": 1, "teacher_apply": len}, "teacher_apply=.* is not allowed without teacher"),
         ({"steps": 1, "mutable": ["batch_stat"]}, "which the variables do not have; give some of"),
         ({"steps": 1, "mutable": ["params"]}, "mutable='params' is not allowed, which is trained"),
