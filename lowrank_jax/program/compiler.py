@@ -10,6 +10,8 @@ import jax
 # but products, whose half precision it runs twice as fast, and altogether.
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
 _YNN_PRODUCTS, _WITHOUT_YNN = {_YNN: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}, {_YNN: ""}
+# Of the newer one alone the loops over elements and their sums, which gradients are full of.
+_YNN_LOOPS = {_YNN: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_ELTWISE"}
 # A third set is built in, oneDNN's, and used only if asked for and if the newer one does not take
 # the layers first.
 _CALL = "xla_cpu_experimental_onednn_custom_call"
@@ -74,3 +76,16 @@ def default_options() -> dict[str, Any]:
     ReLU.
     """
     return _WITHOUT_YNN if jax.default_backend() == "cpu" and _known(_WITHOUT_YNN) else {}
+
+
+@functools.cache
+def gradient_options(dtype: Any = "float32") -> dict[str, Any]:
+    """The compiler options for gradients through a network that computes in a type.
+
+    In float32 on the CPU these are XLA's newer kernels for loops over elements and their sums, and
+    the older ones for convolutions and products. In half precision, where the newer ones may be
+    wrong, they are the `default_options`.
+    """
+    wide = jax.numpy.dtype(dtype).itemsize > 2
+    cpu = jax.default_backend() == "cpu"
+    return _YNN_LOOPS if wide and cpu and _known(_YNN_LOOPS) else default_options()

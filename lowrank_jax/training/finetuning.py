@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.calibration.inputs import warn_if_raw
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.program.compiler import default_options
+from lowrank_jax.program.compiler import gradient_options
 from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
@@ -168,7 +168,7 @@ def finetune(
     )
     start = start if sharding is None else beside(start, optimiser, sharding.mesh)
     run = Run(
-        step=_compiled(step, start, sharding),
+        step=_compiled(step, start, sharding, dtype),
         batches=data,
         steps=count,
         seed=seed,
@@ -232,9 +232,11 @@ def _seen(batch: tuple, augment: Augment | None) -> tuple:
     return parts(batch)[0]
 
 
-def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None) -> Step:
+def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None, dtype: Any) -> Step:
     """The step as a program; on a mesh the state stays where it lies."""
-    options = default_options()
+    own = [leaf.dtype for leaf in jax.tree.leaves(state.params)]
+    types = map(jax.numpy.dtype, own if dtype is None else [dtype])
+    options = gradient_options(min(types, key=lambda own: own.itemsize, default="float32"))
     if sharding is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)

@@ -3,12 +3,19 @@
 import functools
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax.program.compiler import _known, candidate_options, default_options
+from lowrank_jax.program.compiler import (
+    _known,
+    candidate_options,
+    default_options,
+    gradient_options,
+)
 from lowrank_jax.tuning import timing
 from lowrank_jax.tuning.agreement import agree
 from lowrank_jax.tuning.timing import Throughput, compile_fastest, measure, throughput
@@ -79,7 +86,7 @@ def test_options_that_this_xla_does_not_know_are_no_candidates():
     assert _known({}) and not _known({"xla_no_such_option": "1"})
 
 
-@pytest.mark.parametrize("options", [*candidate_options(), default_options()])
+@pytest.mark.parametrize("options", [*candidate_options(), default_options(), gradient_options()])
 def test_every_candidate_option_compiles_here(options):
     assert jax.jit(lambda x: 2 * x, compiler_options=options)(3.0) == 6
 
@@ -136,6 +143,33 @@ def test_a_program_that_fails_is_noted_and_left_out_or_its_error_is_raised(clock
     with pytest.raises(ZeroDivisionError):
         measure(programs, rounds=2)
     assert measure({"fails": programs["fails"]}, rounds=2, errors=errors) == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_do_not_depend_on_the_options_for_them(dtype):
+    layers = [
+        nn.Conv(16, (3, 3)), nn.BatchNorm(use_running_average=False), nn.relu, nn.Conv(16, (3, 3)),
+        nn.relu, functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+        nn.Conv(24, (3, 1)), nn.LayerNorm(), nn.gelu,
+    ]  # fmt: skip
+    model = nn.Sequential(layers)
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 8)), dtype)
+        variables = model.init(jax.random.key(0), x)
+
+        def loss(params):
+            out, _ = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.square(out - 1).mean()
+
+        every = [default_options(), gradient_options(dtype)]
+        one, two = (jax.jit(jax.grad(loss), compiler_options=o)(variables["params"]) for o in every)
+    # Sums of a thousand terms in another order, rounded to float32.
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one))
+    chex.assert_trees_all_close(one, two, atol=1e-5 * scale)
+
+
+def test_gradients_in_half_precision_have_the_usual_options():
+    assert gradient_options("bfloat16") == gradient_options(jnp.float16) == default_options()
 
 
 @pytest.mark.slow
