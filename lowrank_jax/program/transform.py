@@ -35,12 +35,12 @@ def lowrank(apply: Callable) -> Callable:
     which only shapes are needed. Then its program runs with factors in the place of kernels: at a
     convolution or a product two smaller ones run. Factors pass through type conversions, moves of
     axes, ``jit``, ``remat``, ``scan``, ``cond`` and ``while``; kernels that are joined along their
-    outputs are read one after the other. At any other operation they are
-    multiplied back, once. The result is exact there, and no faster than the dense function; `trace`
-    tells beforehand. Factors of a changed kernel, which stand as ``{"changed": factors}``, run
-    where the program read the changed kernel. A factor that stands decomposed itself, as `Tucker`
-    leaves it, runs as its own factors by the same transformation. So every function runs, of Linen,
-    NNX, Haiku, Equinox or of no framework.
+    outputs are read one after the other. At any other operation they are multiplied back, once. The
+    result is exact there, and no faster than the dense function; `trace` tells beforehand. Factors
+    of a changed kernel, which stand as ``{"changed": factors}``, run where the program read the
+    changed kernel. A factor that stands decomposed itself, as `Tucker` leaves it, runs as its own
+    factors by the same transformation. So every function runs, of Linen, NNX, Haiku, Equinox or of
+    no framework.
 
     Args:
         apply: ``model.apply``, or any function of arrays whose arguments hold the tree.
