@@ -71,9 +71,9 @@ def _heeded() -> bool:
 def default_options() -> dict[str, Any]:
     """The compiler options for what is not measured first: on the CPU, XLA's older kernels.
 
-    The older kernels have the faster gradients. With jax 0.12.0.1 the newer kernels return memory
-    that was never written where a max pooling follows two convolutions in bfloat16, each with a
-    ReLU.
+    The older convolutions have the faster gradients, see `gradient_options`. With jax 0.12.0.1 the
+    newer kernels return memory that was never written where a max pooling follows two convolutions
+    in bfloat16, each with a ReLU.
     """
     return _WITHOUT_YNN if jax.default_backend() == "cpu" and _known(_WITHOUT_YNN) else {}
 

@@ -30,16 +30,25 @@ def flatten(program: Any, sources: Sequence[Source | None], loops: bool = True) 
         A jaxpr with its constants and the same inputs and outputs.
     """
 
+    return retraced(program, sources, _Open(loops))
+
+
+def retraced(program: Any, sources: Sequence[Source | None], rule: Rule) -> Any:
+    """The jaxpr with its constants of what a rule makes of another one.
+
+    Args:
+        program: a jaxpr with its constants.
+        sources: for each input the kernel that it is, or None.
+        rule: of the equations that read a kernel; what it notes is lost.
+    """
+
     def run(*inputs: jax.Array) -> list:
         pairs = zip(sources, inputs, strict=True)
         values = [x if source is None else Kernel.dense(source, x) for source, x in pairs]
-        outputs, _ = interpret(program, values, _Open(loops))
+        outputs, _ = interpret(program, values, rule)
         return [dense(value) for value in outputs]
 
-    shapes = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in program.in_avals
-    ]
-    return jax.make_jaxpr(run)(*shapes)
+    return jax.make_jaxpr(run)(*program.in_avals)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,21 +6,22 @@ after the other, and joins what they give, is the same, and each kernel may have
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
+from lowrank_jax.program.flat import retraced
+from lowrank_jax.program.interpreter import Found, Rule, bind
 from lowrank_jax.program.jaxprs import opened
-from lowrank_jax.program.kernel import Kernel, dense
-from lowrank_jax.program.provenance import Source
+from lowrank_jax.program.kernel import Kernel
+from lowrank_jax.program.provenance import UNALTERED, Source
 from lowrank_jax.program.reading import READERS
 from lowrank_jax.program.survey import Survey
 
 JOIN = "concatenate"
-PASSED = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient")
+PASSED = {*UNALTERED} - {"pvary", "reshard", "sharding_constraint"}  # which hold for the whole
 
 
 def apart(program: Any, parameters: Sequence[bool], wanted: Sequence[bool]) -> Any:
@@ -35,22 +36,14 @@ def apart(program: Any, parameters: Sequence[bool], wanted: Sequence[bool]) -> A
         A jaxpr with its constants and the same inputs and outputs; the one given where it joins
         nothing that is wanted.
     """
-    shapes = [var.aval for var in opened(program).invars]
     own = [one or two for one, two in zip(parameters, wanted, strict=True)]
-    sources = [_source(i, aval) if own[i] else None for i, aval in enumerate(shapes)]
+    sources = [_source(i, aval) if own[i] else None for i, aval in enumerate(program.in_avals)]
     paths = frozenset(str(i) for i, one in enumerate(wanted) if one)
     touched = Survey.of(opened(program), sources).touched
     if not any(JOIN in touched[path] for path in paths & touched.keys()):
         return program
     rule = _Apart(paths)
-
-    def run(*inputs: jax.Array) -> list:
-        pairs = zip(sources, inputs, strict=True)
-        values = [x if source is None else Kernel.dense(source, x) for source, x in pairs]
-        outputs, _ = interpret(program, values, rule)
-        return [dense(value) for value in outputs]
-
-    found = jax.make_jaxpr(run)(*shapes)
+    found = retraced(program, sources, rule)
     return found if rule.read else program
 
 
@@ -82,10 +75,10 @@ class Joined(Kernel):
     def whole(self) -> jax.Array:
         return jnp.concatenate([part.whole for part in self.parts], self.axis)
 
-    def each_part(self, change: Callable[[jax.Array], jax.Array]) -> "Joined":
-        """The kernels, each changed by a function."""
-        parts = [dataclasses.replace(part, value=change(part.whole)) for part in self.parts]
-        return dataclasses.replace(self, parts=tuple(parts))
+    def moved(self, eqn: Any, axis: int) -> "Joined":
+        """What an equation makes of each kernel, joined along an axis of the results."""
+        parts = [dataclasses.replace(p, value=bind(eqn, [p.whole])[0]) for p in self.parts]
+        return dataclasses.replace(self, parts=tuple(parts), axis=axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +102,9 @@ class _Apart(Rule):
             return None
         joined: Joined = values[kernels[0]]
         if name in PASSED:
-            return [joined.each_part(lambda x: bind(eqn, [x])[0])], {}
+            return [joined.moved(eqn, joined.axis)], {}
         if name == "transpose":
-            axis = eqn.params["permutation"].index(joined.axis)
-            moved = joined.each_part(lambda x: bind(eqn, [x])[0])
-            return [dataclasses.replace(moved, axis=axis)], {}
+            return [joined.moved(eqn, eqn.params["permutation"].index(joined.axis))], {}
         return self._read(eqn, values, kernels[0]) if name in READERS else None
 
     def _join(self, kernels: Sequence[Kernel], axis: int) -> Found | None:
