@@ -52,6 +52,14 @@ CASES = {
     "a spectrum of None": (lambda: lr.spectrum(None), "spectrum: the kernel is a NoneType"),
     "a spectrum of ints": (lambda: lr.spectrum(K.astype(int)), "the kernel has type int64"),
     "a short shape": (lambda: lr.max_rank((3, 3)), "has fewer axes than axes='HWIO'"),
+    "groups that do not divide": (lambda: lr.max_rank(K.shape, 3), "max_rank: groups=3 is not"),
+    "no groups": (lambda: lr.spectrum(K, 0), "spectrum: groups=0 is not allowed; give an int of 1"),
+    "a matrix as HWIO": (lambda: lr.spectrum(K[0, 0]), "spectrum: a kernel of shape (4, 8) has"),
+    "two kernels": (lambda: lr.merge(K, jnp.ones((3, 3, 8, 2))), "merge: factors of shapes (3, 3,"),
+    "other ranks": (
+        lambda: lr.merge(jnp.ones((3, 1, 4, 6)), jnp.ones((1, 3, 7, 2))),
+        "do not fit together",
+    ),
     "a bias among factors": (
         lambda: lr.reconstruct(factors(bias=jnp.ones(8))),
         "kernel: beside the factors 'vertical' and 'horizontal' there is 'bias'",

@@ -18,6 +18,7 @@ from lowrank_jax.calibration.inputs import (
     images,
     shape_key,
     tell_labels,
+    tell_together,
 )
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.calibration.noise import independent
@@ -157,7 +158,8 @@ def prepared(
         trace = network.trace(one)
     except ValueError:  # a mesh of devices may not divide one image
         trace = network.trace(first)
-    return network.with_changed(trace), batches, trace
+        tell_together(first)
+    return network.with_changed(trace), batches.held(), trace
 
 
 def calibrate(
@@ -201,7 +203,6 @@ def calibrate(
     """
     network, batches, trace = prepared(apply, variables, inputs, args, kwargs)
     wanted = _wanted(trace, paths)
-    batches = batches.held()
     moments, count = _moments(network, batches, wanted)
     curvature = output_curvature(network, batches, trace, list(moments))
     tell_amount(trace, count)

@@ -7,7 +7,6 @@ g = J^T r, and the mean of g g^T over r is J^T J (Hutchinson, 1990). No label is
 """
 
 import functools
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from lowrank_jax.program.interpreter import Found, Rule, bind, interpret
 from lowrank_jax.program.kernel import dense, sources_of
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.reading import READERS, Reading
+from lowrank_jax.tree.warning import warn
 
 LEAST, MOST = 64, 1024  # inputs
 WORK = 64e9  # multiply-accumulates of a forward pass of all inputs, where they are more than LEAST
@@ -118,7 +118,7 @@ def output_curvature(
             try:
                 sums = programs[shape](turn, network.leaves(batch))
             except NO_DERIVATIVE as error:
-                warnings.warn(f"{ALIKE}: {what_is_lacking(error)}", stacklevel=3)
+                warn(f"{ALIKE}: {what_is_lacking(error)}")
                 return {}
             count = images(batch)
             asked += count
@@ -128,7 +128,7 @@ def output_curvature(
                 totals[path][turn % 2] += np.asarray(own, np.float64)
             counts[turn % 2] += count
     if counts.sum() < asked:
-        warnings.warn(LOST % (asked - counts.sum(), asked), stacklevel=3)
+        warn(LOST % (asked - counts.sum(), asked))
     if not counts.any():
         return {}
     return {path: _less_noise(total, counts) for path, total in totals.items()}

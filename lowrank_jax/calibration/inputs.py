@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
+
+from lowrank_jax.tree.kinds import whole
+from lowrank_jax.tree.warning import warn
 
 LOG = logging.getLogger("lowrank_jax")
 BATCH = 256
@@ -197,12 +199,9 @@ def shapes_of(arguments: tuple, count: int) -> tuple:
     Raises:
         ValueError: ``count`` is no int of 1 or more.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(
-            f"batch={count!r} is not allowed; give an int of 1 or more images at once."
-        )
+    size = whole("batch", count)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), jnp.asarray(x[:0]).dtype), arguments
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), jnp.asarray(x[:0]).dtype), arguments
     )
 
 
@@ -225,10 +224,9 @@ def warn_if_raw(arguments: tuple) -> None:
     """Warns of images that seem to be raw, as ints are."""
     raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype.kind in "iu"]
     if raw:
-        warnings.warn(
+        warn(
             f"The inputs are {raw[0].dtype} images of shape {tuple(raw[0].shape)}: give what the "
-            "network takes, which is usually scaled and normalised.",
-            stacklevel=4,
+            "network takes, which is usually scaled and normalised."
         )
 
 
@@ -241,3 +239,12 @@ def tell_labels(arguments: tuple) -> None:
                 "leave them out: inputs alone are read.",
                 number,
             )
+
+
+def tell_together(arguments: tuple) -> None:
+    """Logs that costs are those of a whole batch."""
+    LOG.warning(
+        "The network does not run on one image alone: costs, and budgets that are counts, are "
+        "those of %d images.",
+        images(arguments),
+    )

@@ -76,15 +76,12 @@ class Network:
         paths, tree = jax.tree_util.tree_flatten_with_path(given)
         with _tells(inputs):
             program = Program.of(self.apply, tree, [leaf for _, leaf in paths])
-        own = [path[2:] for path, _ in paths if path[0].idx == 0 and path[1].idx == 0]
-        names = names_of(own)
+        sources = program.sources([path for path, _ in paths])
+        if self.changed:
+            kernels = ChangedKernels.of(program.closed, sources)
+            program = dataclasses.replace(program, closed=kernels.cut(self.changed))
         count = len(jax.tree.leaves(inputs))
-        traced = NetworkProgram(program, tuple(names), len(names), count)
-        if not self.changed:
-            return traced
-        kernels = ChangedKernels.of(program.closed, traced.sources)
-        program = dataclasses.replace(program, closed=kernels.cut(self.changed))
-        return dataclasses.replace(traced, program=program)
+        return NetworkProgram(program, sources, len(jax.tree.leaves(self.variables)), count)
 
     def leaves(self, inputs: tuple) -> list:
         """The arrays that a `NetworkProgram` takes."""
@@ -99,25 +96,15 @@ class NetworkProgram:
 
     Attributes:
         program: the traced function.
-        names: of the leaves of the variables.
-        variables: how many leaves these are; they come first.
+        sources: for each input of the jaxpr the parameter that it is.
+        variables: how many leaves the variables have; they come first.
         images: how many leaves follow that hold images.
     """
 
     program: Program
-    names: tuple[str, ...]
+    sources: list[Source | None]
     variables: int
     images: int
-
-    @property
-    def sources(self) -> list[Source | None]:
-        """For each input of the jaxpr the parameter that it is."""
-        jaxpr = self.program.jaxpr
-        pairs = zip(self.program.inputs, jaxpr.invars, strict=True)
-        return [
-            Source.of(self.names[index], var.aval.shape) if index < self.variables else None
-            for index, var in pairs
-        ]
 
     def values(self, inputs: Sequence) -> list:
         """The inputs of the jaxpr, the variables among them as kernels."""

@@ -35,6 +35,8 @@ def _options(args: argparse.Namespace) -> list[str]:
             given[f"--{name.replace('_', '-')}"] = json.dumps(value)
     if args.seed:
         given["--seed"] = args.seed
+    if folder := getattr(args, "data_dir", None):
+        given["--data-dir"] = folder
     if args.size:
         given["--size"] = "x".join(map(str, args.size))
     for name in ("mean", "std"):

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
             _save(folder, point, job)
         write_report(folder, report)
     print(f"{chosen}\nThe plan is {args.out / 'plan.json'}, the report {args.out / 'report.html'}.")
-    print(planning_lines(job.model, job.kwargs, job.source, args.out / "plan.json"))
+    source = "" if chosen.changed else job.source  # such a plan needs the program, too
+    print(planning_lines(job.model, job.kwargs, source, args.out / "plan.json"))
 
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:

@@ -1,6 +1,5 @@
 """`compress`: factors fitted, layer by layer, to what the compressed network really sees."""
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from lowrank_jax.calibration.inputs import Inputs, images
 from lowrank_jax.compression.reconstruction import Job, Reconstruction
 from lowrank_jax.program.jaxprs import check_options
 from lowrank_jax.tree.decomposing import find_schemes
+from lowrank_jax.tree.kinds import whole
 
 
 def compress(
@@ -75,9 +75,7 @@ def compress(
         >>> small["params"]["layers_0"]["kernel"]["vertical"].shape
         (3, 1, 4, 3)
     """
-    for name, value in {"sweeps": sweeps, "steps": steps}.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-            raise ValueError(f"{name}={value!r} is not allowed; give an int of 0 or more.")
+    sweeps, steps = whole("sweeps", sweeps, 0), whole("steps", steps, 0)
     known = isinstance(source, Calibration)
     check_options(compress, None if known else source, kwargs)
     job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tempfile
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.io.c_library import c_library
+from lowrank_jax.tree.warning import warn
 
 ALIGNED = 64  # bytes, at which JAX reads an array in place
 IN_MEMORY = 2**28  # bytes of all batches together; more go to files
@@ -40,10 +40,9 @@ class Holding:
         try:
             return jax.tree_util.tree_map_with_path(self._in_file, arrays)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{tempfile.gettempdir()} has no room for {size:,} bytes of activations ({error}), "
-                "which stay in memory; set TMPDIR to a folder with more room.",
-                stacklevel=2,
+                "which stay in memory; set TMPDIR to a folder with more room."
             )
             return arrays
 

@@ -5,7 +5,6 @@ have quantised kernels where these have factors, and are trained one at a time.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -18,6 +17,7 @@ from lowrank_jax.compression.kernels import Parts, Slice
 from lowrank_jax.compression.segments import Values
 from lowrank_jax.factorization.factors import wide
 from lowrank_jax.program.derivatives import NO_DERIVATIVE, what_is_lacking
+from lowrank_jax.tree.warning import warn
 
 BATCH = 64  # images of a step
 
@@ -69,9 +69,8 @@ def stepped(
         return descend(loss, start, batches, steps)
     except NO_DERIVATIVE as error:
         layers = ", ".join(start.factors)
-        warnings.warn(
+        warn(
             f"{layers}: no gradient steps, because the block has no derivative; the closed form "
-            f"stays: {what_is_lacking(error)}",
-            stacklevel=2,
+            f"stays: {what_is_lacking(error)}"
         )
         return None

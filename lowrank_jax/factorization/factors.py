@@ -24,11 +24,11 @@ from lowrank_jax.factorization.axes import (
     spatial_axes,
     width_of,
 )
-from lowrank_jax.factorization.forms import FORMS, form_of
+from lowrank_jax.factorization.forms import FORMS, KEY, form_of
 from lowrank_jax.factorization.layout import Array
 
 # A name of a factor may be followed by the kernel's layout.
-_KEY = re.compile(r"([a-z_]+?)(?:_([A-Z]+))?")
+_KEY = re.compile(rf"({KEY.pattern}?)(?:_([A-Z]+))?")
 
 
 def factor_keys(first: str, axes: str, ndim: int) -> tuple[str, str]:
@@ -139,7 +139,7 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
         )
     pair = _unboxed(node[one]), _unboxed(node[two])
     axes = axes or fit_axes(AXES[2], len(shape_of(pair[0])))
-    _check(path, pair, axes)
+    check_factors(path, pair, axes)
     return pair, axes, first
 
 
@@ -148,7 +148,12 @@ def _unboxed(factor: Any) -> Any:
     return factor if is_factors(factor) else jax.tree.leaves(factor)[0]
 
 
-def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
+def check_factors(path: str, pair: tuple[Any, Any], axes: str) -> None:
+    """Refuses arrays that are not the factors of one kernel.
+
+    Raises:
+        ValueError: their shapes do not fit together, or they are no floating-point numbers.
+    """
     shapes = [shape_of(factor) for factor in pair]
     if not _fit(shapes[0], shapes[1], axes):
         raise ValueError(

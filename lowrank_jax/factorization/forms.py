@@ -5,6 +5,7 @@ that trees, plans and programs know a scheme that is written elsewhere.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,34 @@ class Form:
     spatial: bool = True
 
 
+KEY = re.compile("[a-z_]+")  # what a factor is called in a tree; capitals name a layout
 FORMS: dict[str, Form] = {}
 SCHEMES: dict[str, type[Any]] = {}  # name of a form to the class of its scheme
+
+
+def check_form(name: str, form: Form, scheme: str) -> None:
+    """Refuses a form that would take the place of another one, or that trees would not know again.
+
+    Args:
+        name: of the form.
+        form: that a scheme registers.
+        scheme: name of its class, which may be defined again, as in a notebook.
+
+    Raises:
+        ValueError: the name, or its pair of keys, belongs to another scheme, or a key is not of
+            small letters and underscores.
+    """
+    if bad := [key for key in form.keys if not KEY.fullmatch(key)]:
+        raise ValueError(
+            f"{scheme}: the key {bad[0]!r} of the form {name!r} is not allowed; give small letters "
+            "and underscores alone, such as 'first_half'."
+        )
+    taken = [own for own in FORMS if own == name or set(FORMS[own].keys) == set(form.keys)]
+    if others := [own for own in taken if SCHEMES[own].__qualname__ != scheme]:
+        raise ValueError(
+            f"{scheme}: the form {name!r} with the keys {form.keys} would replace {others[0]!r} of "
+            f"{SCHEMES[others[0]].__qualname__}; give other names."
+        )
 
 
 def form_of(first: str) -> Form:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.axes import INPUTS, OUTPUTS, only, sizes_of, spatial_axes
-from lowrank_jax.factorization.factors import dense_shape, is_factors, read_factors
+from lowrank_jax.factorization.factors import check_factors, dense_shape, is_factors, read_factors
 from lowrank_jax.factorization.layout import Array, merged, parted
 from lowrank_jax.factorization.placement import dense_sharding, gathered, placed
 
@@ -23,11 +23,15 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
     Returns:
         The kernel, such as (..., h, w, c, n), that the two operations together apply.
 
+    Raises:
+        ValueError: the arrays are not the factors of one kernel.
+
     Example:
         >>> import jax.numpy as jnp
         >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
         (5, 5, 3, 192)
     """
+    check_factors("merge", (first, second), axes)
     dtype = jnp.result_type(first, second)
     wide = jnp.promote_types(dtype, jnp.float32)
     one, two = (jnp.asarray(gathered(x), wide) for x in (first, second))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.factorization.axes import OUTPUTS, own_letters, sizes_of, split_axes
+from lowrank_jax.factorization.axes import own_letters, split_axes
 from lowrank_jax.factorization.factors import as_kernel, factor_keys, wide
-from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form
+from lowrank_jax.factorization.forms import FORMS, SCHEMES, Form, check_form
 from lowrank_jax.factorization.layout import Array, from_matrix, from_pair, to_matrix, to_pair
 from lowrank_jax.factorization.parallel import side_by_side
 from lowrank_jax.factorization.placement import (
@@ -22,7 +22,7 @@ from lowrank_jax.factorization.placement import (
     placed,
     typed_sharding,
 )
-from lowrank_jax.factorization.ranks import check_rank, max_rank
+from lowrank_jax.factorization.ranks import check_groups, check_rank, checked_sizes, max_rank
 from lowrank_jax.factorization.truncated import truncated
 
 
@@ -47,9 +47,15 @@ class Scheme:
     first: str = ""
 
     def __init_subclass__(cls, forms: Mapping[str, Form] | None = None, **kwargs: Any) -> None:
-        """Makes the forms known under their names."""
+        """Makes the forms known under their names.
+
+        Raises:
+            ValueError: another scheme has such a name, or trees would not know the keys again.
+        """
         forms = forms or {}
         super().__init_subclass__(**kwargs)
+        for name, form in forms.items():
+            check_form(name, form, cls.__qualname__)
         FORMS.update(forms)
         SCHEMES.update(dict.fromkeys(forms, cls))
 
@@ -169,12 +175,7 @@ class Scheme:
     def checked(self, shape: Sequence[int], where: str) -> Self:
         """The scheme with its rank as an int, or a ValueError that names where it was given."""
         sizes = self._sizes(shape, where)
-        outputs = next(letter for letter in self.axes if letter in OUTPUTS)
-        if self.groups < 1 or sizes[outputs] % self.groups:
-            raise ValueError(
-                f"{where}: groups={self.groups} must be at least 1 and divide the {sizes[outputs]} "
-                "outputs."
-            )
+        check_groups(self.groups, sizes, self.axes, where)
         limit = max_rank(shape, self.groups, *self._form)
         rank = check_rank(self.rank, limit, where, shape, self.groups)
         return dataclasses.replace(self, rank=rank)
@@ -185,12 +186,7 @@ class Scheme:
 
     def _sizes(self, shape: Sequence[int], where: str = "Scheme") -> dict[str, int]:
         split_axes(*self._form)  # refuses a layout that names no axes
-        if len(shape) < len(self.axes):
-            raise ValueError(
-                f"{where}: a kernel of shape {tuple(shape)} has fewer axes than "
-                f"axes={self.axes!r}; give the layout of its own axes."
-            )
-        return sizes_of(self.axes, shape)
+        return checked_sizes(self.axes, shape, where)
 
 
 def factor_all(
@@ -236,8 +232,8 @@ def spectrum(
         these values.
 
     Raises:
-        ValueError: the kernel is no array of floating-point numbers, or the layout or the form does
-            not fit.
+        ValueError: the kernel is no array of floating-point numbers, or the layout, the form or the
+            groups do not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -245,5 +241,6 @@ def spectrum(
         [6, 0, 0, 0, 0, 0]
     """
     kernel = as_kernel(kernel, "spectrum")
+    check_groups(groups, checked_sizes(axes, kernel.shape, "spectrum"), axes, "spectrum")
     spread = to_pair(wide(gathered(kernel)), axes, first)
     return jnp.linalg.svd(to_matrix(spread, groups), compute_uv=False)

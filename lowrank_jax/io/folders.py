@@ -5,11 +5,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lowrank_jax.io.atomic import flock
-from lowrank_jax.io.seals import file_hash
+from lowrank_jax.io.seals import file_hash, listing
 
 MANIFEST = "manifest.json"  # names of the files that a run wrote, with their hashes
 NEW, OLD = ".new", ".old"  # ends of the names of scratch folders
@@ -99,9 +99,7 @@ def _is_ours(out: Path) -> bool:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({"made_by": "lowrank_jax", "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n")
+    (folder / MANIFEST).write_text(listing(folder))
 
 
 def _own_files(folder: Path) -> dict[str, str] | None:
@@ -142,12 +140,22 @@ def _take_apart(old: Path, out: Path) -> None:
     for path in sorted(old.iterdir(), reverse=True):  # a.kept1 before a, which gets a free name
         if path.name == MANIFEST:
             continue
-        if path.is_file() and own.get(path.name) == file_hash(path):
-            path.unlink()
-        else:
+        if not _is_unchanged(path, old, own):
             path.rename(_free_name(out / path.name))
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (old / MANIFEST).unlink(missing_ok=True)
     old.rmdir()
+
+
+def _is_unchanged(path: Path, folder: Path, own: Mapping[str, str]) -> bool:
+    """Whether a file, or all within a folder, is as a run wrote it."""
+    files = [file for file in (path, *path.rglob("*")) if not file.is_dir()]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    pairs = zip(names, files, strict=True)
+    return bool(files) and all(own.get(name) == file_hash(file) for name, file in pairs)
 
 
 def _free_name(path: Path) -> Path:

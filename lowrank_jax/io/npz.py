@@ -89,7 +89,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _check_seal(comment: bytes, members: Sequence[zipfile.ZipInfo]) -> None:
-    if comment and comment != SEAL + _digest(members):
+    if comment.startswith(SEAL) and comment != SEAL + _digest(members):
         raise ValueError("its arrays are not those that were written into it")
 
 

@@ -21,10 +21,15 @@ def seal(folder: Path) -> None:
         ...     before, damage(Path(name))
         ('', 'notes.txt was changed')
     """
-    text = json.dumps({"made_by": "lowrank_jax", "files": _hashes(folder)}, indent=1)
-    (folder / SEAL).write_text(text + "\n")
+    (folder / SEAL).write_text(listing(folder))
     for path in [*folder.rglob("*"), folder]:
         _to_disk(path)
+
+
+def listing(folder: Path) -> str:
+    """All files of a folder, at any depth, with their hashes, as JSON."""
+    facts = {"made_by": "lowrank_jax", "files": _hashes(folder)}
+    return json.dumps(facts, indent=1) + "\n"
 
 
 def damage(folder: Path) -> str:

@@ -5,6 +5,8 @@ import math
 import numbers
 from typing import Any
 
+from lowrank_jax.tree.kinds import is_int
+
 MEASURES = ("parameters", "macs", "bytes", "latency")
 
 
@@ -67,8 +69,7 @@ def _is_share(amount: Any) -> bool:
 
 
 def _is_count(amount: Any) -> bool:
-    whole = isinstance(amount, numbers.Integral) and not isinstance(amount, bool)
-    return whole and amount >= 1
+    return is_int(amount) and amount >= 1
 
 
 def number(cost: float) -> str:

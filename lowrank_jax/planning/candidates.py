@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from lowrank_jax.planning.plans import Choice, Plan, Rest
 from lowrank_jax.planning.spectra import Spectra, known_use
 from lowrank_jax.planning.tucker_ranks import at_pairs, tucker_forms, tucker_front
 from lowrank_jax.program.kernel_use import KernelUse, Trace
+from lowrank_jax.tree.kinds import whole
 
 COUNTS = ("parameters", "macs", "bytes")
 
@@ -151,7 +151,7 @@ def candidates(
         >>> [each.scheme.rank for each in low if each.scheme.first == "vertical"]
         [4, 8, 12]
     """
-    multiple = _check_multiple(multiple)
+    multiple = whole("multiple", multiple)
     weights = weights or {}
     layers = {
         path: _layer(trace, spectra, path, multiple, weights.get(path, 1.0))
@@ -248,16 +248,6 @@ def _check_size(kernel: KernelUse, first: str, values: np.ndarray) -> int:
         f"{kernel.path}: a spectrum of {values.shape[-1]} values does not fit the kernel "
         f"{kernel.kernel_shape} in the form {first!r}, which has {limit}; compute the spectra from "
         "this network."
-    )
-
-
-def _check_multiple(multiple: Any) -> int:
-    whole = hasattr(multiple, "__index__") and not isinstance(multiple, bool)
-    if whole and operator.index(multiple) >= 1:
-        return operator.index(multiple)
-    raise ValueError(
-        f"multiple={multiple!r} is not allowed; give an int of 1 or more, such as 8 for tensor "
-        "cores."
     )
 
 

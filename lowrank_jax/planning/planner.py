@@ -76,9 +76,9 @@ def plan(
         The plan. It prints as a table, and `decompose` and `compress` take it.
 
     Raises:
-        ValueError: there is no budget or more than one, the budget is below the least possible, a
-            form is unknown, the selector is no function, no layer can be decomposed, or
-            `calibrate` refuses the arguments.
+        ValueError: there is no budget or more than one, the budget is below the least possible, an
+            argument would not be read, a form is unknown, the selector is no function, no layer can
+            be decomposed, or `calibrate` refuses the arguments.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -97,10 +97,12 @@ def plan(
             f"by its name, such as macs={variables}."
         )
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
+    if budget.measure != "latency":
+        _check_unread(batch=(batch, 1), timer=(timer, None))
     wanted = None if forms is None else check_forms(forms)
     if not isinstance(source, Calibration):
         source = calibrate(source, variables, inputs, *args, **kwargs)
-    elif variables is not None or kwargs:
+    elif variables is not None or inputs is not None or args or kwargs:
         raise ValueError(
             "plan of a calibration takes a budget alone, plan(calibration, macs=0.5); the "
             "arguments of the model were given to calibrate."
@@ -113,6 +115,16 @@ def plan(
         table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
     chosen = _checked_selector(select)(table, budget)
     return dataclasses.replace(chosen, leaves=leaves_of(source.network.variables))
+
+
+def _check_unread(**given: tuple[Any, Any]) -> None:
+    """Refuses arguments of latency beside another budget, by their usual values."""
+    for name, (value, usual) in given.items():
+        if value != usual:
+            raise ValueError(
+                f"{name}={value!r:.80} is read for a budget of latency alone; leave it out, or "
+                "give latency=0.5."
+            )
 
 
 def _checked_selector(select: Any) -> Callable[[Candidates, Budget], Plan]:

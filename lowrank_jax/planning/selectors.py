@@ -249,8 +249,9 @@ def _search(
 def _out_of_noise(candidates: Candidates, path: str) -> list[Candidate]:
     """For each order of the factors the lowest candidate of a rank that no signal exceeds."""
     kernel, found = candidates.trace.at(path)[0], []
-    entries = kernel_size(kernel.axes, kernel.kernel_shape) // kernel.groups
+    size = kernel_size(kernel.axes, kernel.kernel_shape)
     for first, matrices in candidates.spectra.values[path].items():
+        entries = size // kernel.scheme(1, first).groups
         rank = max(1, *(evbmf_rank(values, entries // len(values)) for values in matrices))
         found += [
             each

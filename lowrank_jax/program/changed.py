@@ -19,7 +19,6 @@ from lowrank_jax.factorization.factors import is_factors, why_not_floating
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.interpreter import bind
 from lowrank_jax.program.jaxprs import check_function, constants, opened
-from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source, moved
 from lowrank_jax.program.reading import READERS
 from lowrank_jax.program.traced import Program
@@ -149,29 +148,15 @@ def changed(apply: Callable) -> Callable:
             return apply(*args, **kwargs)
         values = [leaf[KEY] if is_changed(leaf) else leaf for _, leaf in leaves]
         program = Program.of(apply, tree, values)
-        sources = sources_of_first(leaves, values, program)
-        marked = [i for i, (_, leaf) in enumerate(leaves) if is_changed(leaf)]
-        paths = [source.path for i, source in sources.items() if i in marked and source]
-        kernels = ChangedKernels.of(program.closed, [sources[i] for i in program.inputs])
-        closed = kernels.cut(paths)
+        trees = {path[:2] for path, leaf in leaves if is_changed(leaf)}
+        sources = program.sources([path for path, _ in leaves], trees)
+        kernels = ChangedKernels.of(program.closed, sources)
+        pairs = zip(program.inputs, sources, strict=True)
+        closed = kernels.cut([s.path for i, s in pairs if s and is_changed(leaves[i][1])])
         inputs = [values[i] for i in program.inputs]
         return program.rebuild(jaxpr_as_fun(closed)(*inputs))
 
     return run
-
-
-def sources_of_first(
-    leaves: Sequence[tuple[Any, Any]], values: Sequence[Any], program: Program
-) -> dict[int, Source | None]:
-    """For each input of a program the parameter that it is: a leaf of the first argument."""
-    own = {i: path for i, (path, _) in enumerate(leaves) if is_first(path)}
-    names = dict(zip(own, names_of([path[2:] for path in own.values()]), strict=True))
-    return {i: Source.of(names[i], values[i].shape) if i in names else None for i in program.inputs}
-
-
-def is_first(path: Any) -> bool:
-    """Whether a leaf of (args, kwargs) stands in the first argument."""
-    return path[0].idx == 0 and getattr(path[1], "idx", None) == 0
 
 
 def _find_roots(flat: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

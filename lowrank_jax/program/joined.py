@@ -33,8 +33,8 @@ def apart(program: Any, parameters: Sequence[bool], wanted: Sequence[bool]) -> A
         wanted: for each input whether it is to be read alone. The others stay joined.
 
     Returns:
-        A jaxpr with its constants and the same inputs and outputs; the one given where it joins
-        nothing that is wanted.
+        A jaxpr with its constants and the same inputs and outputs; the one given where no kernel
+        that is wanted is joined.
     """
     own = [one or two for one, two in zip(parameters, wanted, strict=True)]
     sources = [_source(i, aval) if own[i] else None for i, aval in enumerate(program.in_avals)]
@@ -42,9 +42,7 @@ def apart(program: Any, parameters: Sequence[bool], wanted: Sequence[bool]) -> A
     touched = Survey.of(opened(program), sources).touched
     if not any(JOIN in touched[path] for path in paths & touched.keys()):
         return program
-    rule = _Apart(paths)
-    found = retraced(program, sources, rule)
-    return found if rule.read else program
+    return retraced(program, sources, _Apart(paths))
 
 
 def _source(index: int, aval: Any) -> Source | None:
@@ -87,11 +85,9 @@ class _Apart(Rule):
 
     Attributes:
         wanted: paths of those that are read alone.
-        read: the equations that read joined kernels.
     """
 
     wanted: frozenset[str]
-    read: list = dataclasses.field(default_factory=list, compare=False)
 
     def apply(self, eqn: Any, values: list) -> Found | None:
         name = eqn.primitive.name
@@ -123,7 +119,6 @@ class _Apart(Rule):
         axis = _output_axis(eqn, operand, joined.axis)
         if axis is None:
             return None
-        self.read.append(eqn)
         given = [[*values[:operand], part.whole, *values[operand + 1 :]] for part in joined.parts]
         return [jnp.concatenate([bind(eqn, own)[0] for own in given], axis)], {}
 

@@ -10,7 +10,7 @@ from lowrank_jax.factorization.factors import is_factor_key, is_factors
 
 KERNELS = ("kernel", "weight", "w")  # of Flax and Keras, of PyTorch and Equinox, of Haiku
 COLLECTION = "params"
-_ATTRIBUTES = (jax.tree_util.GetAttrKey, jax.tree_util.FlattenedIndexKey)
+FIRST = (jax.tree_util.SequenceKey(0),) * 2  # path of the first argument in (args, kwargs)
 
 
 def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] = is_factors) -> list[str]:
@@ -44,6 +44,19 @@ def names_of(paths: Sequence[Sequence[Any]]) -> list[str]:
             for path, name in zip(paths, names, strict=True)
         ]
     return names
+
+
+def names_in_arguments(paths: Sequence[Sequence[Any]]) -> list[str]:
+    """The names of the leaves of (args, kwargs), each as in the argument that it stands in.
+
+    Leaves of two arguments that would have the same name have their whole path.
+    """
+    names = names_of([path[2:] for path in paths])
+    count = Counter(names)
+    return [
+        _exact(path[1:]) if count[name] > 1 else name
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def _exact(path: Sequence[Any]) -> str:

@@ -17,7 +17,6 @@ from lowrank_jax.factorization.axes import INPUTS, OUTPUTS
 UNALTERED = (
     "convert_element_type",
     "copy",
-    "copy_p",
     "name",
     "pvary",
     "reshard",

@@ -8,6 +8,8 @@ import jax
 
 from lowrank_jax.program.jaxprs import check_function, is_array, opened
 from lowrank_jax.program.joined import apart
+from lowrank_jax.program.names import FIRST, names_in_arguments
+from lowrank_jax.program.provenance import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,18 @@ class Program:
     @property
     def jaxpr(self) -> Any:
         return opened(self.closed)
+
+    def sources(self, paths: Sequence[tuple], trees: Collection[tuple] = (FIRST,)) -> list:
+        """For each input of the jaxpr the parameter that it is, as a `Source`, or None.
+
+        Args:
+            paths: of all leaves of (args, kwargs).
+            trees: paths of the arguments that hold parameters.
+        """
+        own = {i: path for i, path in enumerate(paths) if path[:2] in trees}
+        names = dict(zip(own, names_in_arguments(list(own.values())), strict=True))
+        pairs = zip(self.inputs, self.jaxpr.invars, strict=True)
+        return [Source.of(names[i], var.aval.shape) if i in names else None for i, var in pairs]
 
     def rebuild(self, results: Sequence[Any]) -> Any:
         """The function's result from the outputs of its jaxpr."""

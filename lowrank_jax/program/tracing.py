@@ -11,7 +11,6 @@ import numpy as np
 from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.kernel_use import KernelUse, Trace
-from lowrank_jax.program.names import names_of
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.survey import Found, Survey
 from lowrank_jax.program.traced import Program, traced
@@ -61,12 +60,9 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     except Exception as error:
         error.add_note(f"The function did not run while lowrank_jax.trace followed it. {NEEDED}")
         raise
-    own = [path[2:] for path, _ in leaves if path[0].idx == 0 and path[1].idx == 0]
-    names = dict(enumerate(names_of(own)))
-    sources = [
-        Source.of(names[i], leaf.shape) if i in names else None for i, leaf in arrays.items()
-    ]
-    types = {names[i]: why_not_floating(arrays[i].dtype) for i in names if i in arrays}
+    sources = program.sources([path for path, _ in leaves])
+    pairs = zip(sources, arrays.values(), strict=True)
+    types = {source.path: why_not_floating(x.dtype) for source, x in pairs if source}
     survey = Survey.of(program.jaxpr, sources)
     stored = getattr(apply, "stored_kernels", False)
     kernels = None if stored else _changed(survey, program, sources)

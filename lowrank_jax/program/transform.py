@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,12 +15,12 @@ from lowrank_jax.factorization.factors import (
     read_factors,
 )
 from lowrank_jax.factorization.placement import dense_sharding
-from lowrank_jax.program.changed import changed, is_first
+from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import run_factored
 from lowrank_jax.program.interpreter import Notes, Rule, interpret
 from lowrank_jax.program.jaxprs import check_function, is_array
 from lowrank_jax.program.kernel import Kernel, dense, sources_of
-from lowrank_jax.program.names import names_of
+from lowrank_jax.program.names import FIRST, names_in_arguments
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.survey import Survey
@@ -140,27 +139,17 @@ def _run(
     """The results of a function by a rule, and the notes; some dense arrays are kernels, too."""
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pair)
     values = [leaf for _, leaf in leaves]
-    names = _names([path for path, _ in leaves])
+    names = names_in_arguments([path for path, _ in leaves])
     kernels = factored_kernels(names, values)
     shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
     whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
     for index, (path, leaf) in enumerate(leaves):
-        dense_one = index not in kernels and is_array(leaf) and is_first(path)
+        dense_one = index not in kernels and is_array(leaf) and path[:2] == FIRST
         if dense_one and is_kernel(names[index], leaf):
             kernels[index] = Kernel.dense(Source.of(names[index], leaf.shape), leaf)
     program = Program.of(whole, tree, shapes, kernels)
     results, notes = run_kernels(program, shapes, kernels, rule)
     return program.rebuild(results), notes
-
-
-def _names(paths: list) -> list[str]:
-    """The names of the leaves of all arguments; trees that name leaves alike are told apart."""
-    names = names_of([path[2:] for path in paths])
-    count = Counter(names)
-    return [
-        jax.tree_util.keystr(path[1:]) if count[name] > 1 else name
-        for path, name in zip(paths, names, strict=True)
-    ]
 
 
 def _given_back(value: Any, source: Source | None, stored: Mapping[str, Kernel]) -> Any:

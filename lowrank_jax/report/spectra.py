@@ -58,7 +58,7 @@ def spectra_section(plan: Plan, found: Spectra, weighted: bool) -> Section | Non
 
 def spectra_cuts(plan: Plan, found: Spectra) -> list[Spectrum]:
     """The spectra of the layers in which a plan saves most, in the plan's order."""
-    low = [choice for choice in plan if choice.scheme and choice.path in found.values]
+    low = [c for c in plan if c.scheme and c.scheme.first in found.values.get(c.path, {})]
     saving = sorted(low, key=lambda choice: choice.macs[1] - choice.macs[0])[:MOST]
     return [
         _spectrum(choice.path, choice.scheme.rank, found.values[choice.path][choice.scheme.first])

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training import augmentation
-from lowrank_jax.training.kinds import is_int, is_number
+from lowrank_jax.tree.kinds import is_int, is_number
 
 MAKERS = (augmentation.chain, augmentation.crops_and_flips, augmentation.cutmix, augmentation.mixup)
 

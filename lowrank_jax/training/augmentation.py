@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.training.kinds import is_above_zero, is_int, positive
 from lowrank_jax.training.labels import probabilities
+from lowrank_jax.tree.kinds import is_above_zero, is_int, whole
 
 Augment = Callable[[chex.PRNGKey, tuple], tuple]
 
@@ -73,7 +73,7 @@ def mixup(classes: int, alpha: float = 0.2) -> Augment:
         >>> images.shape, labels.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), (4, 4), [1.0, 1.0, 1.0, 1.0])
     """
-    positive("classes", classes)
+    whole("classes", classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -108,7 +108,7 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
         >>> images.shape, labels.sum(-1).tolist()
         ((4, 8, 8, 3), [1.0, 1.0, 1.0, 1.0])
     """
-    positive("classes", classes)
+    whole("classes", classes)
     _check_alpha(alpha)
 
     def augment(key: chex.PRNGKey, batch: tuple) -> tuple:
@@ -184,10 +184,9 @@ def _check_part(size: Any, padding: Any) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(sides) != 2 or not all(is_int(side) and side > 0 for side in sides):
         raise ValueError(
-            f"size={size!r} is not allowed; give an int of at least 1, or two: (height, width)."
+            f"size={size!r} is not allowed; give an int of 1 or more, or two: (height, width)."
         )
-    if not is_int(padding) or padding < 0:
-        raise ValueError(f"padding={padding!r} is not allowed; give an int of at least 0.")
+    whole("padding", padding, 0)
     return sides
 
 

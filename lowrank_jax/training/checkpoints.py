@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lowrank_jax.io.orbax import read_orbax, write_orbax
 from lowrank_jax.io.seals import damage, seal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.training.state import TrainState
+from lowrank_jax.tree.warning import warn
 
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"  # folders of a run
 FACTS, PLAN, NEW = "facts.json", "plan.json", ".new"
@@ -114,9 +114,7 @@ class Checkpoints:
                 continue
             return _state(path, like), json.loads((path / FACTS).read_text())
         if steps:
-            warnings.warn(
-                f"No checkpoint in {self.folder} is whole; the run starts at step 0.", stacklevel=2
-            )
+            warn(f"No checkpoint in {self.folder} is whole; the run starts at step 0.")
         return None
 
     def _set_aside(self, path: Path, reason: str) -> None:
@@ -125,10 +123,7 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)  # of an earlier run in this folder
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
-        warnings.warn(
-            f"The checkpoint {path} is damaged ({reason}) and left out; {target} has its files.",
-            stacklevel=3,
-        )
+        warn(f"The checkpoint {path} is damaged ({reason}) and left out; {target} has its files.")
 
     def _write(
         self, folder: Path, state: TrainState, facts: Mapping[str, Any], plan: Plan | None

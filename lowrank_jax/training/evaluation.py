@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.transform import lowrank
 from lowrank_jax.training.arguments import check_kinds
-from lowrank_jax.training.kinds import positive
 from lowrank_jax.training.placing import automatic, on_mesh, placed
+from lowrank_jax.tree.kinds import whole
 
 Preprocess = Callable[[jax.Array], jax.Array]
 
@@ -63,7 +63,7 @@ def evaluate(
     check_kinds({"sharding": sharding})
     _check_labels(np.shape(images), np.shape(labels))
     count = _count_correct(apply, preprocess, None if sharding is None else sharding.mesh)
-    batch_size = _fitting(positive("batch_size", batch_size), len(labels), sharding)
+    batch_size = _fitting(whole("batch_size", batch_size), len(labels), sharding)
     if sharding is not None:
         variables = on_mesh(variables, sharding.mesh)
     correct = 0

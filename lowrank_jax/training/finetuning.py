@@ -17,7 +17,6 @@ from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.forward import check_mutable
-from lowrank_jax.training.kinds import positive
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of
@@ -26,6 +25,7 @@ from lowrank_jax.training.placing import automatic, beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
+from lowrank_jax.tree.kinds import whole
 from lowrank_jax.tuning.algorithms import Choose
 
 LOG = logging.getLogger("lowrank_jax")
@@ -177,7 +177,7 @@ def finetune(
         settings=_settings(tx, learning_rate, clip, accumulate, average, dtype),
         teacher=teacher if sharding is None else on_mesh(teacher, sharding.mesh),
         folder=None if folder is None else Path(folder),
-        save_every=positive("save_every", save_every),
+        save_every=whole("save_every", save_every),
         plan=plan,
         after_epoch=after_epoch,
         sharding=sharding,
@@ -254,12 +254,12 @@ def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps={steps} and epochs={epochs} are not allowed; give one of both.")
     if steps is not None:
-        return positive("steps", steps)
+        return whole("steps", steps)
     if batches.epoch is None:
         raise ValueError(
             f"epochs={epochs} is not allowed for batches that cannot be counted; give steps."
         )
-    return positive("epochs", epochs) * batches.epoch
+    return whole("epochs", epochs) * batches.epoch
 
 
 def _loss(loss: Loss | Term | Name | None, teacher: Any) -> Loss:
@@ -281,7 +281,7 @@ def _optimiser(
     steps: int,
     accumulate: int,
 ) -> optax.GradientTransformation:
-    every = positive("accumulate", accumulate)
+    every = whole("accumulate", accumulate)
     if every > steps:
         raise ValueError(
             f"accumulate={every} is more than the {steps} steps, which would change nothing; give "

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.training.kinds import is_above_zero, is_number
 from lowrank_jax.training.labels import one_array, probabilities
+from lowrank_jax.tree.kinds import is_above_zero, is_number
 
 NEEDS = ("outputs", "labels", "teacher", "layers")
 Term = Callable[..., jax.Array]

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_jax.calibration.inputs import as_arguments, is_iterable_of_batches
 from lowrank_jax.training.fingerprints import fingerprint
-from lowrank_jax.training.kinds import positive
+from lowrank_jax.tree.kinds import whole
 
 SHOWN = 8  # shapes in an error
 LOG = logging.getLogger("lowrank_jax")
@@ -86,7 +86,7 @@ class _Shuffled:
                 "axis. A list of numbers becomes one by np.asarray."
             )
         [self.count] = counts
-        size = positive("batch_size", size)
+        size = whole("batch_size", size)
         if self.count < size:
             raise ValueError(
                 f"batch_size={size} is more than the {self.count} training examples; make it "

@@ -19,11 +19,11 @@ from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.checkpoints import begun, load_tree, save_tree
 from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
-from lowrank_jax.training.kinds import is_number
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.order import batches_of
 from lowrank_jax.training.origins import Origin, has_origin, new_origin
 from lowrank_jax.tree.decomposing import decompose, reconstruct
+from lowrank_jax.tree.kinds import is_number
 
 PLAN, START, STAGE = "plan.json", "start", "-macs-"
 
@@ -62,8 +62,9 @@ def shrink(
         The network at the last budget, and its plan.
 
     Raises:
-        ValueError: the shares do not fall, the folder is of another network or of other shares, or
-            `plan`, `compress` or `finetune` refuses an argument.
+        ValueError: the shares do not fall, the folder is of another network or of other shares, a
+            kernel would be compressed twice that the program changes first, or `plan`, `compress`
+            or `finetune` refuses an argument.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -82,6 +83,7 @@ def shrink(
     dense, current = variables, variables
     for share, own in zip(macs, stages, strict=True):
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
+        _check_stored(chosen, share, macs)
         options: dict[str, Any] = {**_teacher(tune, dense), "folder": own, "plan": chosen}
         current = finetune(apply, start, batches, **options, **kwargs)
     return current, chosen
@@ -179,6 +181,16 @@ def _compressed(
     if folder:
         _keep(folder, origin, chosen, small)
     return chosen, small
+
+
+def _check_stored(chosen: Plan, share: float, macs: Sequence[float]) -> None:
+    """Refuses another stage after one whose kernels are not those that the model stores."""
+    if chosen.changed and share != macs[-1]:
+        raise ValueError(
+            f"{chosen.changed[0]}: the program changes this kernel before it reads it, so that "
+            "what a stage trains cannot be compressed again; give one share, as in "
+            f"macs=({macs[-1]:g},)."
+        )
 
 
 def _keep(folder: Path, origin: Origin, chosen: Plan, small: Any) -> None:

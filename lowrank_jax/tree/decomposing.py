@@ -1,7 +1,6 @@
 """Parameter tree in, parameter tree out: `decompose` and its inverse `reconstruct`."""
 
 import logging
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from lowrank_jax.program.changed import KEY
 from lowrank_jax.program.kernel_use import Trace
 from lowrank_jax.tree.paths import find_leaf, map_named, named_leaves
 from lowrank_jax.tree.rules import Rules, as_table, resolve
+from lowrank_jax.tree.warning import warn
 
 LOG = logging.getLogger("lowrank_jax")
 WINDOW = 11  # the largest that the networks of the field have
@@ -138,7 +138,8 @@ def reconstruct(tree: Any) -> Any:
 
     Returns:
         The tree of the dense network, up to the ranks that were dropped. Other leaves are the same
-        objects.
+        objects. Factors of a kernel that the program changes first become the changed kernel, as
+        ``{"changed": array}``, which `lowrank` alone runs.
 
     Raises:
         ValueError: two factors do not fit together.
@@ -208,11 +209,10 @@ def _tell_other_layout(path: str, shape: tuple[int, ...]) -> None:
     high, wide, inputs, outputs = shape[-4:]
     square = inputs == outputs and inputs % 2 == 1 and 3 <= inputs <= WINDOW
     if square and high * wide > inputs * outputs and (high != wide or high > WINDOW):
-        warnings.warn(
+        warn(
             f"{path}: the kernel of shape {shape} is read as (height, width, inputs, outputs), "
             "and looks like (outputs, inputs, height, width), the layout of PyTorch and Equinox; "
-            'give axes="OIHW", or trace=lowrank_jax.trace(apply, variables, inputs), which knows.',
-            stacklevel=4,
+            'give axes="OIHW", or trace=lowrank_jax.trace(apply, variables, inputs), which knows.'
         )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -10,6 +9,7 @@ import jax
 
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.compiler import default_options
+from lowrank_jax.tree.warning import warn
 from lowrank_jax.tuning.algorithms import Choose, Layer
 from lowrank_jax.tuning.candidate import Candidate, Configuration, Network
 from lowrank_jax.tuning.device import Device
@@ -172,7 +172,7 @@ def _elsewhere(
     message = f"{path} was measured elsewhere: {'; '.join(differences)}"
     if elsewhere == "error":
         raise ValueError(f"{message}. Search anew, or load it with elsewhere='plain' or 'keep'.")
-    warnings.warn(f"{message}. {runs} runs. Search anew on this device with fast.", stacklevel=3)
+    warn(f"{message}. {runs} runs. Search anew on this device with fast.")
     if elsewhere == "keep":
         return {}
     return {"candidate": Candidate(Configuration(default_options())), "seconds": {}}

@@ -13,8 +13,8 @@ from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.changed import changed
 from lowrank_jax.program.factored import arranged, own_axes, run_factored
 from lowrank_jax.program.interpreter import Found, Rule
-from lowrank_jax.program.kernel import Kernel
-from lowrank_jax.program.reading import Reading
+from lowrank_jax.program.kernel import Kernel, dense, sources_of
+from lowrank_jax.program.reading import READERS, Reading
 from lowrank_jax.program.transform import lowrank, with_rule
 from lowrank_jax.tuning.algorithms import PLAIN, PLAIN_DENSE, Choose, Layer
 
@@ -51,13 +51,13 @@ class Algorithms(Rule):
     choose: Choose
 
     def apply(self, eqn: Any, values: list) -> Found | None:
-        kernel = values[1] if len(values) > 1 else None
-        if not isinstance(kernel, Kernel) or isinstance(values[0], Kernel):
+        if eqn.primitive.name not in READERS:
             return None
-        if eqn.primitive.name not in ("conv_general_dilated", "dot_general"):
+        reading = Reading.of(eqn, sources_of(values))
+        kernel = values[reading.operand]
+        if not isinstance(kernel, Kernel):
             return None
-        reading = Reading.of(eqn, [None, kernel.source])
-        found = self._run(reading, values[0], kernel)
+        found = self._run(reading, dense(values[1 - reading.operand]), kernel)
         return None if found is None else ([found], {})
 
     def _run(self, reading: Reading, x: jax.Array, kernel: Kernel) -> jax.Array | None:

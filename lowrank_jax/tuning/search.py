@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lowrank_jax.io.progress import Progress
 from lowrank_jax.program.compiler import candidate_options
 from lowrank_jax.program.jaxprs import check_options
+from lowrank_jax.tree.kinds import is_int, whole
 from lowrank_jax.tuning.autotune import Autotuner, Timers
 from lowrank_jax.tuning.candidate import Candidate, Configuration, batch_of
 from lowrank_jax.tuning.device import Device
@@ -104,9 +105,8 @@ def fast(
 
 
 def _check(rounds: int, limit: float | None, slices: Sequence[int]) -> None:
-    if not isinstance(rounds, int) or rounds < 2:
-        raise ValueError(f"{rounds=} is not allowed; give an int of 2 or more.")
+    whole("rounds", rounds, 2)
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"{limit=} is not allowed; give a positive number of seconds, or None.")
-    if not all(isinstance(size, int) and size > 0 for size in slices):
+    if not all(is_int(size) and size > 0 for size in slices):
         raise ValueError(f"slices={tuple(slices)!r} are not allowed; give ints of 1 or more.")

@@ -432,6 +432,17 @@ def test_a_calibration_is_saved_and_loaded(tmp_path):
     again = Calibration.load(tmp_path / "seen.npz", model.apply, variables, x)
     assert str(plan(found, macs=0.5)) == str(plan(again, macs=0.5))
     assert again.images == 4
+    once = Calibration.load(tmp_path / "seen.npz", model.apply, variables, iter([x[:2], x[2:]]))
+    assert len(list(once.inputs)) == len(list(once.inputs)) == 2
+
+
+def test_a_network_that_takes_no_single_image_says_whose_costs_are_counted(caplog):
+    def apply(tree, x):
+        return x.reshape(-1, 2, 6) @ tree["w"]  # pairs of images
+
+    found = calibrate(apply, {"w": normal(6, 5)}, normal(8, 6))
+    assert found.trace.macs == 4 * 6 * 5
+    assert "does not run on one image alone" in caplog.text and "of 4 images" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["half", "another", "missing"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import calibrate, compress, plan
+from lowrank_jax import calibrate, compress, finetune, plan
 from lowrank_jax.calibration import inputs as inputs_module
 from lowrank_jax.calibration.inputs import Inputs
 
@@ -183,8 +183,16 @@ def test_raw_images_are_said(variables):
     def scaled(variables, x):
         return nn.Conv(4, (3, 3)).apply(variables, jnp.float32(x) / 255)
 
-    with pytest.warns(UserWarning, match="uint8 images"):
-        calibrate(scaled, variables, np.zeros((2, 5, 5, 4), np.uint8))
+    x = np.zeros((2, 5, 5, 4), np.uint8)
+    verbs = (
+        lambda: calibrate(scaled, variables, x),
+        lambda: compress(scaled, variables, x, {"kernel": 2}),
+        lambda: finetune(scaled, variables, (x, np.zeros((2, 5, 5), int)), steps=1, batch_size=2),
+    )
+    for verb in verbs:
+        with pytest.warns(UserWarning, match="uint8 images") as told:
+            verb()
+        assert told[0].filename == __file__  # the line of the user
 
 
 def test_labels_that_a_second_argument_takes_are_told(variables, caplog):

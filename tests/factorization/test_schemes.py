@@ -35,6 +35,23 @@ def normal(shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+@pytest.mark.parametrize(
+    "name, keys, text",
+    [
+        ("mine", ("conv1", "conv_two"), "the key 'conv1' of the form 'mine' is not allowed"),
+        ("mine", ("One", "two"), "the key 'One' of the form 'mine' is not allowed"),
+        ("spatial", ("one", "two"), "would replace 'spatial' of Channel"),
+        ("mine", ("vertical", "horizontal"), "would replace 'vertical' of Separable"),
+    ],
+)
+def test_a_scheme_that_trees_would_take_for_another_is_refused(name, keys, text):
+    known = dict(forms.FORMS)
+    form = forms.Form(keys=keys, split=lambda spatial: (spatial, ""))
+    with pytest.raises(ValueError, match=text):
+        type("Own", (lr.Separable,), {}, forms={name: form})
+    assert known == forms.FORMS
+
+
 @st.composite
 def schemes(draw):
     axes = draw(st.sampled_from(list(LAYOUTS)))
@@ -109,7 +126,11 @@ def test_zero_kernels_have_zero_factors(first):
     "scheme, shape, message",
     [
         (lr.Matrix(9), (8, 6), "Matrix: rank 9 is not allowed; give an int from 1 to 6"),
-        (lr.Matrix(1, 3, "IPO"), (8, 2, 3), "groups=3 must be at least 1 and divide the 2 outputs"),
+        (
+            lr.Matrix(1, 3, "IPO"),
+            (8, 2, 3),
+            "groups=3 is not allowed; give an int of 1 or more that divides the 2 outputs",
+        ),
         (lr.Matrix(1, axes="HWIO"), (3, 3, 4, 4), "axes='HWIO' is not allowed.*'IO'"),
         (lr.Channel(1, axes="IO"), (8, 6), "axes='IO' is not allowed.*'HWIO'"),
         (lr.Channel(1, first="up"), (3, 3, 4, 4), "first='up' is not allowed; give one of"),

@@ -129,7 +129,10 @@ def test_a_zero_kernel_has_zero_factors():
         (lr.Tucker(5, inner=1), "Tucker: rank 5 is not allowed; give an int from 1 to 4"),
         (lr.Tucker(4, inner=7), "Tucker, inner: rank 7 is not allowed; give an int from 1 to 6"),
         (lr.Tucker(1, inner=0), "Tucker, inner: rank 0 is not allowed"),
-        (lr.Tucker(1, 5, inner=1), "groups=5 must be at least 1 and divide the 6 outputs"),
+        (
+            lr.Tucker(1, 5, inner=1),
+            "groups=5 is not allowed; give an int of 1 or more that divides the 6 outputs",
+        ),
         (lr.Tucker(1, axes="IO", inner=1), "axes='IO' is not allowed.*'HWIO'"),
     ],
 )

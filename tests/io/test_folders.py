@@ -32,6 +32,19 @@ def test_a_second_run_replaces_the_files_of_the_first(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_folders_within_are_replaced_unless_they_were_changed(changed, tmp_path):
+    for text in ("one", "two"):
+        with whole_folder(tmp_path / "out") as scratch:
+            (scratch / "deep" / "er").mkdir(parents=True)
+            (scratch / "deep" / "er" / "notes.txt").write_text(text)
+        if changed and text == "one":
+            (tmp_path / "out" / "deep" / "er" / "notes.txt").write_text("mine")
+    assert (tmp_path / "out" / "deep" / "er" / "notes.txt").read_text() == "two"
+    kept = tmp_path / "out" / "deep.kept1" / "er" / "notes.txt"
+    assert kept.exists() == changed and (not changed or kept.read_text() == "mine")
+
+
 @settings(max_examples=50)
 @given(
     st.dictionaries(st.sampled_from([*OWN, "thesis.tex", "curve.png"]), st.text("xy", max_size=3)),

@@ -52,6 +52,13 @@ def test_an_array_with_more_bytes_than_its_shape_is_refused(tmp_path):
         load_weights(tmp_path / "w.npz")
 
 
+def test_the_comment_of_another_program_is_no_seal(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "w.npz", "a") as file:
+        file.comment = b"hello"
+    assert read_arrays(tmp_path / "w.npz").keys() == {"a"}
+
+
 def test_an_array_that_was_taken_out_or_added_is_missed(tmp_path):
     for change in ("less", "more"):
         with (tmp_path / "w.npz").open("wb") as file:

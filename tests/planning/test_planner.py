@@ -90,6 +90,18 @@ def test_inputs_that_are_all_alike_can_be_planned_and_fitted(value):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(small))
 
 
+@pytest.mark.parametrize("given", [([1.0], None), (None, [1.0]), (None, None, True)])
+def test_what_a_calibration_was_given_is_not_given_again(given):
+    with pytest.raises(ValueError, match="a budget alone"):
+        plan(calibrated(), *given, macs=0.5)
+
+
+@pytest.mark.parametrize("own", [{"batch": 7}, {"timer": "nonsense"}])
+def test_what_latency_alone_reads_is_refused_beside_another_budget(own):
+    with pytest.raises(ValueError, match="is read for a budget of latency alone"):
+        plan(calibrated(), macs=0.5, **own)
+
+
 @pytest.mark.parametrize("amount", [0.5, 1000])
 def test_a_budget_without_its_name_is_refused_with_the_remedy(amount):
     with pytest.raises(ValueError, match=f"what {amount} is of; give .* such as macs={amount}"):

@@ -31,7 +31,7 @@ from lowrank_jax.planning.selectors import (
     sensitivity,
     total_energy,
 )
-from lowrank_jax.planning.spectra import Spectra
+from lowrank_jax.planning.spectra import Spectra, spectra
 
 X = jnp.zeros((1, 8, 6, 4))
 PATHS = ("strided", "grouped", "last")
@@ -226,6 +226,17 @@ def test_the_variational_ranks_are_rounded_up_to_a_multiple():
         assert plan.ranks["strided"] == Separable(rank) and plan.budget is None
     flat = {"last": {"vertical": np.ones((1, 18))}}
     assert evbmf(candidates(program, Spectra(flat))).ranks["last"].rank == 1
+
+
+def test_the_variational_rank_of_heads_is_that_of_one_head():
+    rng = np.random.default_rng(0)
+    heads = rng.normal(size=(6, 96, 3)) @ rng.normal(size=(6, 3, 32))
+    noise = 0.1 * rng.normal(size=heads.shape)
+    tree = {"w": jnp.asarray(np.moveaxis(heads + noise, 0, 1), "float32")}
+    apply = functools.partial(jnp.einsum, "ipo,bi->bpo")
+    program = trace(lambda tree, x: apply(tree["w"], x), tree, jnp.ones((2, 96)))
+    values = {"w": {"heads": spectra(tree, program).values["w"]["heads"]}}
+    assert evbmf(candidates(program, Spectra(values))).ranks["w"].rank == 3
 
 
 def divergences(found):

@@ -119,6 +119,22 @@ def test_at_full_rank_the_network_computes_what_it_did(change):
     np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance * abs(wanted).max())
 
 
+@pytest.mark.parametrize("change", [standardised, within_jit])
+def test_the_tree_may_be_any_argument(change):
+    apply, variables = network(change)
+    program = lr.trace(apply, variables, IMAGES)
+    small = lr.decompose(variables, {"first": program.at("first")[0].scheme(3)}, program)
+    wanted = lr.lowrank(apply)(small, IMAGES)
+    later = lr.lowrank(lambda x, tree: apply(tree, x))
+    both = lr.lowrank(lambda one, x, *, two: apply(one, x) - apply(two, x))
+    for found in (later(IMAGES, small), later(x=IMAGES, tree=small)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        both(small, IMAGES, two=variables), wanted - apply(variables, IMAGES), atol=1e-5
+    )
+    np.testing.assert_allclose(both(small, IMAGES, two=small), 0 * wanted, atol=1e-6)
+
+
 def test_its_two_convolutions_are_what_runs():
     apply, variables = network(standardised)
     program = lr.trace(apply, variables, IMAGES)

@@ -92,6 +92,18 @@ def test_joined_kernels_of_a_convolution_have_factors(widths, separable):
     np.testing.assert_allclose(jax.jit(lr.lowrank(apply))(small, x), wanted, atol=1e-4)
 
 
+def test_a_call_with_shardings_is_read_alike_each_time():
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    inner = jax.jit(lambda tree, x: x @ joined(tree), in_shardings=(whole, whole))
+    tree, x = kernels([(4, 6), (4, 6)]), normal((2, 4))
+    traces = [lr.trace(lambda tree, x: inner(tree, x), tree, x) for _ in range(2)]
+    assert [[use.safe for use in found] for found in traces] == [[True, True]] * 2
+    small = lr.decompose(tree, dict.fromkeys("ab", 2))
+    chex.assert_trees_all_close(
+        lr.lowrank(inner)(small, x), inner(lr.reconstruct(small), x), rtol=1e-5
+    )
+
+
 def test_the_gradient_is_that_of_the_joined_kernel():
     tree, x = kernels([(4, 3), (4, 5)]), normal((6, 4), seed=9)
     small = lr.decompose(tree, {"a": 2, "b": 2})

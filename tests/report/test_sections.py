@@ -3,12 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from lowrank_jax import Channel, Separable, Tucker, decompose
+from lowrank_jax import Channel, Separable, Tucker, decompose, trace
+from lowrank_jax.planning.candidates import candidates
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.planning.spectra import spectra
 from lowrank_jax.report.costs import MOST, LayerCost, bars, layer_costs, layer_table, total
 from lowrank_jax.report.drawing import BRIGHT
 from lowrank_jax.report.filters import filters, filters_section, pictured
@@ -61,6 +65,16 @@ def test_spectra_are_cut_at_the_ranks_of_the_plan(networks):
     axes = drawn(section.pictures[0]).axes
     assert [axis.lines[1].get_xdata().size for axis in axes] == list(ranks.values())
     assert spectra_section(EMPTY, networks.spectra, weighted=True) is None
+
+
+def test_a_scheme_whose_spectrum_has_another_name_is_left_out():
+    tree, x = {"w": jnp.ones((1, 3, 8, 8))}, jnp.ones((1, 4, 4, 8))
+    apply = nn.Conv(8, (1, 3), use_bias=False).apply
+    program = trace(lambda tree, x: apply({"params": {"kernel": tree["w"]}}, x), tree, x)
+    found = spectra(tree, program)
+    table = candidates(program, found)
+    chosen = table.plan({"w": table.at("w", Tucker(2, inner=3))}, "by hand")
+    assert chosen.ranks and spectra_cuts(chosen, found) == []
 
 
 @pytest.mark.parametrize("scheme", [Separable(24), Channel(16), Tucker(8, inner=16)])

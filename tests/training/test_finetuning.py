@@ -165,7 +165,7 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
     [
         ({}, "steps=None and epochs=None are not allowed; give one of both"),
         ({"steps": 1, "epochs": 1}, "give one of both"),
-        ({"steps": 0}, "steps=0 is not allowed; give an int of at least 1"),
+        ({"steps": 0}, "steps=0 is not allowed; give an int of 1 or more"),
         ({"epochs": 1.5}, r"epochs=1\.5 is not allowed"),
         ({"steps": 1, "batch_size": 65}, "batch_size=65 is more than the 64"),
         ({"steps": 1, "batch_size": 0}, "batch_size=0 is not allowed"),

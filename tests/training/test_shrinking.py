@@ -95,6 +95,19 @@ def test_inputs_may_come_from_a_generator_which_every_stage_reads():
 
 
 @pytest.mark.slow
+def test_a_kernel_that_the_program_changes_is_compressed_once():
+    def apply(tree, x):
+        return jax.nn.relu(x @ (3 * tree["a"]["kernel"])) @ tree["b"]["kernel"]
+
+    tree = {"a": {"kernel": RNG.normal(size=(8, 16))}, "b": {"kernel": RNG.normal(size=(16, 4))}}
+    tree, x = jax.tree.map(np.float32, tree), IMAGES[:, 0, :, 0]
+    data = (x, np.zeros(32, int))
+    small, chosen = shrink(apply, tree, x, data, macs=(0.6,), tune=TUNE)
+    assert chosen.changed == ("a",) and lr.lowrank(apply)(small, x).shape == (32, 4)
+    with pytest.raises(ValueError, match=r"^a: the program changes this kernel .* macs=\(0.3,\)"):
+        shrink(apply, tree, x, data, macs=(0.6, 0.3), tune=TUNE)
+
+
 def test_a_folder_of_other_shares_or_of_another_network_is_refused(dense, whole, tmp_path):
     folder = shutil.copytree(whole[2], tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds the stage 0-macs-0\.8, not 0-macs-0\.9"):

@@ -174,7 +174,10 @@ def test_ranks_of_numpy_are_ranks_and_shares_too():
         ({"stem": "half"}, "stem: rank 'half' is not allowed"),
         ({"stem": 2.0}, "stem: the share 2.0 is not allowed; give a float above 0 and up to 1"),
         ({"stem": math.nan}, "stem: the share nan is not allowed"),
-        ({"stem": Separable(2, groups=3)}, "stem: groups=3 must be at least 1 and divide the 8"),
+        (
+            {"stem": Separable(2, groups=3)},
+            "stem: groups=3 is not allowed; give an int of 1 or more that divides the 8",
+        ),
         ({"vector": 2}, "vector: cannot be decomposed: (8,) is no kernel of a layer."),
         ({"vector|empty": 0.5}, "Leave the rule out: 'vector|empty': 0.5"),
         ({"linear": 5}, "linear: rank 5 is not allowed; give an int from 1 to 4"),

@@ -187,6 +187,18 @@ def test_lowrank_runs_the_algorithm_that_is_chosen(name):
     assert asked == [((2, 9, 9, 4), ((0, 1), (2, 1)), 3), around, last]
 
 
+def test_a_kernel_may_stand_on_either_side_of_a_product():
+    tree = {"w": jax.random.normal(jax.random.key(0), (8, 12))}
+    x = jax.random.normal(jax.random.key(1), (5, 12))
+
+    def apply(tree, x):
+        return (tree["w"] @ x.T).T
+
+    small = lr.decompose(tree, {"w": 3}, lr.trace(apply, tree, x))
+    found = jax.jit(with_algorithms(apply, lambda own, scheme: "im2col"))(small, x)
+    assert gap(lr.lowrank(apply)(small, x), found) < 1e-5
+
+
 def test_the_algorithm_of_a_layer_is_the_one_in_the_compiled_text():
     # In half precision a product is no 1 x 1 convolution, so that what is left can be counted.
     model, x = nn.Sequential([nn.Conv(8, (3, 3), dtype=jnp.bfloat16)]), jnp.ones((1, 8, 8, 4))

@@ -5,12 +5,11 @@ import numbers
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def is_int(value: Any) -> bool:
     """Whether a value is an int, of Python or of NumPy."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
@@ -28,12 +27,12 @@ def is_above_zero(value: Any) -> bool:
     return is_number(value) and 0 < value < math.inf
 
 
-def positive(name: str, value: Any) -> int:
-    """The value of an argument, if it is an int of at least 1.
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """The value of an argument, if it is an int that is large enough.
 
     Raises:
-        ValueError: the value is no int of at least 1.
+        ValueError: the value is no int, or is below ``least``.
     """
-    if not is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r} is not allowed; give an int of at least 1.")
+    if not is_int(value) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; give an int of {least} or more.")
     return int(value)
