@@ -155,11 +155,16 @@ class Reconstruction:
         if others:
             found = with_others(self.segments, self.outline, found, others, roots, shift)
         if lacks:
-            later = self.match_means and are_means_matched(self.outline, place)
-            self.layers.fit(path, reading, found, shift is not None or later)
+            centred = self.match_means and all(map(self._takes_up_means, [place, *others]))
+            self.layers.fit(path, reading, found, centred)
         self._match_outputs(reading, shift, found, matched)
         if sample and self.layers.supported(path):
             self._fit_again(path, sample, shift, found, matched)
+
+    def _takes_up_means(self, place: int) -> bool:
+        """Whether something behind a reading takes up the means of its outputs."""
+        outline = self.outline
+        return shift_after(outline, place) is not None or are_means_matched(outline, place)
 
     def _fit_again(
         self, path: str, sample: Sample, shift: Shift | None, first: Sequence, matched: Matched

@@ -75,7 +75,7 @@ class KernelUse:
     def positions(self) -> int:
         """Output positions of one use, over the whole batch; of a product its rows."""
         if self.kind == "product" and self.axes:
-            return self.macs // kernel_size(self.axes, self.kernel_shape) // self.uses
+            return self.macs // max(kernel_size(self.axes, self.kernel_shape), 1) // self.uses
         return math.prod(self.outputs[:-1])
 
     @property

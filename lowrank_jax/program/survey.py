@@ -14,6 +14,7 @@ from lowrank_jax.program.provenance import EACH, UNALTERED, Source, moved
 from lowrank_jax.program.reading import READERS, Reading
 
 LOOPS = {"scan": "exact", "while": "per iteration", "cond": "at most"}
+RAGGED = "ragged_dot_general"
 TRANSPARENT = ("jit", "closed_call", "core_call", "remat2", "checkpoint")  # a kernel passes
 Sources = list[Source | None]
 
@@ -27,17 +28,29 @@ class Found:
     count: str
 
 
+@dataclasses.dataclass(frozen=True)
+class OtherProduct:
+    """A product of groups of rows, each with a matrix of its own; factors cannot run in it."""
+
+    eqn: Any
+    source: Source | None
+    repeats: int
+    count: str
+
+
 class Survey:
     """What a program does with its kernels.
 
     Attributes:
         found: the readings in program order.
+        others: products of other kinds, in program order.
         touched: path of a kernel to the operations that use it in another way.
         outputs: sources of what the program gives.
     """
 
     def __init__(self) -> None:
         self.found: list[Found] = []
+        self.others: list[OtherProduct] = []
         self.touched: dict[str, list[str]] = defaultdict(list)
         self.outputs: Sources = []
 
@@ -68,6 +81,8 @@ class Survey:
         operation = eqn.primitive.name
         if operation in READERS:
             return self._read(eqn, inputs, repeats, count)
+        if operation == RAGGED:
+            self.others.append(OtherProduct(eqn, inputs[1], repeats, count))
         if operation in LOOPS:
             return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
         for inner in programs(eqn.params):

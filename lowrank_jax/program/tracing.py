@@ -12,7 +12,7 @@ from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.provenance import Source
-from lowrank_jax.program.survey import Found, Survey
+from lowrank_jax.program.survey import Found, OtherProduct, Survey
 from lowrank_jax.program.traced import Program, traced
 
 NEEDED = (
@@ -86,8 +86,7 @@ def _rows(
     survey: Survey, types: Mapping[str, str], changed: Collection[str] = ()
 ) -> list[KernelUse]:
     uses: dict[tuple, KernelUse] = {}
-    for found in survey.found:
-        use = _use(found)
+    for use in [*map(_use, survey.found), *map(_other_product, survey.others)]:
         use = dataclasses.replace(use, changed=use.path in changed)
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(uses))  # computed kernels stay apart
@@ -109,7 +108,9 @@ def _two_layouts(use: KernelUse, layouts: Mapping[str, set[str]]) -> str:
 
 
 def _reason(use: KernelUse, survey: Survey, types: Mapping[str, str]) -> str:
-    return types.get(use.path, "") or use.reason or other_use(survey.touched[use.path])
+    empty = "" if math.prod(use.kernel_shape) else "its kernel has no entries"
+    own = types.get(use.path, "") or use.reason or empty
+    return own or other_use(survey.touched[use.path])
 
 
 def _sum(one: KernelUse, two: KernelUse) -> KernelUse:
@@ -187,6 +188,34 @@ def _product(found: Found) -> KernelUse:
         count=found.count,
         reason=reading.reason,
         dtype=np.dtype(other.dtype).name,
+    )
+
+
+def _other_product(found: OtherProduct) -> KernelUse:
+    numbers = found.eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    x, kernel = (var.aval for var in found.eqn.invars[:2])
+    out, source = found.eqn.outvars[0].aval, found.source
+    known = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    width = math.prod(size for axis, size in enumerate(kernel.shape) if axis not in known)
+    return KernelUse(
+        path=source.path if source else "",
+        kind="product",
+        kernel_shape=tuple(kernel.shape),
+        axes="",
+        strides=(),
+        dilation=(),
+        input_dilation=(),
+        padding=(),
+        groups=1,
+        inputs=tuple(x.shape),
+        outputs=tuple(out.shape),
+        uses=found.repeats,
+        macs=found.repeats * math.prod(x.shape) * width,
+        bytes=found.repeats * _bytes(x, kernel, out),
+        count=found.count,
+        reason="it is a product of groups of rows, which factors cannot run in",
+        dtype=np.dtype(x.dtype).name,
     )
 
 

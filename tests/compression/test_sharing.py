@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Channel, Separable, compress, decompose, lowrank
+from lowrank_jax import Channel, Separable, compress, decompose, lowrank, trace
 
 ROUNDING = 1e-4  # relative; the moments of the uses are added in another order
 
@@ -118,3 +118,37 @@ def test_batches_may_be_images_of_several_sizes(order):
     small, plain = compress(Net().apply, variables, batches, table), decompose(variables, table)
     for other in (batch(8, 20), batch(12, 21)):
         assert gap(Net().apply, variables, small, other) < gap(Net().apply, variables, plain, other)
+
+
+# Where a kernel is read twice, with what takes up the means behind none, one or both of the reads.
+BIASES = {
+    "first": lambda t, x: jnp.tanh(jnp.tanh(x @ t["a"] + t["b"]) @ t["a"]),
+    "second": lambda t, x: jnp.tanh(jnp.tanh(x @ t["a"]) @ t["a"] + t["b"]),
+    "each": lambda t, x: jnp.tanh(jnp.tanh(x @ t["a"] + t["b"]) @ t["a"] + t["c"]),
+    "none": lambda t, x: jnp.tanh(jnp.tanh(x @ t["a"]) @ t["a"]),
+    "apart": lambda t, x: (nn.relu(x @ t["a"] + t["b"]), x @ t["a"]),
+    "subtracted": lambda t, x: jnp.tanh(jnp.tanh(x @ t["a"] - t["b"]) @ t["a"]),
+    "summed": lambda t, x: nn.relu(x @ t["a"] + t["b"]) @ t["d"] + x @ t["a"],
+}
+
+
+@pytest.mark.parametrize("where", BIASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_matching_means_never_costs_a_read_that_has_nothing_to_take_them_up(where, seed):
+    rng = np.random.default_rng(seed)
+    tree = {name: jnp.asarray(rng.normal(size=8) / 3, "float32") for name in "bc"}
+    tree |= {name: jnp.asarray(rng.normal(size=(8, 8)) / 3, "float32") for name in "ad"}
+    x = jnp.asarray(rng.normal(size=(256, 8)) / 3 + 0.7, "float32")
+    apply = BIASES[where]
+
+    def error(tree_or_factors):
+        found = jax.tree.leaves(lowrank(apply)(tree_or_factors, x))
+        pairs = zip(found, jax.tree.leaves(apply(tree, x)), strict=True)
+        rows = [(float(np.sum((y - t) ** 2)), float(np.sum(t**2))) for y, t in pairs]
+        return np.sum(rows, 0)[0] / np.sum(rows, 0)[1]
+
+    plain = error(decompose(tree, {"a": 4}, trace=trace(apply, tree, x)))
+    matched, other = (
+        error(compress(apply, tree, x, {"a": 4}, match_means=match)) for match in (True, False)
+    )
+    assert matched < 1.05 * other and matched < 0.8 * plain

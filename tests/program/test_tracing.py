@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lowrank_jax import Separable, SeparableConv, compress, decompose, lowrank, trace
+from lowrank_jax import Matrix, Separable, SeparableConv, compress, decompose, lowrank, plan, trace
 from lowrank_jax.factorization.forms import FORMS
 from lowrank_jax.models import NIN
 
@@ -201,6 +201,33 @@ def test_a_layer_used_at_two_sizes_is_two_entries():
             return layer(x).sum() + layer(x[:, ::2]).sum()
 
     assert [use.inputs for use in traced(Twice())] == [(2, 8, 8, 4), (2, 4, 8, 4)]
+
+
+def test_products_of_groups_of_rows_are_counted_and_stay_dense():
+    tree, x = {"experts": weights(4, 8, 32), "last": weights(32, 8)}, weights(64, 8)
+    sizes = jnp.array([20, 20, 14, 10])
+
+    def apply(tree, x):
+        return jax.lax.ragged_dot(x, tree["experts"], sizes) @ tree["last"]
+
+    found = trace(apply, tree, x)
+    assert found.at("experts")[0].macs == found.at("last")[0].macs == 64 * 8 * 32
+    assert "groups of rows" in found.at("experts")[0].reason and found.safe_paths() == ["last"]
+    with pytest.raises(ValueError, match="experts: cannot be decomposed: it is a product of"):
+        decompose(tree, {"experts": 2}, trace=found)
+    small = decompose(tree, {"experts": Matrix(8), "last": 8})
+    np.testing.assert_allclose(lowrank(apply)(small, x), apply(tree, x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_without_entries_says_so_and_the_others_are_planned():
+    tree = {"a": weights(8, 8), "none": jnp.zeros((8, 0))}
+
+    def apply(tree, x):
+        return x @ tree["a"] + (x @ tree["none"]).sum()
+
+    found = trace(apply, tree, weights(64, 8))
+    assert found.at("none")[0].reason == "its kernel has no entries" and str(found)
+    assert plan(apply, tree, weights(64, 8), macs=0.5).total("macs") == (64, 32)
 
 
 def test_branches_are_listed_as_at_most_and_while_loops_per_iteration():
