@@ -26,7 +26,6 @@ def patch_sums(
     x: jax.Array,
     y: jax.Array,
     turn: jax.Array | int,
-    positions: int = POSITIONS,
     roots: Float[jax.Array, "k b b"] | None = None,
 ) -> tuple[Sums, jax.Array]:
     """Sums over patches of the inputs and over outputs, for each kernel and each of its groups.
@@ -36,7 +35,6 @@ def patch_sums(
         x: inputs, as it reads them.
         y: outputs that it is to give, as it gives them.
         turn: number of the batch; the positions lie on a grid, which starts elsewhere in each.
-        positions: about how many positions of each image are taken.
         roots: of the outputs' importance, which weigh them; see `Importance`.
 
     Returns:
@@ -44,7 +42,7 @@ def patch_sums(
         float32 or wider: S kernels that run at once, g groups, p entries of a patch in the stored
         order of the kernel's axes without the outputs, m outputs of a group. And the patches.
     """
-    rows, outputs = geometry.rows(x, y, turn, positions)
+    rows, outputs = geometry.rows(x, y, turn, POSITIONS)
     x, y = rows, outputs.astype(rows.dtype)
     # Without a barrier XLA compiles the gathering into each of the five sums.
     x, y = jax.lax.optimization_barrier((x, y))

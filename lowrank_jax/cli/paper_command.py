@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.cli.options import new_command, positive
+from lowrank_jax.cli.options import new_command, positive, whole
 from lowrank_jax.io.folders import whole_folder
 from lowrank_jax.models.pretrained import convolutions
 from lowrank_jax.models.published import PUBLISHED, Published
@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
     add("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED), metavar="NAME",
         help=f"of {', '.join(PUBLISHED)}")  # fmt: skip
     add("--batch", type=positive, default=8, help="images in a forward pass")
-    add("--rounds", type=positive, default=5, help="passes of each network that count, 2 or more")
+    add("--rounds", type=whole(2), default=5, help="passes of each network that count, 2 or more")
     about = "take pretrained kernels where there are some, and print what the ranks lose of them"
     add("--weights", action="store_true", help=about)
     add("--out", type=Path, default=Path("lowrank-jax-paper"), help="folder for the report")
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints a table for each network, and writes a report."""
     found = {}
     for name in args.networks:
-        rounds = max(args.rounds, 2)
-        found[name] = network_facts(PUBLISHED[name], args.batch, rounds, args.weights)
+        found[name] = network_facts(PUBLISHED[name], args.batch, args.rounds, args.weights)
         print(f"\n## {name}\n\n{markdown(found[name])}", flush=True)
     with whole_folder(args.out) as folder:
         write_report(folder, paper_report(found))

@@ -11,6 +11,7 @@ from lowrank_jax.io.torch_layers import Layer, Shape, flax_layers, match, torch_
 from lowrank_jax.io.torch_moves import Move, by_names
 from lowrank_jax.program.call_order import call_order
 from lowrank_jax.program.kernel_use import table
+from lowrank_jax.program.names import parts_of
 
 IGNORED = "num_batches_tracked"  # PyTorch's count of training batches, which Flax does not keep
 
@@ -153,8 +154,8 @@ def _report(
 
 
 def _path(keys: tuple) -> str:
-    """A tree path as "params/Conv_0/kernel"; an NNX state has one more key, "value"."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+    """A tree path as "params/Conv_0/kernel"."""
+    return "/".join(parts_of(keys))
 
 
 def _text(shape: Shape) -> str:

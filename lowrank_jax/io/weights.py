@@ -94,7 +94,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Any]:
         {'conv1.bias': array([0., 0., 0.])}
     """
     path = Path(path)
-    check_exists(path, f"readable are {FORMATS}", "file or folder")
+    check_exists(path, f"give one of {FORMATS}", "file or folder")
     reader = read_orbax if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
         remedy = CONVERT.get(path.suffix.lower(), "rename the file if it is one of these")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx, traverse_util
 
-from lowrank_jax.factorization.factors import is_factors, read_factors
+from lowrank_jax.factorization.factors import is_factors, read_factors, shape_of
 from lowrank_jax.modules.nnx import (
     Factors,
     SeparableConv,
@@ -16,6 +16,7 @@ from lowrank_jax.modules.nnx import (
     swap,
     variables_of,
 )
+from lowrank_jax.tree.suggest import suggest
 
 Model = TypeVar("Model")
 WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)  # they read the variables of the layer within
@@ -29,7 +30,8 @@ def rebuilt(model: Model, tree: Mapping) -> Model:
         tree: as `variables_of` gives it, any kernel dense or as factors.
 
     Raises:
-        ValueError: layers that ``nnx.vmap`` maps over one input share a factor.
+        ValueError: the tree has a leaf that the model lacks, or factors of another kernel; or
+            layers that ``nnx.vmap`` maps over one input share a factor.
 
     Example:
         >>> import jax.numpy as jnp
@@ -41,6 +43,7 @@ def rebuilt(model: Model, tree: Mapping) -> Model:
     """
     model = nnx.clone(model)
     old, new = _flat(variables_of(model)), _flat(tree)
+    _check_fits(old, new)
     pairs = {path for path in new if is_factors(new[path]) or is_factors(old[path])}
     others = {p: x for p, x in new.items() if p not in pairs and x is not old[p]}
     nnx.update(model, traverse_util.unflatten_dict(others))
@@ -49,6 +52,21 @@ def rebuilt(model: Model, tree: Mapping) -> Model:
         _check_mapped(path, nodes.get(path[:-1]), new[path])
     made = {id(nodes[path]): _kernel(nodes[path], new[path]) for path in pairs}
     return _retyped(swap(model, made))
+
+
+def _check_fits(old: Mapping[tuple, Any], new: Mapping[tuple, Any]) -> None:
+    """Refuses leaves that the model lacks, and factors of kernels of other shapes."""
+    for path, value in new.items():
+        name = "/".join(map(str, path))
+        if path not in old:
+            advice = suggest(name, ["/".join(map(str, own)) for own in old], "it has none.")
+            raise ValueError(f"The model has no {name!r}; {advice}")
+        wanted, found = (shape_of(x) for x in (old[path], value))
+        if is_factors(value) and found != wanted:
+            raise ValueError(
+                f"{name}: the factors are of a kernel {found}, and the model has {wanted}; give "
+                "the tree of this very model."
+            )
 
 
 def _check_mapped(path: tuple, layer: Any, value: Any) -> None:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from lowrank_jax.factorization.factors import is_factors, shape_of
+from lowrank_jax.program.changed import KEY, is_changed
+from lowrank_jax.program.names import leaf_names
 from lowrank_jax.tree.decomposing import factored, find_schemes
 from lowrank_jax.tree.paths import named_leaves
 
@@ -112,3 +115,56 @@ def skeleton(plan: "Plan", variables: Any = None) -> Any:
         return factored(tree, find_schemes(tree, plan), changed)
 
     return jax.eval_shape(decomposed, dense)
+
+
+def check_plan(plan: "Plan", variables: Any) -> None:
+    """Refuses a plan by which variables were not decomposed.
+
+    Args:
+        plan: of the ranks.
+        variables: hold the factors.
+
+    Raises:
+        ValueError: a layer has factors and no rank in the plan, or the reverse, or other ranks.
+
+    Example:
+        >>> import lowrank_jax as lr
+        >>> tree, x = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}, jnp.ones((4, 8))
+        >>> chosen = lr.plan(lambda tree, x: x @ tree["a"], tree, x, macs=0.5)
+        >>> check_plan(chosen, lr.decompose(tree, chosen))
+    """
+    nodes = _nodes(variables)
+    for path in {**nodes, **plan.ranks}:
+        if text := _other(plan, path, nodes):
+            raise ValueError(
+                f"{path}: {text}; give the plan by which the variables were decomposed, or none."
+            )
+
+
+def _other(plan: "Plan", path: str, nodes: Mapping[str, Any]) -> str:
+    """What of a layer is not as a plan says; "" if all is."""
+    if path not in plan.ranks:
+        return "the variables hold factors, and the plan has no rank"
+    if path not in nodes:
+        return f"the plan has {plan.ranks[path]}, and the variables hold no factors"
+    found = sum(leaf.size for leaf in jax.tree.leaves(nodes[path]))
+    same = found == _entries(plan, path, nodes)
+    return "" if same else f"the plan has {plan.ranks[path]}, and the factors are of another rank"
+
+
+def _nodes(variables: Any) -> dict[str, Any]:
+    """Path of every layer to its factors, be they of the stored kernel or of the changed one."""
+
+    def stands(node: Any) -> bool:
+        return is_factors(node) or (is_changed(node) and is_factors(node[KEY]))
+
+    names = leaf_names(variables, is_leaf=stands)
+    leaves = jax.tree.leaves(variables, is_leaf=stands)
+    pairs = [pair for pair in zip(names, leaves, strict=True) if stands(pair[1])]
+    return {path: node[KEY] if is_changed(node) else node for path, node in pairs}
+
+
+def _entries(plan: "Plan", path: str, nodes: Mapping[str, Any]) -> int:
+    """The entries of all factors of a layer, of all kernels of a stack."""
+    scheme, shape = plan.ranks[path], shape_of(nodes[path])
+    return math.prod(shape[: len(shape) - len(scheme.axes)]) * scheme.parameters(shape)

@@ -53,7 +53,8 @@ def divergences(
         The table that `lowrank_jax.planning.selectors.sensitivity` takes.
 
     Raises:
-        ValueError: a path or the measure is unknown, or there are no images.
+        ValueError: a path, a form or the measure is unknown, a rank is not allowed, or there are no
+            images.
 
     Example:
         >>> from flax import linen as nn
@@ -102,6 +103,9 @@ def _bases(
     candidates: Mapping[str, Sequence[tuple[str, int]]],
 ) -> dict[tuple[str, str], Basis]:
     """The decompositions U, s, V of every layer in the orders that are tried."""
+    for path, tried in candidates.items():
+        for first, rank in tried:
+            known[path].scheme(rank, first).checked(known[path].kernel_shape, path)
     pairs = [(path, first) for path, tried in candidates.items() for first, _ in tried]
     keys = list(dict.fromkeys(pairs))
     jobs = [partial(_basis, np.asarray(kernels[path]), known[path], first) for path, first in keys]

@@ -13,7 +13,7 @@ from lowrank_jax.factorization.axes import (
     spatial_axes,
     width_of,
 )
-from lowrank_jax.factorization.forms import SCHEMES
+from lowrank_jax.factorization.forms import SCHEMES, form_of
 from lowrank_jax.factorization.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -108,8 +108,13 @@ class KernelUse:
         return heads_of(self.axes, self.kernel_shape)
 
     def scheme(self, rank: int, first: str | None = None) -> Scheme:
-        """The scheme of a rank and a form for this layer; the usual form if none is named."""
+        """The scheme of a rank and a form for this layer; the usual form if none is named.
+
+        Raises:
+            ValueError: the form is not known.
+        """
         form = first or self.forms[0]
+        form_of(form)
         groups = self.heads if form == "heads" else self.groups
         return SCHEMES[form](rank, groups, self.axes, form)
 

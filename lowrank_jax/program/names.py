@@ -36,8 +36,8 @@ def names_of(paths: Sequence[Sequence[Any]]) -> list[str]:
         >>> names_of([(key("a"), key("kernel")), (key("a"), key("weight"))])
         ['a/kernel', 'a/weight']
     """
-    names = [_short(_parts(path)) for path in paths]
-    for longer in (lambda path: "/".join(_parts(path)), _exact):
+    names = [_short(parts_of(path)) for path in paths]
+    for longer in (lambda path: "/".join(parts_of(path)), _exact):
         count = Counter(names)
         names = [
             longer(path) if count[name] > 1 else name
@@ -63,7 +63,8 @@ def _exact(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path))
 
 
-def _parts(path: Sequence[Any]) -> list[str]:
+def parts_of(path: Sequence[Any]) -> list[str]:
+    """The parts of a path as texts, without what a box around the array adds."""
     parts = [_text(key) for key in path]
     boxed = (
         len(path) > 1 and parts[-1] == "value" and not isinstance(path[-1], jax.tree_util.DictKey)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank_jax.factorization.factors import why_not_floating
 from lowrank_jax.program.changed import ChangedKernels
+from lowrank_jax.program.jaxprs import check_function
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.provenance import Source
 from lowrank_jax.program.survey import Found, OtherProduct, Survey
@@ -55,6 +56,7 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         >>> trace(model.apply, variables, images).macs
         36864
     """
+    check_function(apply, variables)
     try:
         program, leaves, arrays = traced(apply, variables, args, kwargs)
     except Exception as error:

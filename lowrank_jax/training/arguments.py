@@ -60,7 +60,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    listed = isinstance(value, Collection) and not isinstance(value, str)
+    listed = isinstance(value, Collection) and not isinstance(value, str | Mapping)
     return listed and all(isinstance(name, str) for name in value)
 
 

@@ -125,7 +125,16 @@ def cutmix(classes: int, alpha: float = 1.0) -> Augment:
 
 
 def parts(batch: tuple) -> tuple[tuple, Any]:
-    """The inputs of a batch, and its labels: the last of several things, or None."""
+    """The inputs of a batch, and its labels: the last of several things, or None.
+
+    Raises:
+        ValueError: the batch is no tuple, as that of an own function may be.
+    """
+    if not isinstance(batch, tuple) or not batch:
+        raise ValueError(
+            f"augment gives a {type(batch).__name__}; give a tuple as it takes one: of the inputs, "
+            "then the labels where there are some."
+        )
     return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
 
 

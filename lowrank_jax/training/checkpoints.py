@@ -150,6 +150,12 @@ def begun(folder: str | os.PathLike) -> bool:
     return any((Path(folder) / CHECKPOINTS).glob("[0-9]*"))
 
 
+def last_step(folder: str | os.PathLike) -> int | None:
+    """The step of the newest checkpoint in a folder, whole or damaged; None where there is none."""
+    found = (Path(folder) / CHECKPOINTS).glob("[0-9]*")
+    return max((int(path.name) for path in found), default=None)
+
+
 @contextlib.contextmanager
 def held(folder: str | os.PathLike) -> Iterator[None]:
     """Holds the folder of a run, which one process at a time may use.
@@ -244,8 +250,9 @@ def _tree(saved: dict[str, Any], like: Any, path: Path) -> Any:
     ]
     if odd:
         raise ValueError(
-            f"{path} is of another network or optimiser: {odd[0]} differs. Give those of the run "
-            "that wrote it, or another folder."
+            f"{path} is of another network or optimiser, or of a run with other trained=, average= "
+            f"or accumulate=: {odd[0]} differs. Give those of the run that wrote it, or another "
+            "folder."
         )
     leaves = [_placed(found[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -5,19 +5,21 @@ where the updates are still gradients.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.factorization.factors import read_factors, wide
+from lowrank_jax.factorization.factors import is_factor_key, read_factors, wide
 from lowrank_jax.factorization.layout import to_pair
 from lowrank_jax.factorization.scheme import Scheme, spectrum
+from lowrank_jax.program.names import leaf_names
 from lowrank_jax.tree.decomposing import find_schemes, reconstruct
+from lowrank_jax.tree.kinds import is_number
 from lowrank_jax.tree.paths import factored_leaves, named_leaves
-from lowrank_jax.tree.rules import Rules
+from lowrank_jax.tree.rules import Rules, as_table
 
 
 def frobenius_decay(weight: float) -> optax.GradientTransformation:
@@ -42,7 +44,7 @@ def frobenius_decay(weight: float) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        kernels = map(reconstruct, factored_leaves(params).values())
+        kernels = map(reconstruct, _whole_pairs(params))
         return _sum(jnp.sum(wide(kernel) ** 2) / 2 for kernel in kernels)
 
     return _decay(weight, penalty)
@@ -76,7 +78,7 @@ def orthogonal_decay(weight: float) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        pairs = map(_components, factored_leaves(params).values())
+        pairs = map(_components, _whole_pairs(params))
         return _sum(_mean_squared_cosine(part) for pair in pairs for part in pair)
 
     return _decay(weight, penalty)
@@ -107,7 +109,9 @@ def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        kernels, schemes = named_leaves(params), find_schemes(params, rules)
+        frozen = _names_of(params, _is_out)
+        own = {path: rule for path, rule in as_table(rules).items() if path not in frozen}
+        kernels, schemes = named_leaves(params), find_schemes(params, own) if own else {}
         return _sum(_nuclear_norm(kernels[path], scheme) for path, scheme in schemes.items())
 
     return _decay(weight, penalty)
@@ -116,13 +120,49 @@ def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
 def _decay(
     weight: float, penalty: Callable[[chex.ArrayTree], jax.Array]
 ) -> optax.GradientTransformation:
-    if not 0 <= weight < math.inf:
+    if not is_number(weight) or not 0 <= weight < math.inf:
         raise ValueError(f"weight={weight!r} is not allowed; give a number of 0 or more.")
 
     def decayed(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> chex.ArrayTree:
+        if params is None:
+            raise ValueError("A decay reads the parameters; give them to update, as the third.")
         return jax.tree.map(lambda u, g: u + weight * g, updates, jax.grad(penalty)(params))
 
     return optax.stateless(decayed)
+
+
+def _whole_pairs(params: chex.ArrayTree) -> list[chex.ArrayTree]:
+    """The factors in a tree of which all are trained.
+
+    Raises:
+        ValueError: of some factors one is trained alone, so that their product is not known here.
+    """
+    if halves := _names_of(params, _is_half):
+        raise ValueError(
+            f"{halves[0]}: one factor is trained and the other is not, so that the decay does not "
+            "know their product; train both or neither."
+        )
+    return list(factored_leaves(params).values())
+
+
+def _is_half(node: chex.ArrayTree) -> bool:
+    """Whether a node is of factors some of which are left out, as frozen or masked ones are."""
+    if not isinstance(node, Mapping) or not node:
+        return False
+    named = all(isinstance(key, str) and is_factor_key(key) for key in node)
+    return named and {bool(jax.tree.leaves(factor)) for factor in node.values()} == {True, False}
+
+
+def _is_out(leaf: chex.ArrayTree) -> bool:
+    """Whether nothing stands in the place of a parameter, as of a frozen or masked one."""
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+def _names_of(params: chex.ArrayTree, is_meant: Callable[[chex.ArrayTree], bool]) -> list[str]:
+    """The names of the nodes of a tree that are meant."""
+    nodes = jax.tree.leaves(params, is_leaf=is_meant)
+    names = leaf_names(params, is_leaf=is_meant)
+    return [name for name, node in zip(names, nodes, strict=True) if is_meant(node)]
 
 
 def _components(node: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:

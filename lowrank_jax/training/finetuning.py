@@ -11,12 +11,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_jax.calibration.inputs import warn_if_raw
+from lowrank_jax.planning.leaves import check_plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import gradient_options
 from lowrank_jax.program.jaxprs import check_function, check_options
 from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
-from lowrank_jax.training.forward import check_mutable
+from lowrank_jax.training.forward import check_mutable, tell_kept
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.optimizers import one_cycle_sgd
 from lowrank_jax.training.order import Batches, batches_of
@@ -136,9 +137,12 @@ def finetune(
     check_function(apply, variables)
     check_options(finetune, apply, kwargs)
     check_mutable(mutable, variables)
+    tell_kept(apply, kwargs, (mutable, train_kwargs), variables)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
     _check_idle(teacher_apply, teacher, after_epoch, data)
+    if plan is not None:
+        check_plan(plan, variables)
     _check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
     if data.epoch:  # a stream cannot be looked into
         warn_if_raw(_seen(next(data.after(0)), augment))
@@ -151,7 +155,7 @@ def finetune(
         augment=augment,
         average=average,
         dtype=dtype,
-        teacher=teacher_apply,
+        teacher_apply=teacher_apply,
         train_kwargs=train_kwargs,
         mutable=mutable,
         rngs=rngs,
@@ -189,6 +193,11 @@ def _check_idle(
     teacher_apply: Callable | None, teacher: Any, after_epoch: AfterEpoch | None, data: Batches
 ) -> None:
     """Refuses functions that would never be called."""
+    if callable(teacher) and not jax.tree.leaves(teacher, is_leaf=callable)[1:]:
+        raise ValueError(
+            f"teacher={teacher!r:.80} is not allowed; give the variables of the dense network, and "
+            "its function, where it is another one, as teacher_apply."
+        )
     if teacher_apply is not None and teacher is None:
         raise ValueError(
             f"teacher_apply={teacher_apply!r:.80} is not allowed without teacher, the variables "

@@ -14,7 +14,10 @@ ROWS = 64  # of each array, evenly spaced: enough to tell other data, and quick 
 
 
 def fingerprint(tree: Any) -> str:
-    """A short text that differs for other arrays, made from up to 64 rows of each.
+    """A short text that tells most other arrays apart, made from up to 64 rows of each.
+
+    Changes between these rows are not seen. The same numbers of another type, such as int32 in
+    place of int64, count as others.
 
     Args:
         tree: pytree of arrays.

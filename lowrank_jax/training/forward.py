@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowrank_jax.training.features import Layers, with_layers
 from lowrank_jax.tuning.algorithms import Choose
 from lowrank_jax.tuning.running import with_algorithms
 
+LOG = logging.getLogger("lowrank_jax")
 PARAMS = "params"
 Found = tuple[Any, Mapping[str, Any], Layers]
 
@@ -153,6 +155,34 @@ def cast(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(own, tree)
+
+
+def tell_kept(apply: Callable, kwargs: Mapping[str, Any], given: Any, variables: Any) -> None:
+    """Logs which collections a training leaves as they are, where nobody asked for that.
+
+    Args:
+        apply: the function that is trained.
+        kwargs: of its calls.
+        given: the collections to renew and the arguments in training, None where not given.
+        variables: the tree.
+    """
+    kept = [name for name in _collections(variables) if jax.tree.leaves(variables[name])]
+    if not kept or PARAMS not in variables or any(own is not None for own in given):
+        return
+    if _module_of(apply) is None:
+        LOG.warning(
+            "%s of the variables stay as they are, for a function of a tree does not say how it is "
+            "called in training; give model.apply itself, or mutable=%s and train_kwargs=.",
+            " and ".join(kept),
+            kept,
+        )
+    elif not {*Forward.of(apply, kwargs).training} & {*TRAINING}:
+        LOG.warning(
+            "The model has %s and no argument named %s, so that it is called in training as in "
+            "evaluation; give its own argument, as in train_kwargs={'is_train': True}.",
+            " and ".join(kept),
+            ", ".join(TRAINING),
+        )
 
 
 def check_mutable(mutable: Sequence[str] | None, variables: Any) -> None:

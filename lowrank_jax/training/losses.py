@@ -283,8 +283,9 @@ def _one_array(outputs: Any) -> jax.Array:
     if not hasattr(outputs, "astype"):
         many = f"{type(outputs).__name__} of {len(jax.tree.leaves(outputs))} arrays"
         raise ValueError(
-            f"The network gives a {many}, and this loss takes one array. Give a function of the "
-            "outputs alone, such as lambda tree, x: apply(tree, x)[0], or a loss of your own."
+            f"The network gives a {many}, and this loss takes one array. Give a loss of your own, "
+            "such as lambda outputs, labels: optax.softmax_cross_entropy_with_integer_labels("
+            "outputs[0], labels).mean()."
         )
     return outputs.astype(jnp.float32)
 

@@ -17,20 +17,20 @@ LOG = logging.getLogger("lowrank_jax")
 
 
 def one_cycle_sgd(
-    peak: float, steps: int, weight_decay: float = 5e-4, clip: float | None = None
+    learning_rate: float, steps: int, weight_decay: float = 5e-4, clip: float | None = None
 ) -> optax.GradientTransformation:
     """SGD with Nesterov momentum 0.9 under a one-cycle cosine schedule.
 
     The learning rate peaks after a fifth of the steps. Weights of two or more axes decay.
 
     Args:
-        peak: highest learning rate, above 0.
+        learning_rate: highest of the run, above 0.
         steps: of the whole run.
         weight_decay: share of a weight that is added to its gradient.
         clip: largest norm of the whole gradient, above 0; None for no limit.
 
     Raises:
-        ValueError: the peak or the largest norm is not allowed.
+        ValueError: the learning rate or the largest norm is not allowed.
 
     Example:
         >>> params = {"kernel": np.ones((2, 2), np.float32)}
@@ -39,13 +39,13 @@ def one_cycle_sgd(
         >>> round(float(updates["kernel"][0, 0]), 4)
         -0.019
     """
-    check_kinds({"learning_rate": peak, "clip": clip})
-    if not 0 < peak < math.inf:
-        raise ValueError(f"learning_rate={peak!r} is not allowed; give a number above 0.")
+    check_kinds({"learning_rate": learning_rate, "clip": clip})
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"{learning_rate=} is not allowed; give a number above 0.")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip!r} is not allowed; give a number above 0, or None.")
     schedule = optax.cosine_onecycle_schedule(
-        max(steps, 2), peak, pct_start=0.2, div_factor=10, final_div_factor=1e3
+        max(steps, 2), learning_rate, pct_start=0.2, div_factor=10, final_div_factor=1e3
     )
     decay = optax.add_decayed_weights(
         weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)

@@ -61,6 +61,11 @@ def batches_of(given: Any, size: int = 128, seed: int = 0) -> Batches:
         >>> next(data.after(2))[1].tolist()
         [9, 1, 3, 8]
     """
+    if given is None or isinstance(given, int | float):
+        raise ValueError(
+            f"batches={given!r} is not allowed; give arrays (inputs, labels), or an iterable of "
+            "such batches."
+        )
     if not (callable(given) or is_iterable_of_batches(given)):
         return _Shuffled(as_arguments(given), size, seed)
     if isinstance(given, Sequence):
@@ -160,11 +165,20 @@ class _Streamed:
             )
         return map(_example, itertools.islice(self._all(), step, None))
 
+    def _once(self) -> Iterable:
+        found = self.given() if callable(self.given) else self.given
+        if isinstance(found, Iterable) or hasattr(found, "__getitem__"):
+            return found
+        raise ValueError(
+            f"The function of the batches gives a {type(found).__name__}; give one that gives an "
+            "iterator of batches (inputs, labels)."
+        )
+
     def _all(self) -> Iterator:
         """All batches, again and again where that is possible."""
         while True:
             count = 0
-            for batch in self.given() if callable(self.given) else self.given:
+            for batch in self._once():
                 count += 1
                 yield batch
             if not count or isinstance(self.given, Iterator):

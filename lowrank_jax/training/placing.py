@@ -37,10 +37,11 @@ def placed(tree: Any, sharding: NamedSharding | None) -> Any:
 def _global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     try:
         sharding.shard_shape(array.shape)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # more axes in the spec than in the array
         raise ValueError(
             f"Arrays {array.shape} cannot be split by {sharding.spec} over the mesh "
-            f"{dict(sharding.mesh.shape)}; give a batch_size that the devices divide."
+            f"{dict(sharding.mesh.shape)}; give a batch_size that the devices divide, and a spec "
+            "of the first axis alone."
         ) from error
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 

@@ -16,7 +16,7 @@ from lowrank_jax.planning.planner import plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.jaxprs import check_options
 from lowrank_jax.training.arguments import check_kinds
-from lowrank_jax.training.checkpoints import begun, load_tree, save_tree
+from lowrank_jax.training.checkpoints import begun, last_step, load_tree, save_tree
 from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.losses import Loss
@@ -78,8 +78,9 @@ def shrink(
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
-    _check_tune(apply, tune, batches)
+    count = _check_tune(apply, tune, batches)
     stages = [None] * len(macs) if folder is None else stage_folders(folder, macs)
+    check_steps(stages, count)
     dense, current = variables, variables
     for share, own in zip(macs, stages, strict=True):
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
@@ -117,8 +118,23 @@ def _teacher(tune: Mapping[str, Any], dense: Any) -> dict[str, Any]:
     return {"teacher": dense, **tune} if taught else dict(tune)
 
 
-def _check_tune(apply: Callable, tune: Mapping[str, Any], batches: Any) -> None:
-    """Refuses arguments of `finetune` before the first stage is compressed.
+def check_steps(stages: Sequence[Path | None], steps: int) -> None:
+    """Refuses other steps for a stage whose network a later stage has begun from.
+
+    Raises:
+        ValueError: such a stage has other steps.
+    """
+    known = [None if own is None else last_step(own) for own in stages]
+    for own, done, later in zip(stages, known, known[1:], strict=False):
+        if later is not None and done is not None and done != steps:
+            raise ValueError(
+                f"{own} holds a stage of {done} steps, from which the next one has begun, and "
+                f"{steps} are asked for; give as many steps, or another folder."
+            )
+
+
+def _check_tune(apply: Callable, tune: Mapping[str, Any], batches: Any) -> int:
+    """Refuses arguments of `finetune` before the first stage is compressed; gives a stage's steps.
 
     Raises:
         ValueError: an argument is not known, not allowed, of another kind or lacking.
@@ -134,7 +150,7 @@ def _check_tune(apply: Callable, tune: Mapping[str, Any], batches: Any) -> None:
     check_kinds(tune)
     _teacher(tune, None)  # which reads the loss
     data = batches_of(batches, tune.get("batch_size", known["batch_size"].default))
-    count_steps(data, tune.get("steps"), tune.get("epochs"))
+    return count_steps(data, tune.get("steps"), tune.get("epochs"))
 
 
 def _check_stages(tune: Mapping[str, Any]) -> None:

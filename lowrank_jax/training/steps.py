@@ -13,7 +13,7 @@ from lowrank_jax.training.arguments import check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.features import Layers
 from lowrank_jax.training.finite import first_not_finite
-from lowrank_jax.training.forward import Forward
+from lowrank_jax.training.forward import Forward, check_mutable
 from lowrank_jax.training.losses import Loss, Name, Term
 from lowrank_jax.training.partition import joined
 from lowrank_jax.training.state import TrainState
@@ -37,7 +37,7 @@ def make_step(
     augment: Augment | None = None,
     average: float | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-    teacher: Callable | None = None,
+    teacher_apply: Callable | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     mutable: Sequence[str] | None = None,
     rngs: Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def make_step(
             (1 + n) / (10 + n) for the n-th. An average is held in float32 or wider.
         dtype: type of the computation, such as ``jnp.bfloat16``; the parameters, the statistics and
             the loss keep their own.
-        teacher: the teacher's function, where it is not ``apply``.
+        teacher_apply: the teacher's function, where it is not ``apply``.
         train_kwargs, mutable, rngs: how the network is called in training, where that is not found
             out; see `Forward.of`.
         choose: of the algorithms of convolutions, in training and in the teacher, as
@@ -86,13 +86,14 @@ def make_step(
     check_kinds(locals())
     own = dict(train_kwargs=train_kwargs, mutable=mutable, rngs=rngs, dtype=dtype, choose=choose)
     network = Forward.of(apply, kwargs, **own)  # type: ignore[arg-type]
-    master = Forward.of(teacher or apply, kwargs, dtype=dtype, choose=choose)
+    master = Forward.of(teacher_apply or apply, kwargs, dtype=dtype, choose=choose)
     wanted = Loss.of(loss)
     check_average(average)
 
     def step(state: TrainState, batch: Any, teacher: Any = None) -> tuple[TrainState, Metrics]:
         augment_key, call_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         _check_state(state, average)
+        check_mutable(mutable, joined(state.params, state.rest))
         given = batch if isinstance(batch, tuple) else (batch,)
         given = given if augment is None else augment(augment_key, given)
         inputs, labels = parts(given)
@@ -232,11 +233,20 @@ def _advanced(
     )
 
 
+def _accumulating(optimizer: Any) -> list[optax.MultiStepsState]:
+    """The states that accumulate gradients, wherever in the state of an optimiser they stand."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    return [node for node in jax.tree.leaves(optimizer, is_leaf=is_one) if is_one(node)]
+
+
 def _averaged(state: TrainState, params: Any, optimizer: Any, decay: float) -> Any:
     """The moving average after a step, which is an update unless gradients are accumulated."""
     updates, whole = state.step, True
-    if isinstance(optimizer, optax.MultiStepsState):
-        updates, whole = state.optimizer.gradient_step, optimizer.mini_step == 0
+    if many := _accumulating(optimizer):
+        updates, whole = _accumulating(state.optimizer)[0].gradient_step, many[0].mini_step == 0
     share = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
     new = jax.tree.map(lambda x, mean: x.astype(mean.dtype), params, state.average)
     return optax.incremental_update(new, state.average, jnp.where(whole, share, 0))

@@ -1,6 +1,6 @@
 """Whether two programs give the same outputs, to rounding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,19 +63,18 @@ def most_agreed(outputs: Mapping[str, Any], tolerance: float) -> str:
     return max(votes, key=lambda name: votes[name])
 
 
-def agreeing(outputs: Mapping[str, Any], tolerance: float, judges: Sequence[str] = ()) -> list[str]:
-    """Names of the outputs that agree with those of most judges. The most agreed one is first.
+def agreeing(outputs: Mapping[str, Any], tolerance: float) -> list[str]:
+    """Names of the outputs that agree with most others. The most agreed one is first.
 
     Args:
         outputs: of programs, by name.
         tolerance: as in `agree`.
-        judges: names of the programs that vote. Without them all vote.
 
     Example:
         >>> x, broken = jnp.ones(3), jnp.full(3, jnp.nan)
         >>> agreeing({"broken": broken, "one": x, "other": x}, tolerance=1e-3)
         ['one', 'other']
     """
-    base = most_agreed({name: outputs[name] for name in judges or outputs}, tolerance)
+    base = most_agreed(outputs, tolerance)
     others = [name for name in outputs if name != base]
     return [base, *(name for name in others if agree(outputs[base], outputs[name], tolerance))]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import os
 import platform
 from pathlib import Path
 
 import flax
 import jax
 import jaxlib
+
+from lowrank_jax.factorization.parallel import available_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Device:
     def here(cls) -> "Device":
         """This machine, with JAX's default device."""
         kind = jax.devices()[0].device_kind
-        return cls(kind, _cpu(), _cores(), jaxlib.__version__, jax.__version__)
+        return cls(kind, _cpu(), available_cores(), jaxlib.__version__, jax.__version__)
 
     def differences(self, other: "Device") -> list[str]:
         """What makes times of this device say little about another one, in words.
@@ -56,7 +57,7 @@ def machine() -> str:
     device = jax.devices()[0]
     kind = _cpu() if device.platform == "cpu" else device.device_kind
     versions = f"jax {jax.__version__}, flax {flax.__version__}, Python {platform.python_version()}"
-    return f"{device.platform} ({kind}, {_cores()} CPU cores), {versions}"
+    return f"{device.platform} ({kind}, {available_cores()} CPU cores), {versions}"
 
 
 @functools.cache
@@ -68,9 +69,3 @@ def _cpu() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, "") or platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

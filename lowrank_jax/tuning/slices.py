@@ -84,14 +84,13 @@ def padding_as_numbers(
     size: Sequence[int],
     strides: Any,
     dilation: Any,
-    input_dilation: Any = None,
 ) -> Pads:
     """(before, after) for each spatial axis, of a padding that may be "SAME" or "VALID".
 
     Args:
         padding: a name or pairs.
         extent, size: of the inputs and of the kernel along each spatial axis.
-        strides, dilation, input_dilation: one entry for each spatial axis; 1 without the last.
+        strides, dilation: one entry for each spatial axis.
 
     Example:
         >>> padding_as_numbers("SAME", extent=(8, 8), size=(3, 2), strides=(1, 1), dilation=(1, 1))
@@ -99,10 +98,8 @@ def padding_as_numbers(
     """
     if not isinstance(padding, str):
         return tuple((before, after) for before, after in padding)
-    spread = input_dilation or (1,) * len(size)
-    pairs = ((extent, spread), (size, dilation))
-    whole, reach = ([(n - 1) * d + 1 for n, d in zip(*pair, strict=True)] for pair in pairs)
-    return tuple(jax.lax.padtype_to_pads(whole, reach, strides, padding))
+    reach = [(n - 1) * d + 1 for n, d in zip(size, dilation, strict=True)]
+    return tuple(jax.lax.padtype_to_pads(extent, reach, strides, padding))
 
 
 def product_as_convolution(x: jax.Array, weights: jax.Array) -> bool:

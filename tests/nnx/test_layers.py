@@ -426,3 +426,14 @@ def test_kernels_in_the_containers_of_a_module_run_as_factors():
     assert program.count("conv_general_dilated[") == 2
     np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(small, x), model(x), atol=1e-4)
     assert type(reconstruct(small)) is Annotated
+
+
+def test_a_tree_that_does_not_fit_the_model_is_refused():
+    conv = nnx.Conv(4, 8, (3, 3), rngs=nnx.Rngs(0))
+    small = variables_of(decompose(conv, {"kernel": 2}))
+    wider = variables_of(decompose(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0)), {"kernel": 2}))
+    assert lowrank_jax.nnx.rebuilt(conv, small)(jnp.ones((1, 5, 5, 4))).shape == (1, 5, 5, 8)
+    with pytest.raises(ValueError, match=r"The model has no 'biass'; did you mean 'bias'"):
+        lowrank_jax.nnx.rebuilt(conv, {**small, "biass": jnp.ones(8)})
+    with pytest.raises(ValueError, match=r"kernel: the factors are of a kernel \(3, 3, 4, 6\)"):
+        lowrank_jax.nnx.rebuilt(conv, {"kernel": wider["kernel"]})

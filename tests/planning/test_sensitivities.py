@@ -83,6 +83,13 @@ def test_all_candidates_run_under_one_compiled_program():
     [
         ({"stride": [("vertical", 1)]}, {}, "did you mean 'strided'"),
         ({"strided": [("vertical", 1)]}, {"measure": "l1"}, "measure='l1' is not allowed"),
+        ({"strided": [("tucker", 1)]}, {}, "first='tucker' is not allowed; give one of"),
+        (
+            {"strided": [("vertical", 99)]},
+            {},
+            "strided: rank 99 is not allowed; give an int from 1",
+        ),
+        ({"dense": [("left", 0)]}, {}, "dense: rank 0 is not allowed; give an int from 1 to 7"),
         ({"head": [("left", 1)]}, {}, "head: cannot be decomposed: its kernel is changed by tanh"),
     ],
 )

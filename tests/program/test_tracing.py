@@ -321,6 +321,12 @@ def test_an_error_of_the_function_has_a_note_that_says_what_is_needed():
     assert "train=False" in caught.value.__notes__[-1]
 
 
+def test_a_module_in_place_of_its_function_is_refused_for_that_alone():
+    with pytest.raises(ValueError, match="apply") as told:
+        trace(nn.Dense(3), {"params": {}}, X)
+    assert not getattr(told.value, "__notes__", [])
+
+
 def test_without_a_table_decompose_takes_half_of_the_weights_of_every_safe_layer():
     class Standardised(nn.Conv):
         def param(self, name, *args, **kwargs):

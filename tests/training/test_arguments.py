@@ -39,7 +39,7 @@ OTHERS = {
     "sharding": [PartitionSpec("data"), "data", jax.make_mesh((1,), ("data",))],
     "train_kwargs": [["train"], "train", True],
     "mutable": ["batch_stats", True, [True]],
-    "rngs": ["dropout", 3],
+    "rngs": ["dropout", 3, {"dropout": 1}],
     "choose": ["im2col", {}],
 }
 CASES = [(name, value) for name in KINDS for value in [*OTHERS[name], *ANY]]
@@ -88,7 +88,7 @@ def test_evaluation_takes_a_sharding_alone(mesh):
         evaluate(lambda tree, x: x, {}, np.eye(3), np.arange(3), sharding=mesh)
 
 
-@pytest.mark.parametrize("given", [{"peak": optax.constant_schedule(0.1)}, {"clip": "1"}])
+@pytest.mark.parametrize("given", [{"learning_rate": optax.constant_schedule(0.1)}, {"clip": "1"}])
 def test_the_usual_optimiser_takes_numbers_alone(given):
     with pytest.raises(ValueError, match=r"is not allowed; give a number above 0"):
-        one_cycle_sgd(**{"peak": 0.1, "steps": 3} | given)
+        one_cycle_sgd(**{"learning_rate": 0.1, "steps": 3} | given)

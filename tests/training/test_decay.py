@@ -162,3 +162,40 @@ def test_a_pattern_of_nuclear_decay_means_the_layers_that_decompose_would_cut():
     found = update(nuclear_decay(1.0, {".*": 0.5}), params)
     decayed = {path for path, leaf in named_leaves(found).items() if leaf.any()}
     assert decayed == set(factored_leaves(cut)) == {"conv"}
+
+
+@pytest.mark.parametrize("name", ["frobenius", "orthogonal"])
+@pytest.mark.parametrize("scheme", [Separable(3), Tucker(4, inner=3)])
+@pytest.mark.parametrize("out", [None, optax.MaskedNode()])
+def test_factors_of_which_one_alone_is_trained_are_refused_and_none_is_left_alone(
+    name, scheme, out
+):
+    tree = decompose(
+        {"conv": {"kernel": normal((3, 3, 4, 8))}, "bias": normal(8)}, {"conv": scheme}
+    )
+    tx, node = DECAYS[name](0.1), tree["conv"]["kernel"]
+    for key in node:
+        half = {"conv": {"kernel": {**node, key: out}}, "bias": tree["bias"]}
+        with pytest.raises(ValueError, match=r"^conv: one factor is trained and the other is not"):
+            tx.update(half, tx.init(half), half)
+    frozen = {"conv": {"kernel": jax.tree.map(lambda _: out, node)}, "bias": tree["bias"]}
+    updates, _ = tx.update(frozen, tx.init(frozen), frozen)
+    chex.assert_trees_all_equal(updates, frozen)
+
+
+def test_nuclear_decay_leaves_frozen_layers_out():
+    tree = {"one": normal((6, 8)), "two": None}
+    tx = nuclear_decay(0.1, {"one": 2, "two": 2})
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    assert not np.array_equal(updates["one"], tree["one"]) and updates["two"] is None
+
+
+@pytest.mark.parametrize("weight", ["x", None, -1.0, float("inf")])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(ValueError, match=r"weight=.* is not allowed; give a number of 0 or more"):
+        frobenius_decay(weight)
+
+
+def test_a_decay_without_the_parameters_says_so():
+    with pytest.raises(ValueError, match="give them to update"):
+        frobenius_decay(0.1).update({"a": jnp.ones(3)}, None)

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import lowrank_jax as lr
 from lowrank_jax import SeparableConv, lowrank, reconstruct
 from lowrank_jax.training import (
     TrainState,
@@ -156,8 +157,63 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
     def network(tree, x):
         return x.reshape(len(x), -1)[:, :3] @ tree["weights"], {"mean": x.mean()}
 
-    with pytest.raises(ValueError, match=r"gives a tuple of 2 arrays.*apply\(tree, x\)\[0\]"):
+    with pytest.raises(ValueError, match=r"gives a tuple of 2 arrays.*outputs\[0\], labels"):
         finetune(network, {"weights": jnp.ones((3, 4))}, batch, steps=1, batch_size=8)
+
+    def loss(outputs, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs[0], labels).mean()
+
+    finetune(network, {"weights": jnp.ones((3, 4))}, batch, steps=1, batch_size=8, loss=loss)
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(not train)(nn.Dense(4)(x.mean((1, 2))))
+
+
+class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_train=False):
+        return nn.BatchNorm(not is_train)(nn.Dense(4)(x.mean((1, 2))))
+
+
+def test_statistics_that_stay_as_they_are_are_told(batch, caplog):
+    model, own = Normalised(), Own()
+    variables = model.init(jax.random.key(0), batch[0])
+    options = dict(steps=1, batch_size=8)
+    tuned = finetune(model.apply, variables, batch, **options)
+    assert "stay as they are" not in caplog.text and moved(variables, tuned)
+    tuned = finetune(lambda tree, x: model.apply(tree, x), variables, batch, **options)
+    assert "batch_stats of the variables stay as they are" in caplog.text
+    assert not moved(variables, tuned)
+    tuned = finetune(own.apply, variables, batch, **options)
+    assert "no argument named train, training" in caplog.text and not moved(variables, tuned)
+    told = len(caplog.records)
+    tuned = finetune(own.apply, variables, batch, train_kwargs={"is_train": True}, **options)
+    assert len(caplog.records) == told and moved(variables, tuned)
+
+
+def moved(one, two):
+    pairs = zip(*(jax.tree.leaves(tree["batch_stats"]) for tree in (one, two)), strict=True)
+    return not all(np.array_equal(*pair) for pair in pairs)
+
+
+def test_a_plan_that_is_not_of_the_factors_is_refused(batch):
+    def network(tree, x):
+        return x.reshape(len(x), -1)[:, :9] @ tree["a"] @ tree["b"]
+
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.normal(size=(9, 8)).astype("f"), "b": rng.normal(size=(8, 4)).astype("f")}
+    plans = [lr.plan(network, tree, batch[0], macs=share) for share in (0.8, 0.5)]
+    small, options = lr.decompose(tree, plans[0]), dict(steps=1, batch_size=8)
+    finetune(network, small, batch, plan=plans[0], **options)
+    for variables, text in ((small, "the plan has Matrix"), (tree, "hold no factors")):
+        with pytest.raises(ValueError, match=text):
+            finetune(network, variables, batch, plan=plans[1], **options)
+    few = {"b": 2, **dict.fromkeys(plans[0].ranks, 2)}
+    with pytest.raises(ValueError, match="the plan has"):
+        finetune(network, lr.decompose(tree, few), batch, plan=plans[0], **options)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +236,11 @@ def test_outputs_that_are_no_array_are_refused_with_the_remedy(batch):
         ({"steps": 1, "tx": optax.sgd(0.1), "clip": None}, "clip=None is not read beside tx"),
         ({"steps": 1, "tx": optax.sgd(0.1), "learning_rate": 0.1}, "learning_rate=0.1 is not read"),
         ({"steps": 1, "teacher_apply": len}, "teacher_apply=.* is not allowed without teacher"),
+        ({"steps": 1, "teacher": len}, "teacher=.* is not allowed; give the variables of the"),
+        (
+            {"steps": 1, "augment": lambda key, batch: batch[0]},
+            "augment gives a ShapeDtype.*; give",
+        ),
         ({"steps": 1, "mutable": ["batch_stat"]}, "which the variables do not have; give some of"),
         ({"steps": 1, "mutable": ["params"]}, "mutable='params' is not allowed, which is trained"),
     ],
@@ -194,6 +255,9 @@ def test_arguments_that_are_not_allowed_are_refused(batch, tune, options, text):
     [
         ((np.ones((4, 8, 8, 3)), np.zeros(5)), "the same number of examples"),
         ([], "There are no batches"),
+        (None, "batches=None is not allowed; give arrays"),
+        (3, "batches=3 is not allowed; give arrays"),
+        (lambda: None, "The function of the batches gives a NoneType; give one"),
         (iter([]), "The batches ended after step 0 of 3"),
     ],
 )

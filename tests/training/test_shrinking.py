@@ -95,6 +95,16 @@ def test_inputs_may_come_from_a_generator_which_every_stage_reads():
 
 
 @pytest.mark.slow
+def test_other_steps_for_a_stage_that_is_built_upon_are_refused_before_anything_is_done(
+    dense, whole, tmp_path
+):
+    folder = shutil.copytree(whole[2], tmp_path / "run")
+    for steps in (2, 6):
+        with pytest.raises(ValueError, match=f"holds a stage of 4 steps, .* and {steps} are asked"):
+            run(dense, folder, steps=steps)
+    assert same(run(dense, folder)[0], whole[0])
+
+
 def test_a_kernel_that_the_program_changes_is_compressed_once():
     def apply(tree, x):
         return jax.nn.relu(x @ (3 * tree["a"]["kernel"])) @ tree["b"]["kernel"]

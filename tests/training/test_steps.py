@@ -159,12 +159,18 @@ def test_the_average_counts_updates_and_not_the_batches_of_one():
     whole = TrainState.create(tree, TX, average=True)
     many = optax.MultiSteps(TX, 3).gradient_transformation()
     parts = TrainState.create(tree, many, average=True)
-    one, two = (jax.jit(make_step(apply, tx, "squared_error", average=0.5)) for tx in (TX, many))
+    inner = optax.chain(optax.identity(), many)
+    deep = TrainState.create(tree, inner, average=True)
+    one, two, three = (
+        jax.jit(make_step(apply, tx, "squared_error", average=0.5)) for tx in (TX, many, inner)
+    )
     for _ in range(4):
         whole, _ = one(whole, batch)
         for _ in range(3):
             parts, _ = two(parts, batch)
+            deep, _ = three(deep, batch)
     chex.assert_trees_all_close(parts.average, whole.average, rtol=1e-6)
+    chex.assert_trees_all_close(deep.average, whole.average, rtol=1e-6)
 
 
 def test_a_term_does_not_hide_the_whole_loss():
@@ -254,7 +260,7 @@ def test_a_loss_without_its_teacher_is_refused(model, small, batch):
 
 def test_a_teacher_without_the_layers_is_refused(model, small, batch):
     step = make_step(
-        model.apply, TX, layer_matching(), teacher=lambda tree, x, train: x.mean((1, 2, 3))
+        model.apply, TX, layer_matching(), teacher_apply=lambda tree, x, train: x.mean((1, 2, 3))
     )
     with pytest.raises(ValueError, match="runs none of the decomposed layers"):
         step(TrainState.create(small, TX), batch[0], {"w": jnp.ones(1)})
