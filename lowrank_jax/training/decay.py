@@ -125,7 +125,9 @@ def _decay(
 
     def decayed(updates: chex.ArrayTree, params: chex.ArrayTree | None) -> chex.ArrayTree:
         if params is None:
-            raise ValueError("A decay reads the parameters; give them to update, as the third.")
+            raise ValueError(
+                "params=None is not allowed: a decay reads the parameters; give them to update."
+            )
         return jax.tree.map(lambda u, g: u + weight * g, updates, jax.grad(penalty)(params))
 
     return optax.stateless(decayed)
@@ -140,7 +142,7 @@ def _whole_pairs(params: chex.ArrayTree) -> list[chex.ArrayTree]:
     if halves := _names_of(params, _is_half):
         raise ValueError(
             f"{halves[0]}: one factor is trained and the other is not, so that the decay does not "
-            "know their product; train both or neither."
+            "know their product; give both or neither to it, as by trained=."
         )
     return list(factored_leaves(params).values())
 
