@@ -43,7 +43,7 @@ class Link:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Layout:
-    """How a value on the way lies: its shape, and the axis of the channels. Each has its own."""
+    """How a value on the route lies: its shape, and the axis of the channels. Each has its own."""
 
     shape: tuple[int, ...]
     axis: int
@@ -51,15 +51,16 @@ class _Layout:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Activation:
-    """The way from a layer's outputs to the result of an activation, alone or after a sum.
+    """The route from a layer's outputs to the result of an activation, alone or after a sum.
 
     Attributes:
         outputs: number of the layer's outputs.
-        chain: the equations of the way.
-        other: number of the value that is added on the way; None if none is.
+        chain: the equations of the route.
+        other: number of the value that is added on the route; None if none is.
         fixed: number of a value that does not depend on the images to its entries: one, or one a
             channel.
-        scale: of each channel of the layer's outputs on the way; zero where it is to be left alone.
+        scale: of each channel of the layer's outputs on the route; zero where it is to be left
+            alone.
     """
 
     outputs: int
@@ -91,7 +92,7 @@ class Activation:
         Args:
             dense: outputs of the dense layer.
             own: those of the layer, with what is added to them on the average.
-            added, own_added: what is added to them on the way in the dense and in the compressed
+            added, own_added: what is added to them on the route in the dense and in the compressed
                 network; None if nothing is.
 
         Returns:
@@ -104,7 +105,7 @@ class Activation:
 
 
 def _moves(eqn: Any) -> bool:
-    """Whether an equation on the way moves values alone, which changes none of them."""
+    """Whether an equation on the route moves values alone, which changes none of them."""
     return eqn.primitive.name not in (*STRAIGHT, *BENT, *COMPARED)
 
 
@@ -123,13 +124,13 @@ def find_activations(
         places: of the equations.
         values: of the program's inputs in the dense network.
     """
-    ways = {place: way for place in places if (way := _Way.of(outline, place))}
-    known = evaluate(outline, {place: way.wanted for place, way in ways.items()}, values)
-    return {place: way.activation(known[place]) for place, way in ways.items()}
+    routes = {place: route for place in places if (route := _Route.of(outline, place))}
+    known = evaluate(outline, {place: route.wanted for place, route in routes.items()}, values)
+    return {place: route.activation(known[place]) for place, route in routes.items()}
 
 
 @dataclasses.dataclass
-class _Way:
+class _Route:
     """The equations from a layer to where its outputs, changed one by one, are in one value."""
 
     outline: Outline
@@ -140,13 +141,13 @@ class _Way:
     fixed: list = dataclasses.field(default_factory=list)  # variables, their axes of the channels
 
     @classmethod
-    def of(cls, outline: Outline, place: int) -> "_Way | None":
-        """The way from a layer; None where no activation follows."""
+    def of(cls, outline: Outline, place: int) -> "_Route | None":
+        """The route from a layer; None where no activation follows."""
         reading = outline.readings[place]
         if reading.channel_axis is None or reading.turns("O"):  # rows are in the order as stored
             return None
-        way = cls(outline, place, reading.channel_axis)
-        return way if way._goes_on() else None
+        route = cls(outline, place, reading.channel_axis)
+        return route if route._goes_on() else None
 
     def _goes_on(self) -> bool:
         outline, last = self.outline, self.outline.last_reads
@@ -204,7 +205,7 @@ class _Way:
 
     @property
     def scales(self) -> list[Step]:
-        """The scales on the way."""
+        """The scales on the route."""
         outputs = self.outline.eqns[self.place].outvars[0]
         steps, end = self.outline.channels.after(outputs, self.axis), self.chain[-1]
         return [s for s in steps if s.name in SCALES and self.outline.place(s.eqn) <= end]
@@ -215,7 +216,7 @@ class _Way:
         return [*(step.by for step in self.scales), *(var for var, _ in self.fixed)]
 
     def activation(self, values: Sequence[jax.Array]) -> Activation:
-        """The way with the values of what is wanted."""
+        """The route with the values of what is wanted."""
         outline, steps, chain = self.outline, self.scales, []
         outputs, own = outline.eqns[self.place].outvars[0], values[len(steps) :]
         for eqn in (outline.eqns[index] for index in self.chain):

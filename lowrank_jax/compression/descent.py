@@ -52,7 +52,7 @@ def descend(loss: Loss[Tree], start: Tree, batches: Sequence, steps: int) -> Des
     held = batches[HELD - 1 :: HELD] or batches[-1:]
     data = [batch for batch in batches if not any(batch is other for other in held)]
     measure = jax.jit(loss, compiler_options=default_options())
-    new = _walked(loss, start, data, steps)
+    new = _stepped(loss, start, data, steps)
     before, after = (
         float(np.mean([measure(arrays, loaded(batch)) for batch in held]))
         for arrays in (start, new)
@@ -61,7 +61,7 @@ def descend(loss: Loss[Tree], start: Tree, batches: Sequence, steps: int) -> Des
     return found if found.helped else Descent(arrays=start, before=before, after=before)
 
 
-def _walked(loss: Loss[Tree], arrays: Tree, data: Sequence, steps: int) -> Tree:
+def _stepped(loss: Loss[Tree], arrays: Tree, data: Sequence, steps: int) -> Tree:
     optimizer = _optimizer(steps)
 
     @functools.partial(jax.jit, compiler_options=default_options())

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from lowrank_jax.compression.outline import Outline
 from lowrank_jax.program.channels import Step
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.interpreter import bind
-from lowrank_jax.program.jaxprs import constants
+from lowrank_jax.program.jaxprs import beginning, values_of
 
 SMALLEST = 1e-3  # of the largest scale of a layer's channels; below, a channel has no say
 
@@ -59,16 +58,11 @@ def evaluate(
     flat, jaxpr, channels = outline.flat, outline.jaxpr, outline.channels
 
     def run(inputs: Sequence[jax.Array]) -> dict[int, list[jax.Array]]:
-        variables = [*jaxpr.constvars, *jaxpr.invars]
-        known = dict(zip(variables, [*constants(flat), *inputs], strict=True))
-
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, Literal) else known[var]
-
+        known = beginning(flat, inputs)
         for eqn in jaxpr.eqns:
             if all(var in channels.fixed for var in eqn.outvars):
-                found = bind(eqn, [read(var) for var in eqn.invars])
+                found = bind(eqn, values_of(eqn.invars, known))
                 known.update(zip(eqn.outvars, found, strict=True))
-        return {place: [jnp.asarray(read(var)) for var in own] for place, own in wanted.items()}
+        return {place: [*map(jnp.asarray, values_of(own, known))] for place, own in wanted.items()}
 
     return jax.jit(run, compiler_options=default_options())(values)

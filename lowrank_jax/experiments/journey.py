@@ -117,21 +117,21 @@ def run(
         folder: for checkpoints of the tuning; the same call goes on from there.
     """
     dense = flax.core.unfreeze(variables)
-    walk = _Walk(model, dense, data, test, recipe, log, folder)
-    walk.add(DENSE, None, dense)
+    experiment = _Experiment(model, dense, data, test, recipe, log, folder)
+    experiment.add(DENSE, None, dense)
     found = calibrate(model.apply, dense, _normalized(data.images[:images]))
     given = fixed_plan(found, ranks)
-    walk.add(CLOSED, given, decompose(dense, given))
-    walk.add(FITTED, given, compress(found, given))
-    walk.tune(TUNED, FITTED)
+    experiment.add(CLOSED, given, decompose(dense, given))
+    experiment.add(FITTED, given, compress(found, given))
+    experiment.tune(TUNED, FITTED)
     planned = plan(found, macs=int(given.total("macs")[1]))
-    walk.add(PLANNED, planned, compress(found, planned))
+    experiment.add(PLANNED, planned, compress(found, planned))
     if tune_planned:
-        walk.tune(PLANNED_TUNED, PLANNED)
+        experiment.tune(PLANNED_TUNED, PLANNED)
     log("measuring how fast the networks run")
-    networks = {"dense": dense, "low-rank": [*walk.stages.values()][-1].variables}
+    networks = {"dense": dense, "low-rank": [*experiment.stages.values()][-1].variables}
     return Journey(
-        stages=walk.stages,
+        stages=experiment.stages,
         given=given,
         planned=planned,
         spectra=_spectra(dense, ranks),
@@ -143,7 +143,7 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Walk:
+class _Experiment:
     """Adds one stage after the other."""
 
     model: NIN

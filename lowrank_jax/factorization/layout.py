@@ -1,12 +1,11 @@
 """The bijection between convolution kernels and matrices.
 
-This is the only place that knows the order of the axes. For a kernel with height ``h``, width
-``w``, ``c`` input channels per group, ``n`` output channels and ``g`` groups the matrix of each
-group has one row for every pair (vertical tap, input channel) and one column for every pair
-(horizontal tap, output channel of that group), so that its rank-K factors are themselves the
-kernels of a vertical and of a horizontal convolution (Tai et al., 2016, arXiv 1511.06067, section
-2.1). Kernels of other layouts, of one or of three spatial dimensions, or whose horizontal
-convolution comes first are brought to (h, w, c, n) by `to_pair`.
+For a kernel with height ``h``, width ``w``, ``c`` input channels per group, ``n`` output channels
+and ``g`` groups the matrix of each group has one row for every pair (vertical tap, input channel)
+and one column for every pair (horizontal tap, output channel of that group), so that its rank-K
+factors are themselves the kernels of a vertical and of a horizontal convolution (Tai et al., 2016,
+arXiv 1511.06067, section 2.1). Kernels of other layouts, of one or of three spatial dimensions, or
+whose horizontal convolution comes first are brought to (h, w, c, n) by `to_pair`.
 """
 
 import math

@@ -29,7 +29,7 @@ from lowrank_jax.program.jaxprs import check_options
 if TYPE_CHECKING:
     from lowrank_jax.tuning.timer import Timer
 
-_Seen = Mapping[str, Mapping[tuple[int, ...], Strips]]
+_Sums = Mapping[str, Mapping[tuple[int, ...], Strips]]
 _KNOWN: "weakref.WeakKeyDictionary[Calibration, Spectra]" = weakref.WeakKeyDictionary()
 
 
@@ -201,7 +201,7 @@ def layer_weights(found: Calibration) -> dict[str, float]:
     an error of 1, between no weight and c itself.
     """
     costs = {}
-    for path, own in _seen(found).items():
+    for path, own in _reached(found).items():
         if path not in found.curvature:
             continue
         curvature = found.curvature[path]
@@ -213,7 +213,7 @@ def layer_weights(found: Calibration) -> dict[str, float]:
 
 
 def _spectra(found: Calibration) -> Spectra:
-    seen = _seen(found)
+    seen = _reached(found)
     unseen = [path for path in found.trace.safe_paths() if path not in seen]
     values = dict(spectra(found.network.variables, found.trace, unseen).values) if unseen else {}
     jobs, sizes = {}, []  # type: ignore[var-annotated]
@@ -238,13 +238,13 @@ def _spectra(found: Calibration) -> Spectra:
     return Spectra(values)
 
 
-def _seen(found: Calibration) -> _Seen:
+def _reached(found: Calibration) -> _Sums:
     """The sums of the layers that some inputs reached; a branch may never be taken."""
     moments = found.moments.items()
     return {path: own for path, own in moments if all(strips.count for strips in own.values())}
 
 
-def _matrices(found: Calibration, seen: _Seen) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
+def _matrices(found: Calibration, seen: _Sums) -> Iterator[tuple[str, str, np.ndarray, Strips]]:
     """Path, form, kernel and moments of every kernel of every stack."""
     leaves = found.network.named()
     for path, slices in seen.items():

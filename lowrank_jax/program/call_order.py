@@ -70,11 +70,11 @@ def call_order(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Ca
     leaves = zip(jaxpr.invars, arrays, strict=True)
     known: Known = {}
     known.update((var, frozenset([leaf])) for var, leaf in leaves if leaf < count)
-    _walk(jaxpr, known, order)
+    _visit(jaxpr, known, order)
     return order
 
 
-def _walk(jaxpr: Any, known: Known, order: CallOrder) -> None:
+def _visit(jaxpr: Any, known: Known, order: CallOrder) -> None:
     """Follows one program; ``known`` maps a variable to the leaves that it is made of, or to what
     is known of its axes."""
     for eqn in jaxpr.eqns:
@@ -83,7 +83,7 @@ def _walk(jaxpr: Any, known: Known, order: CallOrder) -> None:
         for body in bodies:
             given = zip(body.invars, inputs, strict=True)
             inner: Known = {var: value for var, value in given if value is not None}
-            _walk(body, inner, order)
+            _visit(body, inner, order)
             outputs = [None if isinstance(var, Literal) else inner.get(var) for var in body.outvars]
             known |= dict(zip(eqn.outvars, outputs, strict=False))
         if not bodies and eqn.outvars:

@@ -18,7 +18,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from lowrank_jax.factorization.factors import is_factors, why_not_floating
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.interpreter import bind
-from lowrank_jax.program.jaxprs import check_function, constants, opened
+from lowrank_jax.program.jaxprs import beginning, check_function, constants, opened, values_of
 from lowrank_jax.program.provenance import Source, moved
 from lowrank_jax.program.reading import READERS
 from lowrank_jax.program.traced import Program
@@ -92,7 +92,7 @@ class ChangedKernels:
         needed = _needed(jaxpr, jaxpr.outvars, set(starts))
 
         def run(*inputs: jax.Array) -> list:
-            known = _known(self.flat, inputs)
+            known = beginning(self.flat, inputs)
             for root, stored in starts.items():
                 known[root] = known[stored].astype(root.aval.dtype)
             return _run(needed, known, jaxpr.outvars)
@@ -235,19 +235,9 @@ def _variables(eqn: Any) -> list[Any]:
     return [var for var in eqn.invars if not isinstance(var, Literal)]
 
 
-def _known(closed: Any, inputs: Sequence[Any]) -> dict[Any, Any]:
-    jaxpr = opened(closed)
-    variables = [*jaxpr.constvars, *jaxpr.invars]
-    return dict(zip(variables, [*constants(closed), *inputs], strict=True))
-
-
 def _run(eqns: Sequence[Any], known: dict[Any, Any], results: Sequence[Any]) -> list:
     """Runs equations as they stand; what is given of their results stays."""
-
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else known[var]
-
     for eqn in eqns:
-        found = zip(eqn.outvars, bind(eqn, [read(var) for var in eqn.invars]), strict=True)
+        found = zip(eqn.outvars, bind(eqn, values_of(eqn.invars, known)), strict=True)
         known.update((var, value) for var, value in found if var not in known)
-    return [read(var) for var in results]
+    return values_of(results, known)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
 
-from lowrank_jax.program.jaxprs import constants, opened
+from lowrank_jax.program.jaxprs import beginning, opened, values_of
 from lowrank_jax.program.kernel import Kernel, dense, follow, follow_each
 from lowrank_jax.program.provenance import EACH
 
@@ -52,19 +51,12 @@ def interpret(program: Any, inputs: Sequence[Any], rule: Rule) -> Found:
     Returns:
         The results, each an array or a `Kernel`, and the notes of all equations.
     """
-    jaxpr, notes = opened(program), Notes()
-    variables = [*jaxpr.constvars, *jaxpr.invars]
-    known = dict(zip(variables, [*constants(program), *inputs], strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else known[var]
-
+    jaxpr, notes, known = opened(program), Notes(), beginning(program, inputs)
     for eqn in jaxpr.eqns:
-        values = [read(var) for var in eqn.invars]
-        outputs, new = step(eqn, values, rule)
+        outputs, new = step(eqn, values_of(eqn.invars, known), rule)
         notes = added(notes, new)
         known.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars], notes
+    return values_of(jaxpr.outvars, known), notes
 
 
 def step(eqn: Any, values: list, rule: Rule) -> Found:

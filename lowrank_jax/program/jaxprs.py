@@ -2,11 +2,12 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 NEAR = 0.85  # of two names, as difflib measures: above that of trained and training
 
@@ -88,6 +89,18 @@ def opened(program: Any) -> Any:
 def constants(program: Any) -> list:
     """The constants of a jaxpr; a JAX generation stores them in one of two places."""
     return list(getattr(program, "consts", ()))
+
+
+def beginning(program: Any, inputs: Iterable[Any]) -> dict[Any, Any]:
+    """What is known before the first equation of a jaxpr: variable to value."""
+    jaxpr = opened(program)
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    return dict(zip(variables, [*constants(program), *inputs], strict=True))
+
+
+def values_of(variables: Iterable[Any], known: Mapping[Any, Any]) -> list:
+    """The values of variables and literals."""
+    return [var.val if isinstance(var, Literal) else known[var] for var in variables]
 
 
 def scan_parts(eqn: Any) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
 
-from lowrank_jax.program.jaxprs import opened, programs
+from lowrank_jax.program.interpreter import bind
+from lowrank_jax.program.jaxprs import beginning, opened, programs, values_of
 
 Read = Callable[[Any], Any]  # the value of a variable
 
@@ -53,29 +53,26 @@ def rewritten(fn: Callable, find: Find) -> Callable:
 
 
 def _evaluate(program: Any, inputs: list, find: Find) -> list:
-    own = opened(program)
-    values = dict(zip([*own.constvars, *own.invars], [*program.consts, *inputs], strict=True))
+    own, known = opened(program), beginning(program, inputs)
     parts = find(own)
     last = {id(part.eqns[-1]): part for part in parts}
     skipped = {id(eqn) for part in parts for eqn in part.eqns[:-1]}
 
     def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else values[var]
+        return values_of([var], known)[0]
 
     for eqn in own.eqns:
         if id(eqn) not in skipped:
             part = last.get(id(eqn))
-            found = part.run(read) if part else _run(eqn, [read(var) for var in eqn.invars], find)
-            values |= zip(eqn.outvars, found, strict=True)
-    return [read(var) for var in own.outvars]
+            found = part.run(read) if part else _run(eqn, values_of(eqn.invars, known), find)
+            known |= zip(eqn.outvars, found, strict=True)
+    return values_of(own.outvars, known)
 
 
 def _run(eqn: Any, inputs: list, find: Find) -> list:
     if eqn.primitive.name == "jit" and _any(eqn, find):
         return _evaluate(eqn.params["jaxpr"], inputs, find)
-    with eqn.ctx.manager:
-        found = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-    return found if eqn.primitive.multiple_results else [found]
+    return bind(eqn, inputs)
 
 
 def _any(eqn: Any, find: Find) -> bool:

@@ -20,7 +20,7 @@ Sources = list[Source | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class CountedReading:
     """A reading, how often it runs in one call of the program, and how sure that count is."""
 
     reading: Reading
@@ -49,7 +49,7 @@ class Survey:
     """
 
     def __init__(self) -> None:
-        self.found: list[Found] = []
+        self.found: list[CountedReading] = []
         self.others: list[OtherProduct] = []
         self.touched: dict[str, list[str]] = defaultdict(list)
         self.outputs: Sources = []
@@ -100,7 +100,7 @@ class Survey:
     def _read(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
         reading = Reading.of(eqn, inputs)
         self._touch([s for i, s in enumerate(inputs) if i != reading.operand], eqn.primitive.name)
-        self.found.append(Found(reading, repeats, count))
+        self.found.append(CountedReading(reading, repeats, count))
         return [None] * len(eqn.outvars)
 
     def _entering(self, eqn: Any, inputs: Sources) -> Sources:

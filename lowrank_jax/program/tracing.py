@@ -13,7 +13,7 @@ from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.jaxprs import check_function
 from lowrank_jax.program.kernel_use import KernelUse, Trace
 from lowrank_jax.program.provenance import Source
-from lowrank_jax.program.survey import Found, OtherProduct, Survey
+from lowrank_jax.program.survey import CountedReading, OtherProduct, Survey
 from lowrank_jax.program.traced import Program, traced
 
 NEEDED = (
@@ -127,11 +127,11 @@ def other_use(operations: Sequence[str]) -> str:
     return f"its kernel is also used by {', '.join(names)}" if names else ""
 
 
-def _use(found: Found) -> KernelUse:
+def _use(found: CountedReading) -> KernelUse:
     return _convolution(found) if found.reading.is_convolution else _product(found)
 
 
-def _convolution(found: Found) -> KernelUse:
+def _convolution(found: CountedReading) -> KernelUse:
     reading, repeats = found.reading, found.repeats
     params, spec = reading.eqn.params, reading.eqn.params["dimension_numbers"]
     x, kernel, out = (v.aval for v in (*reading.eqn.invars, *reading.eqn.outvars))
@@ -166,7 +166,7 @@ def _channels_last(shape: Sequence[int], spec: Sequence[int], stack: int) -> tup
     return (shape[batch], *(shape[axis] for axis in spatial), shape[channels] // stack)
 
 
-def _product(found: Found) -> KernelUse:
+def _product(found: CountedReading) -> KernelUse:
     reading, repeats = found.reading, found.repeats
     eqn, operand, source = reading.eqn, reading.operand, reading.source
     (contracting, _), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval

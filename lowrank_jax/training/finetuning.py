@@ -145,7 +145,7 @@ def finetune(
         check_plan(plan, variables)
     _check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
     if data.epoch:  # a stream cannot be looked into
-        warn_if_raw(_seen(next(data.after(0)), augment))
+        warn_if_raw(_inputs_of(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
     optimiser = _optimiser(tx, learning_rate, clip, count, accumulate)
     step = make_step(
@@ -234,7 +234,7 @@ def _settings(
     }
 
 
-def _seen(batch: tuple, augment: Augment | None) -> tuple:
+def _inputs_of(batch: tuple, augment: Augment | None) -> tuple:
     """The inputs that the networks get of a batch; shapes stand for arrays that `augment` makes."""
     if augment is not None:
         batch = jax.eval_shape(augment, jax.random.key(0), batch)
