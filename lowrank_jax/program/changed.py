@@ -21,6 +21,7 @@ from lowrank_jax.program.interpreter import bind
 from lowrank_jax.program.jaxprs import beginning, check_function, constants, opened, values_of
 from lowrank_jax.program.provenance import Source, moved
 from lowrank_jax.program.reading import READERS
+from lowrank_jax.program.survey import LOOPS, Survey
 from lowrank_jax.program.traced import Program
 
 KEY = "changed"
@@ -186,13 +187,23 @@ def _made_of(jaxpr: Any, inputs: Mapping[str, Any]) -> dict[Any, Names]:
 
 
 def _operands(jaxpr: Any, made_of: Mapping[Any, Names]) -> list[Any]:
-    """What convolutions and products of data read that parameters alone decide."""
+    """What convolutions and products of data read that parameters alone decide, be it in a loop."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in READERS:
-            fixed = [var for var in _variables(eqn) if made_of.get(var)]
-            found += fixed if len(fixed) == 1 and eqn.outvars[0] not in made_of else []
+        fixed = [var for var in _variables(eqn) if made_of.get(var)]
+        if eqn.primitive.name in READERS and eqn.outvars[0] not in made_of:
+            found += fixed if len(fixed) == 1 else []
+        if eqn.primitive.name in LOOPS:
+            found += [var for var in fixed if _is_read(eqn, var)]
     return found
+
+
+def _is_read(eqn: Any, var: Any) -> bool:
+    """Whether convolutions or products in a loop read a value, and nothing else does."""
+    sources = [Source.of("", own.aval.shape) if own is var else None for own in eqn.invars]
+    survey = Survey.of_equation(eqn, sources)
+    read = [found.reading for found in survey.found if found.reading.source is not None]
+    return bool(read) and not any(own.reason for own in read) and not survey.touched
 
 
 def _before_moves(var: Any, producers: Mapping[Any, Any]) -> list[Any]:

@@ -63,6 +63,13 @@ class Survey:
         survey._touch(moved, "the output of the program")
         return survey
 
+    @classmethod
+    def of_equation(cls, eqn: Any, sources: Sources) -> "Survey":
+        """The survey of one equation, such as a loop, whose operands stem from these sources."""
+        survey = cls()
+        survey._step(eqn, sources, 1, "exact")
+        return survey
+
     def _follow(self, program: Any, sources: Sequence, repeats: int, count: str) -> Sources:
         """Passes one program, and returns the sources of its outputs."""
         jaxpr = opened(program)

@@ -257,7 +257,7 @@ def test_an_unknown_suffix_and_a_missing_file_are_refused_with_what_is_readable(
         match=r"w.h5: the format '.h5' is not known. Readable are .npz, .* Orbax folders",
     ):
         load_weights(tmp_path / "w.h5")
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent.npz; readable are"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*absent.npz; give one of"):
         load_weights(tmp_path / "absent.npz")
 
 

@@ -135,6 +135,40 @@ def test_the_tree_may_be_any_argument(change):
     np.testing.assert_allclose(both(small, IMAGES, two=small), 0 * wanted, atol=1e-6)
 
 
+def in_scan(stack, x, _):
+    return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, stack)[0]
+
+
+def read_otherwise(stack, x, _):
+    return jax.lax.scan(lambda x, kernel: (x @ kernel + kernel.sum(), None), x, stack)[0]
+
+
+def in_fori(stack, x, _):
+    return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ stack), x)
+
+
+@pytest.mark.parametrize(
+    "read, shape, known",
+    [(in_scan, (3, 8, 8), True), (in_fori, (8, 8), True), (read_otherwise, (3, 8, 8), False)],
+)
+def test_a_stack_that_is_changed_before_a_loop_is_decomposed(read, shape, known):
+    tree = {"stack": {"kernel": jax.random.normal(jax.random.key(0), shape), "gain": jnp.ones(8)}}
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+
+    def apply(tree, x):
+        own = tree["stack"]
+        scale = own["gain"] / jnp.linalg.norm(own["kernel"], axis=-2, keepdims=True)
+        return read(own["kernel"] * scale, x, None)
+
+    program = lr.trace(apply, tree, x)
+    assert program.at("stack")[0].safe == program.at("stack")[0].changed == known
+    if known:
+        full = lr.decompose(tree, {"stack": lr.Matrix(8)}, program)
+        np.testing.assert_allclose(lr.lowrank(apply)(full, x), apply(tree, x), atol=1e-5)
+        small = lr.compress(apply, tree, x, lr.plan(apply, tree, x, macs=0.6))
+        assert lr.trace(lr.lowrank(apply), small, x).macs <= 0.6 * program.macs
+
+
 def test_its_two_convolutions_are_what_runs():
     apply, variables = network(standardised)
     program = lr.trace(apply, variables, IMAGES)
