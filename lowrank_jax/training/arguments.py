@@ -1,9 +1,10 @@
-"""Which kinds of values the arguments of a training may have, in one table."""
+"""What the arguments of a training may be: which kinds of values, and which beside which."""
 
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
@@ -38,6 +39,54 @@ def check_kinds(given: Mapping[str, Any]) -> None:
         fits, allowed, optional = KINDS[name]
         if not (optional and given[name] is None) and not fits(given[name]):
             raise ValueError(f"{name}={given[name]!r:.80} is not allowed; give {allowed}.")
+
+
+def check_idle(
+    teacher_apply: Callable | None, teacher: Any, after_epoch: Callable | None, epoch: int | None
+) -> None:
+    """Refuses functions that would never be called.
+
+    Args:
+        teacher_apply, teacher, after_epoch: as in `finetune`.
+        epoch: steps of an epoch; None for batches that cannot be counted.
+
+    Raises:
+        ValueError: there is such a function, or one in the place of the teacher's variables.
+    """
+    if callable(teacher) and not jax.tree.leaves(teacher, is_leaf=callable)[1:]:
+        raise ValueError(
+            f"teacher={teacher!r:.80} is not allowed; give the variables of the dense network, and "
+            "its function, where it is another one, as teacher_apply."
+        )
+    if teacher_apply is not None and teacher is None:
+        raise ValueError(
+            f"teacher_apply={teacher_apply!r:.80} is not allowed without teacher, the variables "
+            "that it is called with; give both, or neither."
+        )
+    if after_epoch is not None and epoch is None:
+        raise ValueError(
+            f"after_epoch={after_epoch!r:.80} is not allowed for batches that cannot be counted, "
+            "which have no epochs; give arrays or a list of batches, or leave it out."
+        )
+
+
+def check_unread(tx: Any, **given: tuple[Any, Any]) -> None:
+    """Refuses arguments of the default optimiser beside another one.
+
+    Args:
+        tx: the other one, or None.
+        **given: argument to its value, and to its usual one.
+
+    Raises:
+        ValueError: such an argument has another value than usual.
+    """
+    for name, (value, usual) in given.items():
+        if tx is not None and value != usual:
+            raise ValueError(
+                f"{name}={value!r} is not read beside tx, which has its own; leave it out, and "
+                "build it into tx, as in optax.chain(optax.clip_by_global_norm(1.0), "
+                "optax.sgd(0.1))."
+            )
 
 
 def _is_seed(value: Any) -> bool:

@@ -15,7 +15,7 @@ from lowrank_jax.planning.leaves import check_plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import gradient_options
 from lowrank_jax.program.jaxprs import check_function, check_options
-from lowrank_jax.training.arguments import check_kinds
+from lowrank_jax.training.arguments import check_idle, check_kinds, check_unread
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.forward import check_mutable, tell_kept
 from lowrank_jax.training.losses import Loss, Name, Term
@@ -140,10 +140,10 @@ def finetune(
     tell_kept(apply, kwargs, (mutable, train_kwargs), variables)
     data = batches_of(batches, batch_size, seed)
     count = count_steps(data, steps, epochs)
-    _check_idle(teacher_apply, teacher, after_epoch, data)
+    check_idle(teacher_apply, teacher, after_epoch, data.epoch)
     if plan is not None:
         check_plan(plan, variables)
-    _check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
+    check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
     if data.epoch:  # a stream cannot be looked into
         warn_if_raw(_inputs_of(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)
@@ -187,38 +187,6 @@ def finetune(
         sharding=sharding,
     )
     return run.finish(start).averaged
-
-
-def _check_idle(
-    teacher_apply: Callable | None, teacher: Any, after_epoch: AfterEpoch | None, data: Batches
-) -> None:
-    """Refuses functions that would never be called."""
-    if callable(teacher) and not jax.tree.leaves(teacher, is_leaf=callable)[1:]:
-        raise ValueError(
-            f"teacher={teacher!r:.80} is not allowed; give the variables of the dense network, and "
-            "its function, where it is another one, as teacher_apply."
-        )
-    if teacher_apply is not None and teacher is None:
-        raise ValueError(
-            f"teacher_apply={teacher_apply!r:.80} is not allowed without teacher, the variables "
-            "that it is called with; give both, or neither."
-        )
-    if after_epoch is not None and data.epoch is None:
-        raise ValueError(
-            f"after_epoch={after_epoch!r:.80} is not allowed for batches that cannot be counted, "
-            "which have no epochs; give arrays or a list of batches, or leave it out."
-        )
-
-
-def _check_unread(tx: Any, **given: tuple[Any, Any]) -> None:
-    """Refuses arguments of the default optimiser beside another one, by their usual values."""
-    for name, (value, usual) in given.items():
-        if tx is not None and value != usual:
-            raise ValueError(
-                f"{name}={value!r} is not read beside tx, which has its own; leave it out, and "
-                "build it into tx, as in optax.chain(optax.clip_by_global_norm(1.0), "
-                "optax.sgd(0.1))."
-            )
 
 
 def _settings(
