@@ -176,13 +176,23 @@ def tell_kept(apply: Callable, kwargs: Mapping[str, Any], given: Any, variables:
             " and ".join(kept),
             kept,
         )
-    elif not {*Forward.of(apply, kwargs).training} & {*TRAINING}:
+    elif flags := _unset_flags(apply, kwargs):
         LOG.warning(
-            "The model has %s and no argument named %s, so that it is called in training as in "
-            "evaluation; give its own argument, as in train_kwargs={'is_train': True}.",
+            "The model has %s, and is called in training with %s as in evaluation; if that is what "
+            "turns training on, give train_kwargs=%s.",
             " and ".join(kept),
-            ", ".join(TRAINING),
+            ", ".join(f"{name}={value}" for name, value in flags.items()),
+            {name: not value for name, value in flags.items()},
         )
+
+
+def _unset_flags(apply: Callable, kwargs: Mapping[str, Any]) -> dict[str, bool]:
+    """The flags of a Linen module's call that nobody sets, where none has a known name."""
+    module = _module_of(apply)
+    assert module is not None
+    given = inspect.signature(_method(module, kwargs.get("method"))).parameters.values()
+    flags = {own.name: own.default for own in given if isinstance(own.default, bool)}
+    return {} if {*flags} & {*TRAINING, *kwargs} else flags
 
 
 def check_mutable(mutable: Sequence[str] | None, variables: Any) -> None:

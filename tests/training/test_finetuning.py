@@ -188,7 +188,7 @@ def test_statistics_that_stay_as_they_are_are_told(batch, caplog):
     assert "batch_stats of the variables stay as they are" in caplog.text
     assert not moved(variables, tuned)
     tuned = finetune(own.apply, variables, batch, **options)
-    assert "no argument named train, training" in caplog.text and not moved(variables, tuned)
+    assert "give train_kwargs={'is_train': True}" in caplog.text and not moved(variables, tuned)
     told = len(caplog.records)
     tuned = finetune(own.apply, variables, batch, train_kwargs={"is_train": True}, **options)
     assert len(caplog.records) == told and moved(variables, tuned)
