@@ -55,6 +55,20 @@ CASES = {
     "groups that do not divide": (lambda: lr.max_rank(K.shape, 3), "max_rank: groups=3 is not"),
     "no groups": (lambda: lr.spectrum(K, 0), "spectrum: groups=0 is not allowed; give an int of 1"),
     "a matrix as HWIO": (lambda: lr.spectrum(K[0, 0]), "spectrum: a kernel of shape (4, 8) has"),
+    "a layout without outputs": (lambda: lr.spectrum(K, axes="HW"), "axes='HW' is not allowed"),
+    "an unknown layout": (lambda: lr.max_rank(K.shape, axes="XYZW"), "axes='XYZW' is not allowed"),
+    "factors of no layout": (
+        lambda: lr.merge(jnp.ones((3, 1, 4, 2)), jnp.ones((1, 3, 2, 8)), "HWIX"),
+        "do not fit together in the layout axes='HWIX'",
+    ),
+    "lists to merge": (
+        lambda: lr.merge([1.0], [2.0]),
+        "merge: the kernel is a list; give an array",
+    ),
+    "stacks of two sizes": (
+        lambda: lr.merge(jnp.ones((4, 3, 1, 4, 2)), jnp.ones((5, 1, 3, 2, 8))),
+        "do not fit together",
+    ),
     "two kernels": (lambda: lr.merge(K, jnp.ones((3, 3, 8, 2))), "merge: factors of shapes (3, 3,"),
     "other ranks": (
         lambda: lr.merge(jnp.ones((3, 1, 4, 6)), jnp.ones((1, 3, 7, 2))),

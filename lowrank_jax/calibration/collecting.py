@@ -147,7 +147,8 @@ class Calibration:
 def prepared(
     apply: Callable, variables: Any, inputs: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Network, Inputs, Trace]:
-    """The network, its batches, and its trace of one image, or of a batch if one does not run."""
+    """The network, its batches, which can be had again, and its trace of one image, or of a batch
+    if one image does not run."""
     network = Network(apply, variables, args, kwargs)
     batches = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
     first = batches.first()

@@ -244,7 +244,7 @@ def tell_labels(arguments: tuple) -> None:
 def tell_together(arguments: tuple) -> None:
     """Logs that costs are those of a whole batch."""
     LOG.warning(
-        "The network does not run on one image alone: costs, and budgets that are counts, are "
-        "those of %d images.",
+        "The network does not run on one image alone, or a mesh of devices cannot divide one: "
+        "costs, and budgets that are counts, are those of %d images.",
         images(arguments),
     )

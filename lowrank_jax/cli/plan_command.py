@@ -80,12 +80,11 @@ def run(args: argparse.Namespace) -> None:
 
 def planner(found: Calibration, args: argparse.Namespace) -> Callable[..., Plan]:
     """`plan` of a calibration; layers are timed once for all its plans."""
-    timer = None
+    options = dict(multiple=args.multiple)
     if "latency" in args.budget:
         from lowrank_jax.tuning.timer import Timer  # loads with this budget alone
 
-        timer = Timer(default_options())
-    options = dict(batch=args.batch, multiple=args.multiple, timer=timer)
+        options |= dict(batch=args.batch, timer=Timer(default_options()))
     return functools.partial(plan, found, **options)
 
 

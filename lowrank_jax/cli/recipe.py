@@ -68,9 +68,9 @@ def loss_of(args: argparse.Namespace, has_labels: bool, has_teacher: bool) -> Lo
     own = DISTILL if args.distill is None else args.distill
     weight = 0.0 if not has_teacher else 1.0 if not has_labels else own
     if weight == 0 and has_teacher:
-        _refuse(args, "temperature", "a share of the teacher; raise --distill above 0")
+        _refuse(args, "temperature", "a share of the teacher; give --distill above 0")
     if weight == 1 and has_labels:
-        _refuse(args, "smoothing", "a share of the labels; lower --distill below 1")
+        _refuse(args, "smoothing", "a share of the labels; give --distill below 1")
     found = taught(weight, args.temperature or TEMPERATURE, args.smoothing or 0.0)
     return found + args.layers * layer_matching() if args.layers else found
 

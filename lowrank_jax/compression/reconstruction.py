@@ -155,7 +155,7 @@ class Reconstruction:
         if others:
             found = with_others(self.segments, self.outline, found, others, roots, shift)
         if lacks:
-            centred = self.match_means and all(map(self._takes_up_means, [place, *others]))
+            centred = self.match_means and all(map(self._takes_up_means, (place, *others)))
             self.layers.fit(path, reading, found, centred)
         self._match_outputs(reading, shift, found, matched)
         if sample and self.layers.supported(path):

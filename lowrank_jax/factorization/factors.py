@@ -78,7 +78,7 @@ def is_factors(node: Any) -> bool:
         return False
     others = set(node) - set(order[:2])
     # Other modules have such names, too. A bias beside what fits is refused by `read_factors`.
-    fit = others == {"bias"} and _fit(one, two, order[3] or fit_axes(AXES[2], len(one)))
+    fit = others == {"bias"} and fit_together(one, two, order[3] or fit_axes(AXES[2], len(one)))
     return not others or fit
 
 
@@ -139,7 +139,7 @@ def read_factors(node: Mapping, path: str) -> tuple[tuple[Any, Any], str, str]:
         )
     pair = _unboxed(node[one]), _unboxed(node[two])
     axes = axes or fit_axes(AXES[2], len(shape_of(pair[0])))
-    check_factors(path, pair, axes)
+    _check(path, pair, axes)
     return pair, axes, first
 
 
@@ -148,14 +148,9 @@ def _unboxed(factor: Any) -> Any:
     return factor if is_factors(factor) else jax.tree.leaves(factor)[0]
 
 
-def check_factors(path: str, pair: tuple[Any, Any], axes: str) -> None:
-    """Refuses arrays that are not the factors of one kernel.
-
-    Raises:
-        ValueError: their shapes do not fit together, or they are no floating-point numbers.
-    """
+def _check(path: str, pair: tuple[Any, Any], axes: str) -> None:
     shapes = [shape_of(factor) for factor in pair]
-    if not _fit(shapes[0], shapes[1], axes):
+    if not fit_together(shapes[0], shapes[1], axes):
         raise ValueError(
             f"{path}: factors of shapes {shapes[0]} and {shapes[1]} do not fit together in the "
             "layout "
@@ -231,7 +226,8 @@ def check_floating(dtype: Any, where: str) -> None:
         raise ValueError(f"{where}: {reason}. {remedy}")
 
 
-def _fit(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
+def fit_together(one: Sequence[int], two: Sequence[int], axes: str) -> bool:
+    """Whether arrays of two shapes are the factors of one kernel."""
     if len(one) != len(two) or len(one) < len(axes) or 0 in (*one, *two):
         return False
     stack = len(one) - len(axes)

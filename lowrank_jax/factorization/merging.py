@@ -1,13 +1,19 @@
 """Factors multiplied back into the dense kernel that they stand for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.factorization.axes import INPUTS, OUTPUTS, only, sizes_of, spatial_axes
-from lowrank_jax.factorization.factors import check_factors, dense_shape, is_factors, read_factors
+from lowrank_jax.factorization.factors import (
+    check_array,
+    dense_shape,
+    fit_together,
+    is_factors,
+    read_factors,
+)
 from lowrank_jax.factorization.layout import Array, merged, parted
 from lowrank_jax.factorization.placement import dense_sharding, gathered, placed
 
@@ -31,12 +37,34 @@ def merge(first: jax.Array, second: jax.Array, axes: str = "HWIO") -> jax.Array:
         >>> merge(jnp.ones((5, 1, 3, 10)), jnp.ones((1, 5, 10, 192))).shape
         (5, 5, 3, 192)
     """
-    check_factors("merge", (first, second), axes)
+    _check_pair(first, second, axes)
     dtype = jnp.result_type(first, second)
     wide = jnp.promote_types(dtype, jnp.float32)
     one, two = (jnp.asarray(gathered(x), wide) for x in (first, second))
     dense = multiplied(one, two, axes)
     return placed(dense.astype(dtype), dense_sharding((first, second), axes))
+
+
+def _check_pair(first: jax.Array, second: jax.Array, axes: str) -> None:
+    for factor in (first, second):
+        check_array(factor, "merge")
+    one, two = _one_stack(first.shape, second.shape, axes)
+    known = {"I", "O"} <= {*axes} and len(set(axes)) == len(axes)
+    if not known or not fit_together(one, two, axes):
+        raise ValueError(
+            f"merge: factors of shapes {first.shape} and {second.shape} do not fit together in the "
+            f"layout {axes=}; give the two that Scheme.factor returns, and their layout."
+        )
+
+
+def _one_stack(one: Sequence[int], two: Sequence[int], axes: str) -> list[tuple[int, ...]]:
+    """The shapes of two factors, each with the other's stack where its own is shared."""
+    pairs = [(one, two), (two, one)]
+    count = max(len(one) - len(axes), 0)
+    return [
+        (*(b if a == 1 else a for a, b in zip(own[:count], other, strict=False)), *own[count:])
+        for own, other in pairs
+    ]
 
 
 def multiplied(first: Array, second: Array, axes: str) -> Array:

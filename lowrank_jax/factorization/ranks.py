@@ -5,7 +5,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 
-from lowrank_jax.factorization.axes import OUTPUTS, own_letters, sizes_of
+from lowrank_jax.factorization.axes import OUTPUTS, own_letters, sizes_of, split_axes
 
 
 def max_rank(
@@ -29,6 +29,7 @@ def max_rank(
         >>> max_rank((5, 5, 96, 192))
         480
     """
+    split_axes(axes, first)
     sizes = checked_sizes(axes, shape, "max_rank")
     check_groups(groups, sizes, axes, "max_rank")
     rows, columns = (
@@ -52,10 +53,10 @@ def checked_sizes(axes: str, shape: Sequence[int], where: str) -> dict[str, int]
 
 
 def check_groups(groups: object, sizes: Mapping[str, int], axes: str, where: str) -> None:
-    """Refuses groups that do not divide the outputs.
+    """Refuses groups that do not divide the first axis of the outputs.
 
     Raises:
-        ValueError: the groups are no int of 1 or more, or do not divide the outputs.
+        ValueError: the groups are no int of 1 or more, or do not divide these outputs.
     """
     outputs = sizes[next(letter for letter in axes if letter in OUTPUTS)]
     if not isinstance(groups, numbers.Integral) or groups < 1 or outputs % groups:

@@ -241,6 +241,7 @@ def spectrum(
         [6, 0, 0, 0, 0, 0]
     """
     kernel = as_kernel(kernel, "spectrum")
+    split_axes(axes, first)
     check_groups(groups, checked_sizes(axes, kernel.shape, "spectrum"), axes, "spectrum")
     spread = to_pair(wide(gathered(kernel)), axes, first)
     return jnp.linalg.svd(to_matrix(spread, groups), compute_uv=False)

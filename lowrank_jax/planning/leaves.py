@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from lowrank_jax.factorization.factors import is_factors, shape_of
+from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.changed import KEY, is_changed
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.tree.decomposing import factored, find_schemes
@@ -147,9 +148,8 @@ def _other(plan: "Plan", path: str, nodes: Mapping[str, Any]) -> str:
         return "the variables hold factors, and the plan has no rank"
     if path not in nodes:
         return f"the plan has {plan.ranks[path]}, and the variables hold no factors"
-    found = sum(leaf.size for leaf in jax.tree.leaves(nodes[path]))
-    same = found == _entries(plan, path, nodes)
-    return "" if same else f"the plan has {plan.ranks[path]}, and the factors are of another rank"
+    same = _is_of(nodes[path], plan.ranks[path])
+    return "" if same else f"the plan has {plan.ranks[path]}, and the factors are others"
 
 
 def _nodes(variables: Any) -> dict[str, Any]:
@@ -164,7 +164,11 @@ def _nodes(variables: Any) -> dict[str, Any]:
     return {path: node[KEY] if is_changed(node) else node for path, node in pairs}
 
 
-def _entries(plan: "Plan", path: str, nodes: Mapping[str, Any]) -> int:
-    """The entries of all factors of a layer, of all kernels of a stack."""
-    scheme, shape = plan.ranks[path], shape_of(nodes[path])
-    return math.prod(shape[: len(shape) - len(scheme.axes)]) * scheme.parameters(shape)
+def _is_of(node: Any, scheme: Scheme) -> bool:
+    """Whether factors have the keys and the shapes that a scheme gives them."""
+    shape = shape_of(node)
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if len(shape) < len(scheme.axes):
+        return False
+    made = jax.eval_shape(lambda kernel: scheme.node(scheme.factor(kernel)), kernel)
+    return jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, node)

@@ -190,8 +190,10 @@ def _operands(jaxpr: Any, made_of: Mapping[Any, Names]) -> list[Any]:
     """What convolutions and products of data read that parameters alone decide, be it in a loop."""
     found = []
     for eqn in jaxpr.eqns:
+        if all(var in made_of for var in eqn.outvars):
+            continue
         fixed = [var for var in _variables(eqn) if made_of.get(var)]
-        if eqn.primitive.name in READERS and eqn.outvars[0] not in made_of:
+        if eqn.primitive.name in READERS:
             found += fixed if len(fixed) == 1 else []
         if eqn.primitive.name in LOOPS:
             found += [var for var in fixed if _is_read(eqn, var)]

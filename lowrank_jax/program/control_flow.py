@@ -28,9 +28,11 @@ def _jit(eqn: Any, values: list, rule: Rule) -> Found:
     plain = not any(isinstance(x, jax.sharding.Sharding) for x in placed)
     if plain and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values)):
         return interpret(params["jaxpr"], values, rule)
-    by_value = type(rule).__eq__ is not object.__eq__
-    compiled = _compiled if by_value else _compiled.__wrapped__  # which would keep all it holds
-    return compiled(params["jaxpr"], rule, _options(params, values))(*values)
+    options = _options(params, values)
+    if type(rule).__eq__ is object.__eq__:
+        # A rule that is equal to itself alone would stay in the cache with all its arrays.
+        return _compiled.__wrapped__(params["jaxpr"], rule, options)(*values)
+    return _compiled(params["jaxpr"], rule, options)(*values)
 
 
 def _options(params: dict[str, Any], values: list) -> tuple:

@@ -43,14 +43,14 @@ class Survey:
 
     Attributes:
         found: the readings in program order.
-        others: products of other kinds, in program order.
+        products: the readings, and products of other kinds, in program order.
         touched: path of a kernel to the operations that use it in another way.
         outputs: sources of what the program gives.
     """
 
     def __init__(self) -> None:
         self.found: list[CountedReading] = []
-        self.others: list[OtherProduct] = []
+        self.products: list[CountedReading | OtherProduct] = []
         self.touched: dict[str, list[str]] = defaultdict(list)
         self.outputs: Sources = []
 
@@ -89,7 +89,7 @@ class Survey:
         if operation in READERS:
             return self._read(eqn, inputs, repeats, count)
         if operation == RAGGED:
-            self.others.append(OtherProduct(eqn, inputs[1], repeats, count))
+            self.products.append(OtherProduct(eqn, inputs[1], repeats, count))
         if operation in LOOPS:
             return self._loop(eqn, inputs, repeats, LOOPS[operation] if count == "exact" else count)
         for inner in programs(eqn.params):
@@ -108,6 +108,7 @@ class Survey:
         reading = Reading.of(eqn, inputs)
         self._touch([s for i, s in enumerate(inputs) if i != reading.operand], eqn.primitive.name)
         self.found.append(CountedReading(reading, repeats, count))
+        self.products.append(self.found[-1])
         return [None] * len(eqn.outvars)
 
     def _entering(self, eqn: Any, inputs: Sources) -> Sources:

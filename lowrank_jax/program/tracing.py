@@ -88,7 +88,7 @@ def _rows(
     survey: Survey, types: Mapping[str, str], changed: Collection[str] = ()
 ) -> list[KernelUse]:
     uses: dict[tuple, KernelUse] = {}
-    for use in [*map(_use, survey.found), *map(_other_product, survey.others)]:
+    for use in map(_use, survey.products):
         use = dataclasses.replace(use, changed=use.path in changed)
         same = dataclasses.replace(use, uses=0, macs=0, bytes=0)
         key = (same, None if use.path else len(uses))  # computed kernels stay apart
@@ -127,7 +127,9 @@ def other_use(operations: Sequence[str]) -> str:
     return f"its kernel is also used by {', '.join(names)}" if names else ""
 
 
-def _use(found: CountedReading) -> KernelUse:
+def _use(found: CountedReading | OtherProduct) -> KernelUse:
+    if isinstance(found, OtherProduct):
+        return _other_product(found)
     return _convolution(found) if found.reading.is_convolution else _product(found)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.program.jaxprs import is_array
 from lowrank_jax.training import augmentation
 from lowrank_jax.tree.kinds import is_int, is_number
 
@@ -53,7 +54,7 @@ def check_idle(
     Raises:
         ValueError: there is such a function, or one in the place of the teacher's variables.
     """
-    if callable(teacher) and not jax.tree.leaves(teacher, is_leaf=callable)[1:]:
+    if callable(teacher) and not any(map(is_array, jax.tree.leaves(teacher))):
         raise ValueError(
             f"teacher={teacher!r:.80} is not allowed; give the variables of the dense network, and "
             "its function, where it is another one, as teacher_apply."

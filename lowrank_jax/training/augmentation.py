@@ -128,13 +128,14 @@ def parts(batch: tuple) -> tuple[tuple, Any]:
     """The inputs of a batch, and its labels: the last of several things, or None.
 
     Raises:
-        ValueError: the batch is no tuple, as that of an own function may be.
+        ValueError: the batch is no tuple or list, as that of an own function may be.
     """
-    if not isinstance(batch, tuple) or not batch:
+    if not isinstance(batch, tuple | list) or not batch:
         raise ValueError(
-            f"augment gives a {type(batch).__name__}; give a tuple as it takes one: of the inputs, "
-            "then the labels where there are some."
+            f"The batch is a {type(batch).__name__}; give a tuple of the inputs, then the labels "
+            "where there are some, be it from the data or from augment."
         )
+    batch = tuple(batch)
     return (batch[:-1], batch[-1]) if len(batch) > 1 else (batch, None)
 
 

@@ -5,6 +5,7 @@ where the updates are still gradients.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import chex
@@ -12,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.factorization.factors import is_factor_key, read_factors, wide
+from lowrank_jax.factorization.factors import is_factor_key, is_factors, read_factors, wide
 from lowrank_jax.factorization.layout import to_pair
 from lowrank_jax.factorization.scheme import Scheme, spectrum
 from lowrank_jax.program.names import leaf_names
 from lowrank_jax.tree.decomposing import find_schemes, reconstruct
 from lowrank_jax.tree.kinds import is_number
 from lowrank_jax.tree.paths import factored_leaves, named_leaves
-from lowrank_jax.tree.rules import Rules, as_table
+from lowrank_jax.tree.rules import Rule, Rules, as_table
 
 
 def frobenius_decay(weight: float) -> optax.GradientTransformation:
@@ -109,8 +110,7 @@ def nuclear_decay(weight: float, rules: Rules) -> optax.GradientTransformation:
     """
 
     def penalty(params: chex.ArrayTree) -> jax.Array:
-        frozen = _names_of(params, _is_out)
-        own = {path: rule for path, rule in as_table(rules).items() if path not in frozen}
+        own = _without_frozen(params, as_table(rules))
         kernels, schemes = named_leaves(params), find_schemes(params, own) if own else {}
         return _sum(_nuclear_norm(kernels[path], scheme) for path, scheme in schemes.items())
 
@@ -149,10 +149,24 @@ def _whole_pairs(params: chex.ArrayTree) -> list[chex.ArrayTree]:
 
 def _is_half(node: chex.ArrayTree) -> bool:
     """Whether a node is of factors some of which are left out, as frozen or masked ones are."""
-    if not isinstance(node, Mapping) or not node:
+    if not isinstance(node, Mapping) or len(node) != 2:
         return False
     named = all(isinstance(key, str) and is_factor_key(key) for key in node)
-    return named and {bool(jax.tree.leaves(factor)) for factor in node.values()} == {True, False}
+    parts = [part for part in node.values() if jax.tree.leaves(part)]
+    halves = [part for part in parts if _is_half(part)]
+    modules = [part for part in parts if isinstance(part, Mapping) and not is_factors(part)]
+    return named and len(modules) == len(halves) and (len(parts) == 1 or bool(halves))
+
+
+def _without_frozen(params: chex.ArrayTree, table: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of a table without those that match frozen layers alone."""
+    frozen, own = _names_of(params, _is_out), named_leaves(params)
+
+    def idle(pattern: str) -> bool:
+        alone = not any(re.fullmatch(pattern, name) for name in own)
+        return alone and any(re.fullmatch(pattern, name) for name in frozen)
+
+    return {path: rule for path, rule in table.items() if not idle(path)}
 
 
 def _is_out(leaf: chex.ArrayTree) -> bool:

@@ -217,9 +217,11 @@ def _compiled(step: Step, state: TrainState, sharding: NamedSharding | None, dty
     if sharding is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    whole = NamedSharding(sharding.mesh, PartitionSpec())
-    step = automatic(step, sharding.mesh, (places, whole))
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, whole), compiler_options=options)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    step = automatic(step, sharding.mesh, (places, everywhere))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(places, everywhere), compiler_options=options
+    )
 
 
 def count_steps(batches: Batches, steps: int | None, epochs: int | None) -> int:

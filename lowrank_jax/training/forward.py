@@ -190,9 +190,11 @@ def _unset_flags(apply: Callable, kwargs: Mapping[str, Any]) -> dict[str, bool]:
     """The flags of a Linen module's call that nobody sets, where none has a known name."""
     module = _module_of(apply)
     assert module is not None
-    given = inspect.signature(_method(module, kwargs.get("method"))).parameters.values()
-    flags = {own.name: own.default for own in given if isinstance(own.default, bool)}
-    return {} if {*flags} & {*TRAINING, *kwargs} else flags
+    given = inspect.signature(_method(module, kwargs.get("method"))).parameters
+    set_already = {*TRAINING, *kwargs, *getattr(apply, "keywords", {})}
+    flags = {name: own.default for name, own in given.items() if isinstance(own.default, bool)}
+    fields = any(name in TRAINING for name in vars(module))
+    return {} if set_already & {*given, *kwargs} or fields else flags
 
 
 def check_mutable(mutable: Sequence[str] | None, variables: Any) -> None:

@@ -36,14 +36,20 @@ def placed(tree: Any, sharding: NamedSharding | None) -> Any:
 
 def _global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     try:
+        _check_axes(sharding, array.ndim)
         sharding.shard_shape(array.shape)
-    except (ValueError, IndexError) as error:  # more axes in the spec than in the array
+    except ValueError as error:
         raise ValueError(
             f"Arrays {array.shape} cannot be split by {sharding.spec} over the mesh "
             f"{dict(sharding.mesh.shape)}; give a batch_size that the devices divide, and a spec "
             "of the first axis alone."
         ) from error
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def _check_axes(sharding: NamedSharding, ndim: int) -> None:
+    if len(sharding.spec) > ndim:
+        raise ValueError(f"{sharding.spec} has more than {ndim} axes; give one of the first axis.")
 
 
 def on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

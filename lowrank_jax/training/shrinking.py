@@ -78,9 +78,9 @@ def shrink(
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
-    count = _check_tune(apply, tune, batches)
+    count = _steps_of(apply, tune, batches)
     stages = [None] * len(macs) if folder is None else stage_folders(folder, macs)
-    check_steps(stages, count)
+    _check_steps(stages, count)
     dense, current = variables, variables
     for share, own in zip(macs, stages, strict=True):
         chosen, start = _compressed(apply, dense, current, inputs, share, own, kwargs)
@@ -118,7 +118,7 @@ def _teacher(tune: Mapping[str, Any], dense: Any) -> dict[str, Any]:
     return {"teacher": dense, **tune} if taught else dict(tune)
 
 
-def check_steps(stages: Sequence[Path | None], steps: int) -> None:
+def _check_steps(stages: Sequence[Path | None], steps: int) -> None:
     """Refuses other steps for a stage whose network a later stage has begun from.
 
     Raises:
@@ -133,8 +133,8 @@ def check_steps(stages: Sequence[Path | None], steps: int) -> None:
             )
 
 
-def _check_tune(apply: Callable, tune: Mapping[str, Any], batches: Any) -> int:
-    """Refuses arguments of `finetune` before the first stage is compressed; gives a stage's steps.
+def _steps_of(apply: Callable, tune: Mapping[str, Any], batches: Any) -> int:
+    """The steps of a stage; refuses arguments of `finetune` before the first one is compressed.
 
     Raises:
         ValueError: an argument is not known, not allowed, of another kind or lacking.

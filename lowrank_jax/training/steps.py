@@ -233,20 +233,23 @@ def _advanced(
     )
 
 
-def _accumulating(optimizer: Any) -> list[optax.MultiStepsState]:
-    """The states that accumulate gradients, wherever in the state of an optimiser they stand."""
+def _accumulating(optimizer: Any, params: Any) -> list[optax.MultiStepsState]:
+    """The states that accumulate the gradients of all parameters, wherever they stand."""
 
     def is_one(node: Any) -> bool:
         return isinstance(node, optax.MultiStepsState)
 
-    return [node for node in jax.tree.leaves(optimizer, is_leaf=is_one) if is_one(node)]
+    count = len(jax.tree.leaves(params))
+    found = [node for node in jax.tree.leaves(optimizer, is_leaf=is_one) if is_one(node)]
+    return [node for node in found if len(jax.tree.leaves(node.acc_grads)) == count]
 
 
 def _averaged(state: TrainState, params: Any, optimizer: Any, decay: float) -> Any:
     """The moving average after a step, which is an update unless gradients are accumulated."""
     updates, whole = state.step, True
-    if many := _accumulating(optimizer):
-        updates, whole = _accumulating(state.optimizer)[0].gradient_step, many[0].mini_step == 0
+    if many := _accumulating(optimizer, params):
+        before = _accumulating(state.optimizer, params)[0]
+        updates, whole = before.gradient_step, many[0].mini_step == 0
     share = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
     new = jax.tree.map(lambda x, mean: x.astype(mean.dtype), params, state.average)
     return optax.incremental_update(new, state.average, jnp.where(whole, share, 0))

@@ -2,9 +2,11 @@
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def is_int(value: Any) -> bool:
@@ -14,7 +16,8 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, of Python, NumPy or JAX."""
-    return isinstance(value, numbers.Real) or (isinstance(value, jax.Array) and value.ndim == 0)
+    array = isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+    return isinstance(value, numbers.Real) or array
 
 
 def is_above_zero(value: Any) -> bool:
@@ -33,6 +36,10 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: the value is no int, or is below ``least``.
     """
-    if not is_int(value) or value < least:
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = least - 1
+    if found < least:
         raise ValueError(f"{name}={value!r} is not allowed; give an int of {least} or more.")
-    return int(value)
+    return found

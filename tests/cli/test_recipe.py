@@ -161,3 +161,15 @@ def test_algorithms_are_those_of_the_factors_and_dense_layers_run_as_ever():
 def test_a_value_outside_its_range_is_refused(given):
     with pytest.raises(argparse.ArgumentError):
         options(*given)
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        (("--distill", "0", "--temperature", "3"), "--temperature 3 needs a share of the teacher"),
+        (("--distill", "1", "--smoothing", "0.1"), "--smoothing 0.1 needs a share of the labels"),
+    ],
+)
+def test_options_of_what_the_shares_leave_out_are_refused(given, text):
+    with pytest.raises(ValueError, match=text):
+        loss_of(options(*given), True, True)

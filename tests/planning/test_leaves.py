@@ -8,8 +8,8 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax import Plan, decompose, load_weights, plan, save_weights, skeleton
-from lowrank_jax.planning.leaves import Leaf, leaves_of
+from lowrank_jax import Plan, decompose, load_weights, plan, save_weights, skeleton, trace
+from lowrank_jax.planning.leaves import Leaf, check_plan, leaves_of
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +77,21 @@ def test_other_trees_have_no_leaves_of_plain_data(tree):
 def test_what_is_no_leaf_is_refused(change):
     with pytest.raises(ValueError, match="the leaf"):
         Leaf(**{"path": ("a",), "shape": (1,), "dtype": "float32"} | change)
+
+
+def test_a_plan_of_another_form_is_not_that_of_the_factors():
+    tree, x = {"conv": jnp.ones((3, 3, 4, 4))}, jnp.ones((2, 6, 6, 4))
+
+    def apply(tree, x):
+        names = ("NHWC", "HWIO", "NHWC")
+        kernel = tree["conv"]
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=names)
+
+    program = trace(apply, tree, x)
+    plans = [plan(apply, tree, x, macs=0.5, forms=[name]) for name in ("vertical", "horizontal")]
+    small = decompose(tree, plans[0], program)
+    check_plan(plans[0], small)
+    with pytest.raises(ValueError, match=r"conv: the plan has .*horizontal.*, and the factors are"):
+        check_plan(plans[1], small)
+    with pytest.raises(ValueError, match=r"conv: .*, and the variables hold no factors"):
+        check_plan(plans[0], tree)

@@ -169,6 +169,30 @@ def test_a_stack_that_is_changed_before_a_loop_is_decomposed(read, shape, known)
         assert lr.trace(lr.lowrank(apply), small, x).macs <= 0.6 * program.macs
 
 
+@pytest.mark.parametrize("loop", ["fori", "scan"])
+def test_a_norm_that_a_loop_finds_changes_a_kernel_as_any_other(loop):
+    tree = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}}
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+
+    def power(u, kernel):
+        v = kernel.T @ u
+        return kernel @ (v / jnp.linalg.norm(v))
+
+    def apply(tree, x):
+        kernel = 2 * tree["a"]["kernel"]
+        if loop == "fori":
+            u = jax.lax.fori_loop(0, 3, lambda i, u: power(u, kernel), jnp.ones(8))
+        else:
+            u, _ = jax.lax.scan(lambda u, _: (power(u, kernel), None), jnp.ones(8), length=3)
+        return x @ (kernel / jnp.linalg.norm(u))
+
+    program = lr.trace(apply, tree, x)
+    [use] = [use for use in program if use.path == "a"]
+    assert use.safe and use.changed
+    full = lr.decompose(tree, {"a": lr.Matrix(6)}, program)
+    np.testing.assert_allclose(lr.lowrank(apply)(full, x), apply(tree, x), atol=1e-5)
+
+
 def test_its_two_convolutions_are_what_runs():
     apply, variables = network(standardised)
     program = lr.trace(apply, variables, IMAGES)

@@ -211,6 +211,7 @@ def test_products_of_groups_of_rows_are_counted_and_stay_dense():
         return jax.lax.ragged_dot(x, tree["experts"], sizes) @ tree["last"]
 
     found = trace(apply, tree, x)
+    assert [use.path for use in found] == ["experts", "last"]
     assert found.at("experts")[0].macs == found.at("last")[0].macs == 64 * 8 * 32
     assert "groups of rows" in found.at("experts")[0].reason and found.safe_paths() == ["last"]
     with pytest.raises(ValueError, match="experts: cannot be decomposed: it is a product of"):

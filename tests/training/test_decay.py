@@ -185,9 +185,10 @@ def test_factors_of_which_one_alone_is_trained_are_refused_and_none_is_left_alon
 
 def test_nuclear_decay_leaves_frozen_layers_out():
     tree = {"one": normal((6, 8)), "two": None}
-    tx = nuclear_decay(0.1, {"one": 2, "two": 2})
-    updates, _ = tx.update(tree, tx.init(tree), tree)
-    assert not np.array_equal(updates["one"], tree["one"]) and updates["two"] is None
+    for table in ({"one": 2, "two": 2}, {"one": 2, "t.o": 2}, {".*": 2}):
+        tx = nuclear_decay(0.1, table)
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        assert not np.array_equal(updates["one"], tree["one"]) and updates["two"] is None
 
 
 @pytest.mark.parametrize("weight", ["x", None, -1.0, float("inf")])
@@ -199,3 +200,10 @@ def test_a_weight_that_is_none_is_refused(weight):
 def test_a_decay_without_the_parameters_says_so():
     with pytest.raises(ValueError, match="give them to update"):
         frobenius_decay(0.1).update({"a": jnp.ones(3)}, None)
+
+
+def test_two_modules_that_are_named_like_factors_are_none():
+    tree = {"vertical": {"kernel": normal((3, 4))}, "horizontal": {"kernel": None}}
+    tx = frobenius_decay(0.1)
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    chex.assert_trees_all_equal(updates, tree)

@@ -1,5 +1,7 @@
 """`finetune`: one call that learns, whatever the network and the form of the data."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -194,6 +196,49 @@ def test_statistics_that_stay_as_they_are_are_told(batch, caplog):
     assert len(caplog.records) == told and moved(variables, tuned)
 
 
+class Featured(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, features=False):
+        return nn.BatchNorm(not train)(nn.Dense(4)(x.mean((1, 2))))
+
+
+class Always(nn.Module):
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x, features=False):
+        return nn.BatchNorm(not self.train)(nn.Dense(4)(x.mean((1, 2))))
+
+
+def test_no_flag_is_told_of_where_the_statistics_move(batch, caplog):
+    for model in (Featured(), Always()):
+        given = {"train": False} if isinstance(model, Featured) else {}
+        variables = model.init(jax.random.key(0), batch[0], **given)
+        tuned = finetune(model.apply, variables, batch, steps=1, batch_size=8)
+        assert moved(variables, tuned) and "as in evaluation" not in caplog.text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Callable:
+    """A tree that can be called, as the modules of Equinox are."""
+
+    kernel: jax.Array
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
+def test_a_teacher_may_be_a_tree_that_can_be_called(batch):
+    def apply(tree, x):
+        return tree(x.reshape(len(x), -1)[:, :9])
+
+    dense = Callable(jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)), jnp.float32))
+    small = lr.decompose(dense, {"kernel": 2}, lr.trace(apply, dense, batch[0]))
+    tuned = finetune(lr.lowrank(apply), small, batch, teacher=dense, steps=1, batch_size=8)
+    assert jax.tree.structure(tuned) == jax.tree.structure(small)
+
+
 def moved(one, two):
     pairs = zip(*(jax.tree.leaves(tree["batch_stats"]) for tree in (one, two)), strict=True)
     return not all(np.array_equal(*pair) for pair in pairs)
@@ -239,7 +284,7 @@ def test_a_plan_that_is_not_of_the_factors_is_refused(batch):
         ({"steps": 1, "teacher": len}, "teacher=.* is not allowed; give the variables of the"),
         (
             {"steps": 1, "augment": lambda key, batch: batch[0]},
-            "augment gives a ShapeDtype.*; give",
+            "The batch is a ShapeDtypeStruct; give a tuple",
         ),
         ({"steps": 1, "mutable": ["batch_stat"]}, "which the variables do not have; give some of"),
         ({"steps": 1, "mutable": ["params"]}, "mutable='params' is not allowed, which is trained"),

@@ -74,3 +74,9 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
     sharding = NamedSharding(AbstractMesh((4,), ("data",)), P("data"))
     with pytest.raises(ValueError, match=r"\(3,\) cannot be split by .*; give a batch_size that"):
         placed(np.ones(3), sharding)
+
+
+@pytest.mark.parametrize("mesh", [AbstractMesh((4,), ("data",)), AbstractMesh((1,), ("data",))])
+def test_a_sharding_of_more_axes_than_an_array_has_is_refused(mesh):
+    with pytest.raises(ValueError, match=r"\(16,\) cannot be split by .*the first axis alone"):
+        placed(np.ones(16), NamedSharding(mesh, P(None, "data")))

@@ -118,6 +118,7 @@ def test_a_kernel_that_the_program_changes_is_compressed_once():
         shrink(apply, tree, x, data, macs=(0.6, 0.3), tune=TUNE)
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_shares_or_of_another_network_is_refused(dense, whole, tmp_path):
     folder = shutil.copytree(whole[2], tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds the stage 0-macs-0\.8, not 0-macs-0\.9"):

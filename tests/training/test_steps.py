@@ -173,6 +173,24 @@ def test_the_average_counts_updates_and_not_the_batches_of_one():
     chex.assert_trees_all_close(deep.average, whole.average, rtol=1e-6)
 
 
+def test_the_average_of_what_is_not_accumulated_counts_each_step():
+    tree, batch = {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}, (jnp.ones((2, 3)), jnp.zeros((2, 4)))
+    many = optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation()
+    tx = optax.multi_transform({"s": many, "f": optax.sgd(0.1)}, {"a": "s", "b": "f"})
+    state = TrainState.create(tree, tx, average=True)
+    step = make_step(lambda tree, x: x @ tree["a"] + tree["b"], tx, "squared_error", average=0.5)
+    for _ in range(2):
+        state, _ = jax.jit(step)(state, batch)
+    assert not np.array_equal(state.average["b"], tree["b"])
+
+
+def test_collections_that_the_variables_lack_are_refused_by_the_step():
+    step = make_step(lambda tree, x: x @ tree["a"], TX, "squared_error", mutable=["s"])
+    state = TrainState.create({"a": jnp.ones((3, 4))}, TX)
+    with pytest.raises(ValueError, match="mutable='s' is not allowed"):
+        step(state, (jnp.ones((2, 3)), jnp.zeros((2, 4))))
+
+
 def test_a_term_does_not_hide_the_whole_loss():
     def loss(outputs):
         return jnp.float32(7)

@@ -16,7 +16,7 @@ def test_the_outputs_of_most_are_trusted_and_of_equals_the_first():
     assert most_agreed({"default": BROKEN, "other": BROKEN}, 1e-5) == "default"
 
 
-def test_those_that_agree_with_most_judges_are_named_and_the_most_agreed_is_first():
+def test_those_that_agree_with_most_others_are_named_and_the_most_agreed_is_first():
     outputs = {"far": X + 1, "a": X, "broken": BROKEN, "b": X, "c": X + 1, "d": X + 1}
     assert agreeing(outputs, 1e-5) == ["far", "c", "d"]
     assert agreeing({"broken": BROKEN}, 1e-5) == ["broken"]
