@@ -152,7 +152,7 @@ def add_job_options(command: argparse.ArgumentParser, folder: str) -> Any:
     add, ranks = command.add_argument, command.add_mutually_exclusive_group()
     about = "macs, parameters, bytes or latency=share, or a count"
     ranks.add_argument("--budget", type=parse_budget, default="macs=0.5", help=about)
-    about = "images that run at once, for a budget of latency"
+    about = "images that run at once, for a budget of latency or for --time"
     add("--batch", type=positive, default=1, help=about)
     about = "ranks are restricted to multiples of this; without it 8 on an accelerator, 1 on a CPU"
     add("--multiple", type=positive, help=about)

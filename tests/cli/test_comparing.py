@@ -1,15 +1,19 @@
 """Which images are fitted to and which are scored, and what the next command is told."""
 
+import argparse
+
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from lowrank_jax import calibrate
 from lowrank_jax.cli import comparing
 from lowrank_jax.cli.comparing import ENOUGH, Comparison
 from lowrank_jax.cli.following import setting
 from lowrank_jax.cli.jobs import Job
 from lowrank_jax.cli.main import build_parser
 from lowrank_jax.cli.models import Model
+from lowrank_jax.cli.plan_command import planner
 
 
 def job(count):
@@ -55,16 +59,33 @@ def test_the_next_command_has_the_options_of_this_one():
     given = ["--checkpoint", "a.npz", "--model", "m:Net", "--model-args", '{"width": 8}']
     given += ["--model-kwargs", '{"train": false}', "--images", "a b.npy", "--mean", "0.5,0.25"]
     args = build_parser().parse_args(
-        ["plan", *given, "--std", "0.2", "--size", "8x9", "--count", "9"]
+        ["plan", *given, "--std", "0.2", "--size", "8x9", "--count", "9", "--data-dir", "d"]
     )
     model = Model(path="m:Net", expression="Net(width=8)", apply=len, module=nn.Dense(1))
     found = setting(args, model)
     again = ["compress", "--checkpoint", found.checkpoint, *found.options]
-    names = ("model", "model_args", "model_kwargs", "images", "mean", "std", "size", "seed")
+    names = (
+        "model",
+        "model_args",
+        "model_kwargs",
+        "images",
+        "mean",
+        "std",
+        "size",
+        "seed",
+        "data_dir",
+    )
     for name in (*names, "checkpoint"):
         assert getattr(build_parser().parse_args(again), name) == getattr(args, name)
     assert found.imports == "from m import Net" and found.apply == "Net(width=8).apply"
     assert found.call == ", train=False" and found.count == ["--count", "9"]
+
+
+def test_times_of_several_images_go_with_any_budget():
+    tree, x = {"w": np.eye(8, dtype=np.float32)}, np.ones((4, 8), np.float32)
+    found = calibrate(lambda tree, x: x @ tree["w"], tree, x)
+    args = argparse.Namespace(budget={"macs": 0.5}, batch=8, multiple=None)
+    assert planner(found, args)(**args.budget).total("macs") == (64, 32)
 
 
 def test_times_are_of_every_layer_of_the_plan_and_of_both_networks(monkeypatch):
