@@ -30,7 +30,7 @@ from lowrank_jax.training.finetuning import RATE, TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.metrics import read_metrics
 from lowrank_jax.training.order import batches_of
-from lowrank_jax.training.origins import has_origin, new_origin
+from lowrank_jax.training.origins import has_origin, new_origin, origin_of
 from lowrank_jax.training.partition import trained_leaves
 from lowrank_jax.training.shrinking import shrink, stage_folders
 from lowrank_jax.tree.paths import factored_leaves
@@ -192,11 +192,11 @@ def _start(job: Job, plan: Plan | None, folder: Path) -> Any:
     if plan is None:
         return job.variables
     ranks = {layer: repr(scheme) for layer, scheme in plan.ranks.items()}
+    images, path = job.images[:CALIBRATION], folder / START
     origin = {"checkpoint": fingerprint(job.variables), "plan": json.dumps(ranks)}
-    path = folder / START
+    origin |= origin_of(images, job.kwargs)
     if has_origin(folder, origin) and path.exists():
         return jax.tree.map(jax.numpy.asarray, load_weights(path))
-    images = job.images[:CALIBRATION]
     small = compress(job.apply, job.variables, images, plan, **job.kwargs)
     with new_origin(folder, origin):
         save_weights(path, job.model.weights(small))

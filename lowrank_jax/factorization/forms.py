@@ -69,5 +69,8 @@ def form_of(first: str) -> Form:
     """
     if first not in FORMS:
         known = ", ".join(map(repr, FORMS))
-        raise ValueError(f"first={first!r} is not allowed; give one of {known}.")
+        raise ValueError(
+            f"first={first!r} is not allowed; give one of {known}, or import the module that "
+            "defines the scheme."
+        )
     return FORMS[first]

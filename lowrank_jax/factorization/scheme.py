@@ -208,6 +208,8 @@ def factor_all(
     def place(index: int, factors: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         if (where := places[index]) is None:
             return factors
+        if not kernels[index].committed:  # then the factors may go where other arrays are, too
+            return tuple(map(jnp.asarray, factors))
         scheme, ndim = schemes[index], kernels[index].ndim
         return jax.device_put(factors, scheme.shardings(where, ndim))
 

@@ -266,7 +266,8 @@ def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     """An array as another one is: a random key again, and on its devices."""
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-    return jax.device_put(array, like.sharding)
+    committed = getattr(like, "committed", False)
+    return jax.device_put(array, like.sharding) if committed else jnp.asarray(array)
 
 
 def _is_full(error: BaseException | None) -> bool:

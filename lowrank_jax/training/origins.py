@@ -2,14 +2,18 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lowrank_jax.calibration.inputs import is_iterable_of_batches
 from lowrank_jax.io.atomic import whole_file
 from lowrank_jax.training.checkpoints import begun
+from lowrank_jax.training.fingerprints import fingerprint
 
 FILE = "origin.json"
 Origin = Mapping[str, str]
+PLAIN = (str, int, float, type(None))
 
 
 def has_origin(folder: Path, own: Origin) -> bool:
@@ -28,13 +32,31 @@ def has_origin(folder: Path, own: Origin) -> bool:
     found = _read(folder / FILE)
     if found == own or not begun(folder):
         return found == own
-    for name in own if found else ():
-        if found.get(name) != own[name]:
+    for name in {*own} & {*found}:
+        if found[name] != own[name]:
             raise ValueError(
                 f"{folder} holds a run that began from another {name}; give the {name} that it "
                 "had, or another folder."
             )
     return True
+
+
+def origin_of(inputs: Any, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """What a fit was given beside its network, as far as it can be told.
+
+    Args:
+        inputs: unlabelled; a loader or a function that gives an iterator tells nothing.
+        kwargs: of the model; arrays and functions among them tell nothing.
+
+    Example:
+        >>> origin_of(iter([]), {"train": False})
+        {'set of arguments': '{"train": false}'}
+    """
+    plain = {name: x for name, x in sorted(kwargs.items()) if isinstance(x, PLAIN)}
+    own = {"set of arguments": json.dumps(plain)}
+    if isinstance(inputs, Sequence) or not (callable(inputs) or is_iterable_of_batches(inputs)):
+        own["set of inputs"] = fingerprint(inputs)
+    return own
 
 
 @contextlib.contextmanager

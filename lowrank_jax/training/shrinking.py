@@ -21,7 +21,7 @@ from lowrank_jax.training.finetuning import TEACHES, count_steps, finetune
 from lowrank_jax.training.fingerprints import fingerprint
 from lowrank_jax.training.losses import Loss
 from lowrank_jax.training.order import batches_of
-from lowrank_jax.training.origins import Origin, has_origin, new_origin
+from lowrank_jax.training.origins import Origin, has_origin, new_origin, origin_of
 from lowrank_jax.tree.decomposing import decompose, reconstruct
 from lowrank_jax.tree.kinds import is_number
 
@@ -188,7 +188,7 @@ def _compressed(
     kwargs: Mapping[str, Any],
 ) -> tuple[Plan, Any]:
     """The plan of a stage, and the network before its tuning."""
-    origin = {"network": fingerprint(current)}
+    origin = {"network": fingerprint(current), **origin_of(inputs, kwargs)}
     if folder and has_origin(folder, origin):
         return _kept(folder, dense)
     found = calibrate(apply, reconstruct(current), inputs, **kwargs)

@@ -213,7 +213,9 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
             f"mutable={name!r}: the call gives {len(leaves)} arrays, and {fixed} are not trained. "
             + (RENEWED if trained else GROWN).format(name)
         )
-    return jax.tree.unflatten(structure, leaves)
+    pairs = zip(leaves, jax.tree.leaves(old), strict=True)
+    kept = [x if x.dtype == own.dtype else x.astype(own.dtype) for x, own in pairs]
+    return jax.tree.unflatten(structure, kept)
 
 
 def _advanced(

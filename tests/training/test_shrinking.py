@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
@@ -92,6 +93,21 @@ def test_inputs_may_come_from_a_generator_which_every_stage_reads():
     tune = dict(steps=1, batch_size=8)
     given = [shrink(network, tree, x, data, macs=(0.8, 0.6), tune=tune) for x in (batches, data)]
     assert given[0][1].ranks == given[1][1].ranks
+
+
+def test_a_start_from_other_inputs_is_made_anew_before_a_step_is_saved(dense, tmp_path):
+    def go(images, **tune):
+        tune, data = dict(steps=1, batch_size=8) | tune, (IMAGES, LABELS)
+        return shrink(MODEL.apply, dense, images, data, macs=(0.6,), tune=tune, folder=tmp_path)
+
+    with pytest.raises(FloatingPointError):
+        go(IMAGES + 100, tx=optax.sgd(float("nan")))
+    small, chosen = go(IMAGES, tx=optax.sgd(0.0))
+    again = lr.plan(lr.calibrate(MODEL.apply, dense, IMAGES), macs=0.6)
+    assert chosen.ranks == again.ranks
+    with pytest.raises(ValueError, match="began from another set of inputs; give the set"):
+        go(IMAGES + 1)
+    assert same(go(IMAGES, tx=optax.sgd(0.0))[0], small)
 
 
 @pytest.mark.slow

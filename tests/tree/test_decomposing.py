@@ -342,3 +342,13 @@ def test_ranks_that_make_a_network_grow_are_logged(stack, caplog):
     (message,) = caplog.messages
     assert "conv: Separable(rank=25" in message
     assert "2400 weights, the dense kernel 2304" in message
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_factors_are_as_free_to_move_as_their_kernel(committed):
+    kernel = jnp.ones((3, 3, 4, 8))
+    kernel = jax.device_put(kernel, jax.devices()[0]) if committed else kernel
+    tree = {"conv": {"kernel": kernel}}
+    small = decompose(tree, {"conv": 2})
+    leaves = [*jax.tree.leaves(small), *jax.tree.leaves(reconstruct(small))]
+    assert {leaf.committed for leaf in leaves} == {committed}
