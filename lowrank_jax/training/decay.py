@@ -163,10 +163,16 @@ def _without_frozen(params: chex.ArrayTree, table: Mapping[str, Rule]) -> dict[s
     frozen, own = _names_of(params, _is_out), named_leaves(params)
 
     def idle(pattern: str) -> bool:
-        alone = not any(re.fullmatch(pattern, name) for name in own)
-        return alone and any(re.fullmatch(pattern, name) for name in frozen)
+        return _matches(pattern, frozen) and not _matches(pattern, own)
 
     return {path: rule for path, rule in table.items() if not idle(path)}
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error:  # which `find_schemes` tells
+        return False
 
 
 def _is_out(leaf: chex.ArrayTree) -> bool:

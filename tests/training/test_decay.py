@@ -207,3 +207,9 @@ def test_two_modules_that_are_named_like_factors_are_none():
     tx = frobenius_decay(0.1)
     updates, _ = tx.update(tree, tx.init(tree), tree)
     chex.assert_trees_all_equal(updates, tree)
+
+
+def test_a_rule_that_is_no_regular_expression_is_told_beside_frozen_layers():
+    tree, tx = {"one": normal((6, 8)), "two": None}, nuclear_decay(0.1, {"one(": 2})
+    with pytest.raises(ValueError, match="is neither a layer nor a regular expression"):
+        tx.update(tree, tx.init(tree), tree)
