@@ -214,8 +214,13 @@ def _in_place_of(old: Any, new: Any, name: str) -> Any:
             + (RENEWED if trained else GROWN).format(name)
         )
     pairs = zip(leaves, jax.tree.leaves(old), strict=True)
-    kept = [x if x.dtype == own.dtype else x.astype(own.dtype) for x, own in pairs]
-    return jax.tree.unflatten(structure, kept)
+    return jax.tree.unflatten(structure, [_in_type_of(own, x) for x, own in pairs])
+
+
+def _in_type_of(old: jax.Array, new: Any) -> jax.Array:
+    """A renewed value, which may be a number of Python, in the type that it had."""
+    same = getattr(new, "dtype", None) == old.dtype
+    return new if same else jnp.asarray(new, old.dtype)
 
 
 def _advanced(

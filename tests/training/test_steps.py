@@ -188,15 +188,16 @@ def test_renewed_collections_keep_their_types():
     def apply(variables, x, mutable=()):
         mean = variables["state"]["mean"]
         outputs = x @ variables["params"]["a"] + mean.astype(jnp.float32)
-        renewed = {"state": {"mean": mean.astype(jnp.float32) + x.mean()}}
+        renewed = {"state": {"mean": mean.astype(jnp.float32) + x.mean(), "seen": True}}
         return (outputs, renewed) if mutable else outputs
 
     variables = {"params": {"a": jnp.ones((3, 4))}, "state": {"mean": jnp.zeros(4, jnp.float16)}}
+    variables["state"]["seen"] = jnp.zeros((), bool)
     state = TrainState.create(variables, TX, renewed=["state"])
     step = make_step(apply, TX, "squared_error", mutable=["state"])
     found, _ = jax.jit(step)(state, (jnp.ones((2, 3)), jnp.zeros((2, 4))))
     chex.assert_trees_all_equal_shapes_and_dtypes(found.variables, variables)
-    assert (found.variables["state"]["mean"] == 1).all()
+    assert (found.variables["state"]["mean"] == 1).all() and found.variables["state"]["seen"]
 
 
 def test_collections_that_the_variables_lack_are_refused_by_the_step():
