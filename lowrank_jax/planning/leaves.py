@@ -167,8 +167,9 @@ def _nodes(variables: Any) -> dict[str, Any]:
 def _is_of(node: Any, scheme: Scheme) -> bool:
     """Whether factors have the keys and the shapes that a scheme gives them."""
     shape = shape_of(node)
-    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
     if len(shape) < len(scheme.axes):
         return False
-    made = jax.eval_shape(lambda kernel: scheme.node(scheme.factor(kernel)), kernel)
+    stack = shape[: len(shape) - len(scheme.axes)]
+    wanted = [(*stack, *own) for own in scheme.shapes(shape)]
+    made = scheme.node([jax.ShapeDtypeStruct(own, jnp.float32) for own in wanted])
     return jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, node)

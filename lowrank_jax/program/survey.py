@@ -1,6 +1,7 @@
 """One read-only pass over a program: the equations that read a kernel, and what else touches it."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,17 +43,20 @@ class Survey:
     """What a program does with its kernels.
 
     Attributes:
-        found: the readings in program order.
         products: the readings, and products of other kinds, in program order.
         touched: path of a kernel to the operations that use it in another way.
         outputs: sources of what the program gives.
     """
 
     def __init__(self) -> None:
-        self.found: list[CountedReading] = []
         self.products: list[CountedReading | OtherProduct] = []
         self.touched: dict[str, list[str]] = defaultdict(list)
         self.outputs: Sources = []
+
+    @functools.cached_property
+    def found(self) -> list[CountedReading]:
+        """The readings in program order."""
+        return [each for each in self.products if isinstance(each, CountedReading)]
 
     @classmethod
     def of(cls, program: Any, sources: Sequence[Source | None]) -> "Survey":
@@ -107,8 +111,7 @@ class Survey:
     def _read(self, eqn: Any, inputs: Sources, repeats: int, count: str) -> Sources:
         reading = Reading.of(eqn, inputs)
         self._touch([s for i, s in enumerate(inputs) if i != reading.operand], eqn.primitive.name)
-        self.found.append(CountedReading(reading, repeats, count))
-        self.products.append(self.found[-1])
+        self.products.append(CountedReading(reading, repeats, count))
         return [None] * len(eqn.outvars)
 
     def _entering(self, eqn: Any, inputs: Sources) -> Sources:

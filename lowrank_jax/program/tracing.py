@@ -174,24 +174,15 @@ def _product(found: CountedReading) -> KernelUse:
     (contracting, _), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     kernel, other = eqn.invars[operand].aval, eqn.invars[1 - operand].aval
     macs = math.prod(out.shape) * math.prod(kernel.shape[axis] for axis in contracting[operand])
-    return KernelUse(
-        path=source.path if source else "",
-        kind="product",
+    return _use_of_product(
+        found,
+        source,
+        (other, kernel, out),
         kernel_shape=tuple(source.shape if source and not reading.reason else kernel.shape),
         axes=reading.layout.axes,
-        strides=(),
-        dilation=(),
-        input_dilation=(),
-        padding=(),
-        groups=1,
-        inputs=tuple(other.shape),
-        outputs=tuple(out.shape),
         uses=repeats * reading.stack,
         macs=repeats * macs,
-        bytes=repeats * _bytes(eqn.invars[0].aval, eqn.invars[1].aval, out),
-        count=found.count,
         reason=reading.reason,
-        dtype=np.dtype(other.dtype).name,
     )
 
 
@@ -199,14 +190,28 @@ def _other_product(found: OtherProduct) -> KernelUse:
     numbers = found.eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     x, kernel = (var.aval for var in found.eqn.invars[:2])
-    out, source = found.eqn.outvars[0].aval, found.source
     known = {*contracted, *batch, *numbers.rhs_group_dimensions}
     width = math.prod(size for axis, size in enumerate(kernel.shape) if axis not in known)
+    return _use_of_product(
+        found,
+        found.source,
+        (x, kernel, found.eqn.outvars[0].aval),
+        kernel_shape=tuple(kernel.shape),
+        axes="",
+        uses=found.repeats,
+        macs=found.repeats * math.prod(x.shape) * width,
+        reason="it is a product of groups of rows, which factors cannot run in",
+    )
+
+
+def _use_of_product(
+    found: CountedReading | OtherProduct, source: Source | None, avals: Sequence[Any], **facts: Any
+) -> KernelUse:
+    """The use of a matrix, which has no taps; the avals are those of x, of the matrix and of y."""
+    x, _, out = avals
     return KernelUse(
         path=source.path if source else "",
         kind="product",
-        kernel_shape=tuple(kernel.shape),
-        axes="",
         strides=(),
         dilation=(),
         input_dilation=(),
@@ -214,12 +219,10 @@ def _other_product(found: OtherProduct) -> KernelUse:
         groups=1,
         inputs=tuple(x.shape),
         outputs=tuple(out.shape),
-        uses=found.repeats,
-        macs=found.repeats * math.prod(x.shape) * width,
-        bytes=found.repeats * _bytes(x, kernel, out),
+        bytes=found.repeats * _bytes(*avals),
         count=found.count,
-        reason="it is a product of groups of rows, which factors cannot run in",
         dtype=np.dtype(x.dtype).name,
+        **facts,
     )
 
 
