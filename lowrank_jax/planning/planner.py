@@ -25,11 +25,13 @@ from lowrank_jax.planning.selectors import total_energy
 from lowrank_jax.planning.spectra import Spectra, check_forms, restrict, spectra
 from lowrank_jax.program.compiler import default_options
 from lowrank_jax.program.jaxprs import check_options
+from lowrank_jax.tree.kinds import check_unread
 
 if TYPE_CHECKING:
     from lowrank_jax.tuning.timer import Timer
 
 _Sums = Mapping[str, Mapping[tuple[int, ...], Strips]]
+LATENCY = "read for a budget of latency alone; leave it out, or give latency=0.5."
 _KNOWN: "weakref.WeakKeyDictionary[Calibration, Spectra]" = weakref.WeakKeyDictionary()
 
 
@@ -98,7 +100,7 @@ def plan(
         )
     budget = one_budget(macs=macs, parameters=parameters, bytes=bytes, latency=latency)
     if budget.measure != "latency":
-        _check_unread(batch=(batch, 1), timer=(timer, None))
+        check_unread(LATENCY, batch=(batch, 1), timer=(timer, None))
     wanted = None if forms is None else check_forms(forms)
     if not isinstance(source, Calibration):
         source = calibrate(source, variables, inputs, *args, **kwargs)
@@ -115,16 +117,6 @@ def plan(
         table = timed(table, _latencies(source, batch, timer, list(table.layers), step))
     chosen = _checked_selector(select)(table, budget)
     return dataclasses.replace(chosen, leaves=leaves_of(source.network.variables))
-
-
-def _check_unread(**given: tuple[Any, Any]) -> None:
-    """Refuses arguments of latency beside another budget, by their usual values."""
-    for name, (value, usual) in given.items():
-        if value != usual:
-            raise ValueError(
-                f"{name}={value!r:.80} is read for a budget of latency alone; leave it out, or "
-                "give latency=0.5."
-            )
 
 
 def _checked_selector(select: Any) -> Callable[[Candidates, Budget], Plan]:

@@ -71,25 +71,6 @@ def check_idle(
         )
 
 
-def check_unread(tx: Any, **given: tuple[Any, Any]) -> None:
-    """Refuses arguments of the default optimiser beside another one.
-
-    Args:
-        tx: the other one, or None.
-        **given: argument to its value, and to its usual one.
-
-    Raises:
-        ValueError: such an argument has another value than usual.
-    """
-    for name, (value, usual) in given.items():
-        if tx is not None and value != usual:
-            raise ValueError(
-                f"{name}={value!r} is not read beside tx, which has its own; leave it out, and "
-                "build it into tx, as in optax.chain(optax.clip_by_global_norm(1.0), "
-                "optax.sgd(0.1))."
-            )
-
-
 def _is_seed(value: Any) -> bool:
     return is_int(value) and 0 <= value < 2**63
 

@@ -15,7 +15,7 @@ from lowrank_jax.planning.leaves import check_plan
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.program.compiler import gradient_options
 from lowrank_jax.program.jaxprs import check_function, check_options
-from lowrank_jax.training.arguments import check_idle, check_kinds, check_unread
+from lowrank_jax.training.arguments import check_idle, check_kinds
 from lowrank_jax.training.augmentation import Augment, parts
 from lowrank_jax.training.forward import check_mutable, tell_kept
 from lowrank_jax.training.losses import Loss, Name, Term
@@ -26,12 +26,16 @@ from lowrank_jax.training.placing import automatic, beside, on_mesh
 from lowrank_jax.training.runs import AfterEpoch, Run
 from lowrank_jax.training.state import TrainState
 from lowrank_jax.training.steps import Step, make_step
-from lowrank_jax.tree.kinds import whole
+from lowrank_jax.tree.kinds import check_unread, whole
 from lowrank_jax.tuning.algorithms import Choose
 
 LOG = logging.getLogger("lowrank_jax")
 TEACHES = {"teacher", "layers"}
 RATE, CLIP = 0.02, 1.0  # of the default optimiser
+BESIDE_TX = (
+    "not read beside tx, which has its own; leave it out, and build it into tx, as in "
+    "optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))."
+)
 
 
 def finetune(
@@ -143,7 +147,8 @@ def finetune(
     check_idle(teacher_apply, teacher, after_epoch, data.epoch)
     if plan is not None:
         check_plan(plan, variables)
-    check_unread(tx, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
+    if tx is not None:
+        check_unread(BESIDE_TX, learning_rate=(learning_rate, RATE), clip=(clip, CLIP))
     if data.epoch:  # a stream cannot be looked into
         warn_if_raw(_inputs_of(next(data.after(0)), augment))
     wanted = _loss(loss, teacher)

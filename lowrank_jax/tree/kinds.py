@@ -1,4 +1,4 @@
-"""What kind of number a value is, and the refusal of another kind."""
+"""What kind of number a value is, and the refusal of what is of another kind or not read."""
 
 import math
 import numbers
@@ -43,3 +43,18 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     if found < least:
         raise ValueError(f"{name}={value!r} is not allowed; give an int of {least} or more.")
     return found
+
+
+def check_unread(why: str, **given: tuple[Any, Any]) -> None:
+    """Refuses arguments that nothing reads.
+
+    Args:
+        why: they are not read, and what to do, for the message.
+        **given: argument to its value, and to its usual one.
+
+    Raises:
+        ValueError: such an argument has another value than usual.
+    """
+    for name, (value, usual) in given.items():
+        if value != usual:
+            raise ValueError(f"{name}={value!r:.80} is {why}")
