@@ -23,18 +23,21 @@ def finetune(
     batches: Any,
     *,
     teacher: nnx.Module | None = None,
+    training_mode: bool = True,
     after_epoch: "AfterEpoch | None" = None,
     **options: Any,
 ) -> Model:
     """`lowrank_jax.finetune` of a model, dense or decomposed.
 
     The model trains as ``model.train()`` makes it: normalisations and random numbers keep the state
-    that training gives them.
+    that training gives them. Without ``training_mode`` it is called as ``model.eval()`` makes it,
+    so that statistics stay and dropout is off.
 
     Args:
         model: it is not changed.
         batches: as in `lowrank_jax.finetune`.
         teacher: the dense model, for a loss that needs it.
+        training_mode: whether normalisations and dropout are in the mode of training.
         after_epoch: called with (epoch from 1, model, mean metrics) after each epoch.
         **options: as in `lowrank_jax.finetune`, arguments of the model's call among them.
 
@@ -66,7 +69,7 @@ def finetune(
 
     if teacher is not None:
         options |= {"teacher": _collections(teacher), "teacher_apply": Training(teacher)}
-    given = Training(model), _collections(model), batches
+    given = Training(model, training_mode), _collections(model), batches
     return made(
         finetune_function(
             *given, mutable=[STATE], after_epoch=after if after_epoch else None, **options
@@ -90,11 +93,16 @@ class Training:
 
     The variables are two collections, of parameters and of all else. With ``mutable`` the model
     trains, and the call gives (outputs, collections that changed), as Linen does.
+
+    Args:
+        model: it is not changed.
+        training_mode: whether it trains in the mode of ``model.train()``.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, training_mode: bool = True) -> None:
         trained = evaluated(model)
-        trained.train()
+        if training_mode:
+            trained.train()
         self._trains = nnx.graphdef(dense_form(trained))
         self._evaluates = nnx.graphdef(dense_form(evaluated(model)))
 

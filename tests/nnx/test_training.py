@@ -1,5 +1,6 @@
 """`lowrank_jax.nnx.finetune`: a model in, a trained model out."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +106,28 @@ def test_what_a_model_sows_is_no_part_of_its_training(data):
 
     tuned = finetune(Sowing(nnx.Rngs(0)), data, steps=2, batch_size=32)
     assert tuned(data[0][:2]).shape == (2, 4) and len(tuned.features.get_value()) == 1
+
+
+def test_without_the_mode_of_training_statistics_stay_and_parameters_learn(small, data):
+    tuned = finetune(small, data, steps=3, batch_size=32, training_mode=False)
+    old, new = (nnx.to_pure_dict(nnx.state(own, nnx.BatchStat)) for own in (small, tuned))
+    chex.assert_trees_all_equal(old, new)
+    assert not np.array_equal(small.head.kernel.get_value(), tuned.head.kernel.get_value())
+
+
+def test_without_the_mode_of_training_dropout_is_off(data):
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(3, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(1.0, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.dropout(x.mean((1, 2))))
+
+    model = Dropping(nnx.Rngs(0))
+    kept, dropped = (
+        finetune(model, data, steps=2, batch_size=32, training_mode=mode).head.kernel.get_value()
+        - model.head.kernel.get_value()
+        for mode in (False, True)
+    )
+    assert np.abs(kept).max() > 10 * np.abs(dropped).max()  # of weight decay alone
