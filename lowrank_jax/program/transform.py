@@ -136,20 +136,30 @@ def _run(
     kwargs: dict[str, Any],
     is_kernel: Callable[[str, Any], bool],
 ) -> tuple[Any, Notes]:
-    """The results of a function by a rule, and the notes; some dense arrays are kernels, too."""
+    """The results of a function by a rule, and the notes; some dense arrays are kernels, too.
+
+    A factor that stands decomposed itself is whole in the function that runs the others' program.
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pair)
     values = [leaf for _, leaf in leaves]
     names = names_in_arguments([path for path, _ in leaves])
     kernels = factored_kernels(names, values)
     shapes = [abstract(kernels[i]) if i in kernels else x for i, x in enumerate(values)]
-    whole = with_rule(apply, rule) if _has_nested((args, kwargs)) else apply
+    nested = _has_nested((args, kwargs))
+    whole = functools.partial(_run_all, apply, rule) if nested else apply
     for index, (path, leaf) in enumerate(leaves):
         dense_one = index not in kernels and is_array(leaf) and path[:2] == FIRST
         if dense_one and is_kernel(names[index], leaf):
             kernels[index] = Kernel.dense(Source.of(names[index], leaf.shape), leaf)
     program = Program.of(whole, tree, shapes, kernels)
-    results, notes = run_kernels(program, shapes, kernels, rule)
-    return program.rebuild(results), notes
+    found, notes = run_kernels(program, shapes, kernels, rule)
+    results = program.rebuild(found)
+    return (results[0], {**results[1], **notes}) if nested else (results, notes)
+
+
+def _run_all(apply: Callable, rule: Rule, *args: Any, **kwargs: Any) -> tuple[Any, Notes]:
+    """The results of a function by a rule for factors alone, and the notes."""
+    return _run(apply, rule, args, kwargs, _never)
 
 
 def _given_back(value: Any, source: Source | None, stored: Mapping[str, Kernel]) -> Any:

@@ -46,7 +46,7 @@ def with_layers(apply: Callable, paths: Collection[str], choose: Choose | None =
 
     The outputs of a layer are those of its convolution or product, before the bias. A layer that
     runs several times has the sum of them for each shape. A layer whose kernel the program changes
-    first, or whose factor stands decomposed itself as `Tucker` leaves it, has none.
+    first has none.
 
     Args:
         apply: any function of arrays, whose first argument holds the kernels.

@@ -165,8 +165,7 @@ class _Known:
             raise ValueError(
                 f"The {'teacher' if layers else 'network'} runs none of the decomposed layers "
                 f"{paths} as one convolution or product; give the variables of the dense network "
-                "as teacher, and factors of another scheme than Tucker, or leave the loss 'layers' "
-                "out."
+                "as teacher, or leave the loss 'layers' out."
             )
         return {"outputs": outputs, "labels": self.labels, "teacher": self.teacher, "layers": pairs}
 
