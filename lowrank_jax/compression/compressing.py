@@ -19,6 +19,7 @@ def compress(
     sweeps: int = 1,
     match_means: bool = True,
     steps: int = 0,
+    fit_dense: bool = True,
     return_fits: bool = False,
     **kwargs: Any,
 ) -> Any:
@@ -54,6 +55,8 @@ def compress(
         match_means: whether parameters behind the layers match the means.
         steps: gradient steps for each block, on up to 64 images each; 200 are enough for most.
             Three blocks take all of their steps together.
+        fit_dense: whether layers that stay dense are fitted, too, to make up for the errors of the
+            layers before them.
         return_fits: whether to return the fits beside the tree.
         **kwargs: arguments of the model, in evaluation.
 
@@ -79,9 +82,10 @@ def compress(
     known = isinstance(source, Calibration)
     check_options(compress, None if known else source, kwargs)
     job = _of_calibration(source, given, kwargs) if known else _of_call(source, given, kwargs)  # type: ignore[arg-type]
-    run = Reconstruction(job, sweeps, match_means, steps)
+    run = Reconstruction(job, sweeps, match_means, steps, fit_dense)
     tree = run.fit()
-    return (tree, run.layers.fits) if return_fits else tree
+    fits = {path: run.layers.fits[path] for path in job.schemes if path in run.layers.fits}
+    return (tree, fits) if return_fits else tree
 
 
 def _of_call(apply: Callable, given: tuple, kwargs: Mapping[str, Any]) -> Job:

@@ -3,7 +3,7 @@
 While layers are fitted, a factor that is to be decomposed itself is held whole.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.factorization.factors import wide
+from lowrank_jax.factorization.merging import multiplied
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.program.kernel import Kernel
 from lowrank_jax.program.provenance import Source
@@ -25,13 +26,16 @@ class Factors:
     Args:
         network: the dense network.
         schemes: layer path to its scheme.
+        kept: the layers that stay dense, whose first factor is the kernel, beside an identity.
 
     Attributes:
         stored: path to the dense kernel, or stack of kernels.
     """
 
-    def __init__(self, network: Network, schemes: Mapping[str, Scheme]) -> None:
-        self.schemes = schemes
+    def __init__(
+        self, network: Network, schemes: Mapping[str, Scheme], kept: Collection[str] = ()
+    ) -> None:
+        self.schemes, self.kept = schemes, kept
         leaves = network.named()
         self.stored = {path: np.asarray(leaves[path]) for path in schemes}
         self._pairs = {path: self._empty(path) for path in schemes}
@@ -66,15 +70,21 @@ class Factors:
         source = Source.of(path, self.stored[path].shape)
         one, two = self.arrays(path)
         for index, parts in (new or {}).items():
-            first, second = scheme.joined(parts)
+            first, second = self.joined(path, index, parts)
             one = one.at[index].set(first.astype(one.dtype))
             two = two.at[index].set(second.astype(two.dtype))
         return Kernel.factored(source, scheme.axes, scheme.first, (one, two))
 
     def parts(self, path: str, index: Slice) -> Parts:
-        """All factors of one kernel, in float32 or wider."""
+        """What gradient steps change of one kernel, in float32 or wider: its factors, or itself."""
         one, two = (wide(jnp.asarray(pair[index])) for pair in self._pairs[path])
-        return self.schemes[path].parted((one, two))
+        return (one,) if path in self.kept else self.schemes[path].parted((one, two))
+
+    def joined(self, path: str, index: Slice, parts: Parts) -> tuple[jax.Array, jax.Array]:
+        """The two factors that some `parts` of a kernel make."""
+        if path in self.kept:
+            return parts[0], wide(jnp.asarray(self._pairs[path][1][index]))
+        return self.schemes[path].joined(parts)
 
     def part(self, source: Source) -> Kernel:
         """The factors of the kernels of a stack that a program has at some place."""
@@ -87,6 +97,11 @@ class Factors:
     def all_factors(self, path: str) -> tuple[jnp.ndarray, ...]:
         """All factors of a layer, by its scheme."""
         return tuple(map(jnp.asarray, self.schemes[path].parted(self._pairs[path])))
+
+    def dense(self, path: str) -> jax.Array:
+        """The kernel of a layer that stays dense."""
+        one, two = (x.astype(np.float64) for x in self._pairs[path])
+        return jnp.asarray(multiplied(one, two, self.schemes[path].axes), self.stored[path].dtype)
 
     def arrays(self, path: str) -> tuple[jnp.ndarray, jnp.ndarray]:
         """The two arrays of a layer that run while others are fitted."""

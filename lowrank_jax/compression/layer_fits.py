@@ -17,6 +17,7 @@ from lowrank_jax.factorization.importance import Importance
 from lowrank_jax.factorization.layout import merged
 from lowrank_jax.factorization.merging import multiplied
 from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.whole import fit_whole
 from lowrank_jax.program.reading import Reading
 
 
@@ -26,6 +27,7 @@ class LayerFits:
     Args:
         network: the dense network.
         schemes: layer path to its scheme.
+        kept: the same of layers that stay dense.
         importance: layer path to how much errors of its outputs count; all alike without.
         sweeps: alternating refinements of the two factors.
 
@@ -38,13 +40,15 @@ class LayerFits:
         self,
         network: Network,
         schemes: Mapping[str, Scheme],
+        kept: Mapping[str, Scheme],
         importance: Mapping[str, Importance],
         sweeps: int,
     ) -> None:
-        self.schemes, self.sweeps = schemes, sweeps
-        self.factors = Factors(network, schemes)
+        self.schemes, self.kept, self.sweeps = {**schemes, **kept}, kept, sweeps
+        self.factors = Factors(network, self.schemes, kept)
         self.fits: dict[str, dict[Slice, Fit]] = {}
-        self._importance = {path: self._within(path, importance.get(path)) for path in schemes}
+        own = {path: importance.get(path) for path in schemes}
+        self._importance = {path: self._within(path, own.get(path)) for path in self.schemes}
 
     def _within(self, path: str, importance: Importance | None) -> Importance:
         scheme = self.schemes[path]
@@ -77,7 +81,9 @@ class LayerFits:
             kernel = np.asarray(self.factors.stored[path][index], np.float64)
             given = kernel, [fold[number] for fold in folds], self.schemes[path]
             importance, old = self._importance[path], known.get(index)
-            if old is None:
+            if path in self.kept:
+                fit = fit_whole(*given, old)
+            elif old is None:
                 fit = fit_layer(*given, importance, self.sweeps)
             else:
                 fit = fit_again(*given, importance, old, self.sweeps)

@@ -11,6 +11,8 @@ from jax.extend.core import Literal
 
 from lowrank_jax.calibration.network import NetworkProgram
 from lowrank_jax.factorization.axes import kernel_size, width_of
+from lowrank_jax.factorization.scheme import Scheme
+from lowrank_jax.factorization.whole import whole_scheme
 from lowrank_jax.program.channels import RESHAPES, SHIFTS, Channels
 from lowrank_jax.program.flat import flatten
 from lowrank_jax.program.jaxprs import constants, opened
@@ -220,6 +222,35 @@ def fit_places(outline: Outline, schemes: Mapping[str, Any]) -> dict[int, str]:
             found[place] = source.path
     for path in sorted(wide):
         LOG.warning("%s has plain factors: more than %d inputs are not fitted.", path, WIDEST)
+    return found
+
+
+def kept_schemes(outline: Outline, schemes: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The layers that stay dense, and that can make up for the errors of layers before them.
+
+    Args:
+        outline: of the program.
+        schemes: of the layers that are decomposed.
+
+    Returns:
+        Path to the scheme of the whole kernel. Layers of which the program reads the kernel more
+        than once, or in another way, too, are left out.
+    """
+    changed = {number for number, own in outline.sources.items() if own.path in schemes}
+    differing, touched = outline.differing(changed), outline.survey.touched
+    paths = [own.source.path for own in outline.readings.values() if own.source]
+    found: dict[str, Scheme] = {}
+    for reading in outline.readings.values():
+        source = reading.source
+        if source is None or reading.reason or source.path in schemes or source.gone:
+            continue
+        alone = paths.count(source.path) == 1 and not touched.get(source.path)
+        x = reading.eqn.invars[1 - reading.operand]
+        if not alone or reading.layout.stack or outline.number(x) not in differing:
+            continue
+        if _inputs(reading, source) <= WIDEST:
+            groups = reading.groups if reading.is_convolution else 1
+            found[source.path] = whole_scheme(reading.layout.axes, source.shape, groups)
     return found
 
 

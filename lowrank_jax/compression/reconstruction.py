@@ -31,6 +31,7 @@ from lowrank_jax.compression.outline import (
     are_means_matched,
     find_shift,
     fit_places,
+    kept_schemes,
     shift_after,
     slices,
 )
@@ -70,20 +71,25 @@ class Reconstruction:
         layers: the fits so far.
     """
 
-    def __init__(self, job: Job, sweeps: int, match_means: bool, steps: int) -> None:
+    def __init__(
+        self, job: Job, sweeps: int, match_means: bool, steps: int, fit_dense: bool
+    ) -> None:
         self.job, self.match_means, self.steps = job, match_means, steps
         batches = list(job.inputs)
         if steps:
             batches = cut(job.network, batches)
         outlines = _outlines(job.network, batches)
         self.outline = outlines[0]
-        self.layers = LayerFits(job.network, job.schemes, job.importance, sweeps)
+        kept = kept_schemes(self.outline, job.schemes) if fit_dense else {}
+        self.kept = {path: kept[path] for path in kept if path not in job.network.changed}
+        self.schemes = {**job.schemes, **self.kept}
+        self.layers = LayerFits(job.network, job.schemes, self.kept, job.importance, sweeps)
         self.factors = self.layers.factors
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
         self.done: set = set()  # kernels and shifts whose steps are over
-        self.places = fit_places(self.outline, job.schemes)
+        self.places = fit_places(self.outline, self.schemes)
         values = job.network.leaves(batches[0])
         self.shortcuts = find_shortcuts(self.outline, self.places, values)
         self.activations = find_activations(self.outline, self.places, values)
@@ -98,7 +104,7 @@ class Reconstruction:
         """Fits all layers and returns the tree."""
         outline, places = self.outline, self.places
         self.factors.fill_plain(_unread(outline, places, self.factors))
-        changed = {n for n, s in outline.sources.items() if s.path in self.job.schemes}
+        changed = {n for n, s in outline.sources.items() if s.path in self.schemes}
         matched = Matched(outline, outline.differing(changed))
         ends = joined(outline, block_ends(outline, places)) if self.steps and places else {}
         if ends:
@@ -127,7 +133,7 @@ class Reconstruction:
 
     def _small(self) -> Values:
         """The inputs of the compressed network that differ."""
-        return {**self._kernels({path: {} for path in self.job.schemes}), **self.shifts}
+        return {**self._kernels({path: {} for path in self.schemes}), **self.shifts}
 
     def _kernels(self, new: Mapping[str, Mapping[Slice, Parts]]) -> Values:
         """Some layers as values of the program, with new factors of some kernels."""
@@ -232,7 +238,7 @@ class Reconstruction:
             self.shifts[number] = value.astype(self.shifts[number].dtype)
         for path, own in new.factors.items():
             for index, parts in own.items():
-                pair = self.job.schemes[path].joined(parts)
+                pair = self.factors.joined(path, index, parts)
                 first, second = (np.asarray(x, np.float64) for x in pair)
                 fit = self.layers.fits[path][index]
                 trained = dataclasses.replace(fit, first=first, second=second)
@@ -260,6 +266,8 @@ class Reconstruction:
     def _tree(self) -> Any:
         outline, schemes = self.outline, self.job.schemes
         new = {outline.sources[number].path: value for number, value in self.shifts.items()}
+        fitted = filter(self.layers.supported, self.kept)
+        new |= {path: self.factors.dense(path) for path in fitted}
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
         new = {path: (schemes[path], self.factors.all_factors(path)) for path in schemes}
         return replaced(tree, new, self.job.network.changed)

@@ -51,16 +51,28 @@ def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice
     parts = _parts(layer, folds)
     variance = sum(part.count * part.variance for part in parts)
     limits = _by_fold(parts, lambda part: np.array([part.error(*plain[part.group])]))
-    limit = _relative(limits.sum(), variance)
     if len(folds) < 2:
+        limit = _relative(limits.sum(), variance)
         return Choice(PLAIN, limit, limit)
     start = _likely(samples_for_dimension(layer, folds))
     errors = _by_fold(parts, lambda part: part.path(layer.scheme.ranks, start))
-    totals = np.where((errors < limits).all(axis=0), errors.sum(axis=0), math.inf)
+    return best_of(limits, errors, variance)
+
+
+def best_of(limits: Float[Array, "f 1"], errors: Float[Array, "f s"], variance: float) -> Choice:
+    """The shrinkage of the least error, if it wins on every fold of two or more.
+
+    Args:
+        limits: errors on each fold without data.
+        errors: of each shrinkage.
+        variance: of the wanted outputs, of all folds.
+    """
+    wins = (errors < limits).all(axis=0) & (len(errors) > 1)
+    totals, limit = np.where(wins, errors.sum(axis=0), math.inf), limits.sum()
     best = int(np.argmin(totals))
     if math.isinf(totals[best]):
-        return Choice(PLAIN, limit, limit)
-    return Choice(SHRINKAGES[best], _relative(totals[best], variance), limit)
+        return Choice(PLAIN, _relative(limit, variance), _relative(limit, variance))
+    return Choice(SHRINKAGES[best], _relative(totals[best], variance), _relative(limit, variance))
 
 
 def samples_for_dimension(layer: Groups, folds: Sequence[Moments]) -> float:
@@ -92,7 +104,7 @@ def _by_fold(
 def _parts(layer: Groups, folds: Sequence[Moments]) -> "list[_Part]":
     """The groups of all folds."""
     targets = together([functools.partial(layer.targets, fold) for fold in folds])
-    rests = [_without(folds, index) for index in range(len(folds))]
+    rests = rests_of(folds)
     # The rest of two folds is the other one.
     fitted = targets[::-1] if len(folds) == 2 else [layer.targets(rest) for rest in rests]
     found = []
@@ -160,6 +172,11 @@ class _Part:
     ) -> float:
         missed = self.gap[1] - np.einsum("xk,xkn->n", gap, second)
         return float(np.sum(target.error(second) + missed**2))
+
+
+def rests_of(folds: Sequence[Moments]) -> list[Moments]:
+    """The moments without each of some folds."""
+    return [_without(folds, index) for index in range(len(folds))]
 
 
 def _without(folds: Sequence[Moments], index: int) -> Moments:
