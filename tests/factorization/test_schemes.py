@@ -157,3 +157,8 @@ def test_the_scheme_of_ones_own_in_the_docs_is_fitted_planned_and_run():
         assert "depth" in program[0].forms
     finally:
         del forms.FORMS["depth"], forms.SCHEMES["depth"]
+
+
+def test_forms_that_compute_the_same_are_preferred_in_one_order():
+    known = ["vertical", "horizontal", "spatial", "pointwise", "left", "heads"]
+    assert list(forms.FORMS)[: len(known)] == known
