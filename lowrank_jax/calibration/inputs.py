@@ -222,7 +222,8 @@ def check_evaluation(kwargs: Mapping[str, Any], arguments: tuple) -> None:
 
 def warn_if_raw(arguments: tuple) -> None:
     """Warns of images that seem to be raw, as ints are."""
-    raw = [x for x in jax.tree.leaves(arguments) if x.ndim > 3 and x.dtype.kind in "iu"]
+    leaves = [x for x in jax.tree.leaves(arguments) if getattr(x, "ndim", 0) > 3]
+    raw = [x for x in leaves if x.dtype.kind in "iu"]
     if raw:
         warn(
             f"The inputs are {raw[0].dtype} images of shape {tuple(raw[0].shape)}: give what the "

@@ -234,11 +234,12 @@ def kept_schemes(outline: Outline, schemes: Mapping[str, Any]) -> dict[str, Sche
 
     Returns:
         Path to the scheme of the whole kernel. Layers of which the program reads the kernel more
-        than once, or in another way, too, are left out.
+        than once, or uses it in another way, too, are left out.
     """
     changed = {number for number, own in outline.sources.items() if own.path in schemes}
     differing, touched = outline.differing(changed), outline.survey.touched
     paths = [own.source.path for own in outline.readings.values() if own.source]
+    paths += [own.path for own in outline.survey.outputs if own]  # the program gives it, too
     found: dict[str, Scheme] = {}
     for reading in outline.readings.values():
         source = reading.source

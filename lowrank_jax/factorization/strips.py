@@ -12,6 +12,7 @@ share of their distance that is noise (Ledoit and Wolf, 2004; of Gaussian sample
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -28,6 +29,7 @@ from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.solving import TINY
 
 Array = np.ndarray
+STILL = 1e-6  # a share of the squares that is rounding alone, of sums in float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,14 +74,31 @@ class Strips:
 
     @property
     def variance(self) -> Float64[Array, "g m"]:
-        """Variance of each output; rounding makes it no less than zero."""
+        """Variance of each output about its `centre`."""
+        return self._squares if not self.centre else self._variance
+
+    @property
+    def _variance(self) -> Float64[Array, "g m"]:
+        """Rounding makes it no less than zero."""
+        return np.maximum(self._squares - (self.y / self.count) ** 2, 0)
+
+    @property
+    def _squares(self) -> Float64[Array, "g m"]:
         squares = self.yy if self.yy.ndim == 2 else np.diagonal(self.yy, axis1=1, axis2=2)
-        return np.maximum(squares / self.count - (self.y / self.count) ** 2, 0)
+        return squares / self.count
+
+    @functools.cached_property
+    def centre(self) -> float:
+        """1 where covariances are about the means, 0 where they are about zero.
+
+        The outputs of one image, or of equal ones, have no variance, and their means tell more.
+        """
+        return float(self._variance.sum() > STILL * self._squares.sum())
 
     @property
     def output_covariance(self) -> Float64[Array, "g m m"]:
         """Covariance of the outputs of each group."""
-        mean = self.y / self.count
+        mean = self.centre * self.y / self.count
         return self.yy / self.count - mean[:, :, None] * mean[:, None, :]
 
 
@@ -163,7 +182,8 @@ def _centred(layer: Groups, strips: Strips) -> tuple[Array, Array]:
     """The mean covariance of the strips, and the covariance of the taps, of each group."""
     first = layer.scheme.first
     means = [
-        layer.arranged(row[:, None]).reshape(layer.taps, -1) for row in strips.x / strips.count
+        layer.arranged(row[:, None]).reshape(layer.taps, -1)
+        for row in strips.centre * strips.x / strips.count
     ]
     pairs = zip(strips.strips[first] / strips.count, means, strict=True)
     covariances = [own - mean.T @ mean / layer.taps for own, mean in pairs]

@@ -8,20 +8,24 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+SEPARATOR = re.compile(r"(?<!\\)/")  # between the parts of a name
+AMBIGUOUS = re.compile(r"\\(/|$)")  # within a part
 INTEGER = re.compile(r"\[(0|-?[1-9][0-9]*)\]")  # an int among the parts of a name
 
 
 def named(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a tree by their paths, as `nest` takes them apart.
+    r"""The arrays of a tree by their paths, as `nest` takes them apart.
 
     An empty mapping leaves no trace. A key that is an int, as in the states of NNX, stands in
-    brackets.
+    brackets. A "/" within a key, as Haiku and `nn.SpectralNorm` have, has a backslash before it.
 
     Example:
         >>> list(named({"params": {"Conv_0": {"kernel": np.ones(3), "bias": np.ones(1)}}}))
         ['params/Conv_0/kernel', 'params/Conv_0/bias']
         >>> list(named({"layers": {0: {"kernel": np.ones(3)}}}))
         ['layers/[0]/kernel']
+        >>> print(*named({"mlp/~/linear": {"w": np.ones(3)}}))
+        mlp\/~\/linear/w
     """
     flat = flatten_dict(plain(variables))
     return {"/".join(_part(part, key) for part in key): leaf for key, leaf in flat.items()}
@@ -52,17 +56,17 @@ def _part(part: Any, key: tuple) -> str:
     """A key as a part of a name, from which `_key` makes the same key."""
     if type(part) is int:
         return f"[{part}]"
-    if not isinstance(part, str) or "/" in part or INTEGER.fullmatch(part):
+    if not isinstance(part, str) or AMBIGUOUS.search(part) or INTEGER.fullmatch(part):
         raise ValueError(
-            f"The key {part!r} of {key} must be an int, or a string without '/', the separator of "
-            "the names, and not of the form '[0]', which stands for an int. Rename it."
+            f"The key {part!r} of {key} must be an int, or a string that has no backslash before a "
+            "'/' or at its end, and is not of the form '[0]', which stands for an int. Rename it."
         )
-    return part
+    return part.replace("/", "\\/")
 
 
 def _key(part: str) -> str | int:
     found = INTEGER.fullmatch(part)
-    return int(found[1]) if found else part
+    return int(found[1]) if found else part.replace("\\/", "/")
 
 
 def nest(arrays: Mapping[str, np.ndarray]) -> dict[Any, Any]:
@@ -80,11 +84,13 @@ def nest(arrays: Mapping[str, np.ndarray]) -> dict[Any, Any]:
         {'layers': {0: {'kernel': 1}, 1: {'kernel': 2}}}
     """
     for name in arrays:
-        parts = name.split("/")
+        parts = SEPARATOR.split(name)
         for end in range(1, len(parts)):
             if (outer := "/".join(parts[:end])) in arrays:
                 raise ValueError(f"{outer!r} is an array, and {name!r} lies within it")
-    return unflatten_dict({tuple(map(_key, name.split("/"))): x for name, x in arrays.items()})
+    return unflatten_dict(
+        {tuple(map(_key, SEPARATOR.split(name))): x for name, x in arrays.items()}
+    )
 
 
 def as_array(leaf: Any) -> np.ndarray:

@@ -64,11 +64,12 @@ def leaves_of(tree: Any) -> tuple[Leaf, ...]:
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     paths = [tuple(getattr(key, "key", None) for key in path) for path, _ in pairs]
     keyed = all(isinstance(key, str | int) for path in paths for key in path)
-    if not keyed or any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for _, x in pairs):
+    shapes = [x if hasattr(x, "dtype") else jax.eval_shape(jnp.asarray, x) for _, x in pairs]
+    if not keyed or any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in shapes):
         return ()
     return tuple(
         Leaf(path=path, shape=tuple(x.shape), dtype=str(x.dtype))  # type: ignore[arg-type]
-        for path, (_, x) in zip(paths, pairs, strict=True)
+        for path, x in zip(paths, shapes, strict=True)
     )
 
 

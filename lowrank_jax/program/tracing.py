@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from lowrank_jax.factorization.factors import why_not_floating
+from lowrank_jax.factorization.factors import is_factors, why_not_floating
 from lowrank_jax.program.changed import ChangedKernels
 from lowrank_jax.program.jaxprs import check_function
 from lowrank_jax.program.kernel_use import KernelUse, Trace
@@ -20,6 +21,9 @@ NEEDED = (
     "Give inputs of the shape and the type that the model is for, the variables of this model, and "
     "the arguments of its call for evaluation, such as train=False. A model of Equinox goes "
     "through eqx.nn.inference_mode first."
+)
+FACTORS = (
+    "The variables hold factors; give lowrank(apply) as the function, or reconstruct(variables)."
 )
 
 
@@ -60,7 +64,8 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
     try:
         program, leaves, arrays = traced(apply, variables, args, kwargs)
     except Exception as error:
-        error.add_note(f"The function did not run while lowrank_jax.trace followed it. {NEEDED}")
+        needed = FACTORS if any(map(is_factors, _kernels(variables))) else NEEDED
+        error.add_note(f"The function did not run while lowrank_jax.trace followed it. {needed}")
         raise
     sources = program.sources([path for path, _ in leaves])
     pairs = zip(sources, arrays.values(), strict=True)
@@ -72,6 +77,11 @@ def trace(apply: Callable, variables: Any, *args: Any, **kwargs: Any) -> Trace:
         return Trace(tuple(_rows(survey, types)))
     cut = Survey.of(kernels.cut(kernels.roots), sources)
     return Trace(tuple(_rows(cut, types, kernels.roots)), kernels)
+
+
+def _kernels(variables: Any) -> list:
+    """The leaves of a tree, factors of a kernel as one."""
+    return jax.tree.leaves(variables, is_leaf=is_factors)
 
 
 def _changed(

@@ -204,3 +204,14 @@ def test_labels_that_a_second_argument_takes_are_told(variables, caplog):
     caplog.clear()
     calibrate(conditioned, variables, (X, np.zeros(len(X), np.float32)))
     assert "holds one int" not in caplog.text
+
+
+@pytest.mark.parametrize("more", [(False,), (2.0,), (None,), ("name",)])
+def test_arguments_after_the_inputs_may_be_no_arrays(more):
+    def apply(variables, x, own):
+        return (x @ variables["a"]) * (own if isinstance(own, float) else 1)
+
+    tree = {"a": jax.random.normal(jax.random.key(0), (4, 8))}
+    assert calibrate(apply, tree, X, *more).images == len(X)
+    assert plan(apply, tree, X, *more, macs=0.7).ranks
+    assert compress(apply, tree, X, {"a": 2}, *more)["a"]["left_factor"].shape == (4, 2)

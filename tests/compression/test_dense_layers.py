@@ -144,3 +144,13 @@ def test_kernels_that_the_program_changes_stay():
     tree = {"first": one[:4], "normed": two}
     small = compress(apply, tree, images(64), {"first": Matrix(2)})
     chex.assert_trees_all_equal(small["normed"], two)
+
+
+def test_a_kernel_that_the_program_gives_back_stays():
+    def apply(tree, x):
+        return jax.nn.relu(x @ tree["first"]) @ tree["given"], tree["given"]
+
+    one, two = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    tree = {"first": one[:4], "given": two}
+    small = compress(apply, tree, images(64), {"first": Matrix(2)})
+    chex.assert_trees_all_equal(small["given"], two)

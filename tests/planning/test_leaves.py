@@ -95,3 +95,12 @@ def test_a_plan_of_another_form_is_not_that_of_the_factors():
         check_plan(plans[1], small)
     with pytest.raises(ValueError, match=r"conv: .*, and the variables hold no factors"):
         check_plan(plans[0], tree)
+
+
+def test_numbers_of_python_are_leaves_of_a_plan():
+    def apply(tree, x):
+        return jax.nn.relu(x @ tree["a"]) @ tree["b"] * tree["scale"]
+
+    one, two = jax.random.normal(jax.random.key(0), (2, 16, 16))
+    chosen = plan(apply, {"a": one, "b": two, "scale": 2.0}, one, macs=0.5)
+    assert skeleton(chosen)["scale"] == jax.ShapeDtypeStruct((), jnp.float32)

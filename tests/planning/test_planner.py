@@ -106,3 +106,19 @@ def test_what_latency_alone_reads_is_refused_beside_another_budget(own):
 def test_a_budget_without_its_name_is_refused_with_the_remedy(amount):
     with pytest.raises(ValueError, match=f"what {amount} is of; give .* such as macs={amount}"):
         plan(calibrated(), amount)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_equal_images_say_nothing_of_a_head_that_then_stays_near_its_kernel(count):
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(16, (3, 3), name="first")(x))
+            x = nn.relu(nn.Conv(16, (3, 3), name="second")(x))
+            return nn.Dense(12, name="head")(x.mean((1, 2)))
+
+    image = jax.random.normal(jax.random.key(1), (1, 6, 6, 4))
+    variables = Pooled().init(jax.random.key(0), image)
+    chosen = plan(Pooled().apply, variables, jnp.repeat(image, count, 0), macs=0.8)
+    rank = chosen.ranks["head"].rank if "head" in chosen.ranks else 12
+    assert rank > 4 and "second" in chosen.ranks

@@ -410,3 +410,11 @@ def test_a_transposed_convolution_multiplies_each_input_by_each_tap(size, stride
     first = inputs * size[0] * 5 * 4  # a column of taps, from each input
     second = inputs * strides[0] * size[1] * 4 * 6
     assert use.macs_at(Separable(4)) == first + second
+
+
+def test_an_error_of_factors_has_a_note_that_says_how_they_run():
+    model = nn.Conv(8, (3, 3))
+    small = decompose(model.init(jax.random.key(0), X), {"kernel": 2})
+    with pytest.raises(Exception, match="kernel") as caught:
+        trace(model.apply, small, X)
+    assert "give lowrank(apply) as the function" in caught.value.__notes__[-1]
