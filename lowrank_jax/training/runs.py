@@ -196,11 +196,11 @@ class _Loop:
             kinds = [f"{np.shape(x)} {x.dtype}" for x in jax.tree.leaves(batch)]
             error.add_note(HINT.format(", ".join(kinds)))
             raise
-        self.number += 1
-        self.batch = batch
         self.recent.append(metrics)
         if len(self.recent) > 1:  # the device works on the last one meanwhile
-            self._check(self.number - 1, self.recent[-2])
+            self._check(self.number, self.recent[-2])
+        self.number += 1
+        self.batch = batch
         if self._every(LINE):
             self._line()
         if self.run.batches.epoch and self.number % self.run.batches.epoch == 0:

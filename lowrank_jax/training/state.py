@@ -74,7 +74,7 @@ class TrainState:
             step=jnp.zeros((), jnp.int32),
             params=params,
             rest=rest,
-            optimizer=tx.init(params),
+            optimizer=_apart(tx.init(params), params),
             average=jax.tree.map(lambda x: jnp.copy(wide(x)), params) if average else None,
             key=jax.random.key(seed),
         )
@@ -91,3 +91,15 @@ class TrainState:
             return self.variables
         own = jax.tree.map(lambda mean, x: mean.astype(x.dtype), self.average, self.params)
         return joined(own, self.rest)
+
+
+def _apart(tree: Any, others: Any) -> Any:
+    """A tree whose arrays stand nowhere else, because no array can be donated twice."""
+    seen = set(map(id, jax.tree.leaves(others)))
+
+    def own(leaf: Any) -> Any:
+        taken = id(leaf) in seen
+        seen.add(id(leaf))
+        return jnp.array(leaf) if taken and isinstance(leaf, jax.Array) else leaf
+
+    return jax.tree.map(own, tree)

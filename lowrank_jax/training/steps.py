@@ -112,7 +112,8 @@ def make_step(
         norm = optax.tree_utils.tree_norm(jax.tree.map(wide, grads))
         metrics = {**values, "loss": total, "gradient": norm}
         metrics["not_finite"] = first_not_finite(total + norm, state.params, grads)
-        return _advanced(state, tx, grads, renewed, average), metrics
+        update = _update(tx, grads, state, total)
+        return _advanced(state, update, renewed, average), metrics
 
     return step
 
@@ -222,14 +223,29 @@ def _in_type_of(old: jax.Array, new: Any) -> jax.Array:
     return new if same else jnp.asarray(new, old.dtype)
 
 
+def _update(
+    tx: optax.GradientTransformation, grads: Any, state: TrainState, loss: jax.Array
+) -> tuple[Any, optax.OptState]:
+    """The updates of an optimiser, which may read the loss, and its new state."""
+    try:
+        update = optax.with_extra_args_support(tx).update
+        return update(grads, state.optimizer, state.params, value=loss)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise ValueError(
+            f"tx={type(tx).__name__}: {error}. A step gives an optimiser the gradients, the "
+            "parameters and the loss as value; give an optimiser that needs no more than these."
+        ) from error
+
+
 def _advanced(
     state: TrainState,
-    tx: optax.GradientTransformation,
-    grads: Any,
+    update: tuple[Any, optax.OptState],
     renewed: Mapping[str, Any],
     average: float | None,
 ) -> TrainState:
-    updates, optimizer = tx.update(grads, state.optimizer, state.params)
+    updates, optimizer = update
     params = optax.apply_updates(state.params, updates)
     rest = _renewed(state.rest, renewed) if renewed else state.rest
     mean = None if average is None else _averaged(state, params, optimizer, average)

@@ -325,3 +325,45 @@ def test_the_mode_of_a_call_is_found_by_its_name(model, noisy, small, batch):
     still = make_step(model.apply, TX, cross_entropy(), train_kwargs={"train": False}, mutable=())
     state, _ = jax.jit(still)(TrainState.create(small, TX), batch)
     chex.assert_trees_all_equal(state.variables["batch_stats"], small["batch_stats"])
+
+
+LOSS_READERS = {
+    "plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak": lambda: optax.polyak_sgd(0.1),
+    "momo": lambda: optax.contrib.momo(0.1),
+}
+
+
+@pytest.mark.parametrize("make", LOSS_READERS.values(), ids=LOSS_READERS)
+def test_an_optimiser_may_read_the_loss_as_in_a_loop_by_hand(make):
+    tree, tx = {"a": jax.random.normal(jax.random.key(0), (3, 4))}, make()
+    x, y = jnp.ones((2, 3)), jnp.zeros((2, 4))
+
+    def objective(params):
+        return jnp.mean((x @ params["a"] - y) ** 2)
+
+    wanted, own = tree, tx.init(tree)
+    state = TrainState.create(tree, tx)
+    step = jax.jit(make_step(lambda tree, x: x @ tree["a"], tx, "squared_error"))
+    for _ in range(4):
+        value, grads = jax.value_and_grad(objective)(wanted)
+        updates, own = tx.update(grads, own, wanted, value=value)
+        wanted = optax.apply_updates(wanted, updates)
+        state, _ = step(state, (x, y))
+    chex.assert_trees_all_close(state.params, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimiser_that_needs_the_function_itself_is_refused():
+    tree, batch = {"a": jnp.ones((3, 4))}, (jnp.ones((2, 3)), jnp.zeros((2, 4)))
+    step = make_step(lambda tree, x: x @ tree["a"], optax.lbfgs(), "squared_error")
+    with pytest.raises(ValueError, match=r"tx=.*'value_fn'.* give an optimiser that needs no more"):
+        step(TrainState.create(tree, optax.lbfgs()), batch)
+
+
+@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.dowg])
+def test_a_state_can_be_donated_whose_optimiser_keeps_the_first_parameters(make):
+    tree, batch = {"a": jnp.ones((3, 4))}, (jnp.ones((2, 3)), jnp.zeros((2, 4)))
+    step = make_step(lambda tree, x: x @ tree["a"], make(), "squared_error")
+    donating = jax.jit(step, donate_argnums=0)
+    state, _ = donating(TrainState.create(tree, make()), batch)
+    chex.assert_tree_all_finite(donating(state, batch)[0].params)
