@@ -22,6 +22,7 @@ from lowrank_jax.program.survey import Survey
 
 LOG = logging.getLogger("lowrank_jax")
 WIDEST = 16_384  # inputs of a layer; more have a covariance of over 2 GB, and a fit needs several
+KEPT = 4_608  # inputs and outputs of a layer that stays dense, which can do without a fit
 Slice = tuple[int, ...]
 LINEAR = ("add", "sub", "convert_element_type", "copy", "transpose", *RESHAPES)
 
@@ -234,7 +235,7 @@ def kept_schemes(outline: Outline, schemes: Mapping[str, Any]) -> dict[str, Sche
 
     Returns:
         Path to the scheme of the whole kernel. Layers of which the program reads the kernel more
-        than once, or uses it in another way, too, are left out.
+        than once, or uses it in another way, too, are left out, and so are wide ones.
     """
     changed = {number for number, own in outline.sources.items() if own.path in schemes}
     differing, touched = outline.differing(changed), outline.survey.touched
@@ -242,17 +243,26 @@ def kept_schemes(outline: Outline, schemes: Mapping[str, Any]) -> dict[str, Sche
     paths += [own.path for own in outline.survey.outputs if own]  # the program gives it, too
     found: dict[str, Scheme] = {}
     for reading in outline.readings.values():
-        source = reading.source
-        if source is None or reading.reason or source.path in schemes or source.gone:
+        source, x = reading.source, reading.eqn.invars[1 - reading.operand]
+        if source is None or source.path in schemes or not _is_small_kernel(reading, source):
             continue
         alone = paths.count(source.path) == 1 and not touched.get(source.path)
-        x = reading.eqn.invars[1 - reading.operand]
-        if not alone or reading.layout.stack or outline.number(x) not in differing:
-            continue
-        if _inputs(reading, source) <= WIDEST:
-            groups = reading.groups if reading.is_convolution else 1
-            found[source.path] = whole_scheme(reading.layout.axes, source.shape, groups)
+        if alone and outline.number(x) in differing:
+            axes, groups = reading.layout.axes, _groups(reading)
+            found[source.path] = whole_scheme(axes, source.shape, groups)
     return found
+
+
+def _is_small_kernel(reading: Reading, source: Source) -> bool:
+    """Whether an equation reads one kernel, no stack, of few inputs and outputs."""
+    if reading.reason or source.gone or reading.layout.stack:
+        return False
+    outputs = width_of(reading.layout.axes, source.shape) // _groups(reading)
+    return max(_inputs(reading, source), outputs) <= KEPT
+
+
+def _groups(reading: Reading) -> int:
+    return reading.groups if reading.is_convolution else 1
 
 
 def _inputs(reading: Reading, source: Source) -> int:

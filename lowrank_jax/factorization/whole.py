@@ -124,4 +124,7 @@ class _Layer:
         return rows[:, self._order]
 
     def _squares(self, moments: Moments) -> Float[Array, "g p p"]:
-        return moments.covariance[:, self._order][:, :, self._order]
+        covariance = moments.covariance
+        if np.array_equal(self._order, np.arange(len(self._order))):
+            return covariance  # a copy would be as large
+        return covariance[:, self._order][:, :, self._order]

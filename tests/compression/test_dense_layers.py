@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from lowrank_jax import Channel, Matrix, compress, lowrank
+from lowrank_jax.compression import outline
 
 
 def images(count, seed=0, channels=4):
@@ -154,3 +155,14 @@ def test_a_kernel_that_the_program_gives_back_stays():
     tree = {"first": one[:4], "given": two}
     small = compress(apply, tree, images(64), {"first": Matrix(2)})
     chex.assert_trees_all_equal(small["given"], two)
+
+
+@pytest.mark.parametrize("sizes, stays", [((8, 12), True), ((12, 8), True), ((8, 8), False)])
+def test_wide_layers_stay(sizes, stays, monkeypatch):
+    monkeypatch.setattr(outline, "KEPT", 10)
+    inner, outputs = sizes
+    model = nn.Sequential([nn.Dense(inner), nn.relu, nn.Dense(outputs)])
+    variables = jax.jit(model.init)(jax.random.key(0), images(2))
+    small = compress(model.apply, variables, images(64), {"layers_0": Matrix(2)})
+    old, new = (tree["params"]["layers_2"]["kernel"] for tree in (variables, small))
+    assert bool(jnp.all(old == new)) == stays
