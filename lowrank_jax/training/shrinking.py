@@ -74,7 +74,7 @@ def shrink(
         >>> tune = dict(steps=2, batch_size=4)
         >>> small, last = shrink(model.apply, dense, x, data, macs=(0.9, 0.6), tune=tune)
         >>> last.total("macs")
-        (88, 44)
+        (88, 50)
     """
     check_schedule(macs)
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # which every stage reads
