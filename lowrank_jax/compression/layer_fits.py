@@ -109,11 +109,10 @@ class LayerFits:
         """The kernels of a reading (S, g, p, m), as its patches are laid out."""
         scheme, fits = self.schemes[path], dict(self.of(path))
         axes = scheme.axes
-        groups = reading.groups if reading.is_convolution else 1
         parts = [patch_axes(axes, scheme.first)[0], only(axes, OUTPUTS)]
         found = []
         for index in slices(reading):
             whole = multiplied(fits[index].first, fits[index].second, axes)
             rows = merged(whole, axes, parts)
-            found.append(rows.reshape(len(rows), groups, -1).swapaxes(0, 1))
+            found.append(rows.reshape(len(rows), reading.groups, -1).swapaxes(0, 1))
         return jnp.asarray(np.stack(found), jnp.float32)

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Literal
 
-from lowrank_jax.calibration.network import NetworkProgram
+from lowrank_jax.calibration.inputs import shape_key
+from lowrank_jax.calibration.network import Network, NetworkProgram
 from lowrank_jax.factorization.axes import kernel_size, width_of
 from lowrank_jax.factorization.scheme import Scheme
 from lowrank_jax.factorization.whole import whole_scheme
@@ -108,6 +109,22 @@ class Outline:
             if not found.isdisjoint(self.reads(eqn)):
                 found.update(self.gives(eqn))
         return found
+
+
+def outlines_of(network: Network, batches: Sequence[tuple]) -> list[Outline]:
+    """The program at the shapes of each batch; batches of one shape share one."""
+    known: dict[str, Outline] = {}
+    found = []
+    for batch in batches:
+        key = shape_key(batch)
+        if key not in known:
+            known[key] = Outline(network.program(batch))
+        found.append(known[key])
+    if not all(found[0].same_program(own) for own in known.values()):
+        raise ValueError(
+            "The program of the model differs with the size of its batch; give batches of one size."
+        )
+    return found
 
 
 def slices(reading: Reading) -> Iterator[Slice]:
@@ -248,7 +265,7 @@ def kept_schemes(outline: Outline, schemes: Mapping[str, Any]) -> dict[str, Sche
             continue
         alone = paths.count(source.path) == 1 and not touched.get(source.path)
         if alone and outline.number(x) in differing:
-            axes, groups = reading.layout.axes, _groups(reading)
+            axes, groups = reading.layout.axes, reading.groups
             found[source.path] = whole_scheme(axes, source.shape, groups)
     return found
 
@@ -257,12 +274,8 @@ def _is_small_kernel(reading: Reading, source: Source) -> bool:
     """Whether an equation reads one kernel, no stack, of few inputs and outputs."""
     if reading.reason or source.gone or reading.layout.stack:
         return False
-    outputs = width_of(reading.layout.axes, source.shape) // _groups(reading)
+    outputs = width_of(reading.layout.axes, source.shape) // reading.groups
     return max(_inputs(reading, source), outputs) <= KEPT
-
-
-def _groups(reading: Reading) -> int:
-    return reading.groups if reading.is_convolution else 1
 
 
 def _inputs(reading: Reading, source: Source) -> int:

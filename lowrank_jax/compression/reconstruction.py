@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.calibration.inputs import Inputs, shape_key
+from lowrank_jax.calibration.inputs import Inputs
 from lowrank_jax.calibration.network import Network
 from lowrank_jax.compression.activations import find_activations
 from lowrank_jax.compression.blocks import block_ends, joined
@@ -32,6 +32,7 @@ from lowrank_jax.compression.outline import (
     find_shift,
     fit_places,
     kept_schemes,
+    outlines_of,
     shift_after,
     slices,
 )
@@ -78,18 +79,17 @@ class Reconstruction:
         batches = list(job.inputs)
         if steps:
             batches = cut(job.network, batches)
-        outlines = _outlines(job.network, batches)
+        outlines = outlines_of(job.network, batches)
         self.outline = outlines[0]
         kept = kept_schemes(self.outline, job.schemes) if fit_dense else {}
-        self.kept = {path: kept[path] for path in kept if path not in job.network.changed}
-        self.schemes = {**job.schemes, **self.kept}
-        self.layers = LayerFits(job.network, job.schemes, self.kept, job.importance, sweeps)
+        kept = {path: own for path, own in kept.items() if path not in job.network.changed}
+        self.layers = LayerFits(job.network, job.schemes, kept, job.importance, sweeps)
         self.factors = self.layers.factors
         images = [jax.tree.leaves(batch) for batch in batches]
         self.segments = Segments(outlines, images, self._given(batches[0]))
         self.shifts: Values = {}
         self.done: set = set()  # kernels and shifts whose steps are over
-        self.places = fit_places(self.outline, self.schemes)
+        self.places = fit_places(self.outline, self.layers.schemes)
         values = job.network.leaves(batches[0])
         self.shortcuts = find_shortcuts(self.outline, self.places, values)
         self.activations = find_activations(self.outline, self.places, values)
@@ -104,7 +104,7 @@ class Reconstruction:
         """Fits all layers and returns the tree."""
         outline, places = self.outline, self.places
         self.factors.fill_plain(_unread(outline, places, self.factors))
-        changed = {n for n, s in outline.sources.items() if s.path in self.schemes}
+        changed = {n for n, s in outline.sources.items() if s.path in self.layers.schemes}
         matched = Matched(outline, outline.differing(changed))
         ends = joined(outline, block_ends(outline, places)) if self.steps and places else {}
         if ends:
@@ -133,7 +133,7 @@ class Reconstruction:
 
     def _small(self) -> Values:
         """The inputs of the compressed network that differ."""
-        return {**self._kernels({path: {} for path in self.schemes}), **self.shifts}
+        return {**self._kernels({path: {} for path in self.layers.schemes}), **self.shifts}
 
     def _kernels(self, new: Mapping[str, Mapping[Slice, Parts]]) -> Values:
         """Some layers as values of the program, with new factors of some kernels."""
@@ -266,7 +266,7 @@ class Reconstruction:
     def _tree(self) -> Any:
         outline, schemes = self.outline, self.job.schemes
         new = {outline.sources[number].path: value for number, value in self.shifts.items()}
-        fitted = filter(self.layers.supported, self.kept)
+        fitted = filter(self.layers.supported, self.layers.kept)
         new |= {path: self.factors.dense(path) for path in fitted}
         tree = map_named(lambda name, leaf: new.get(name, leaf), self.job.network.variables)
         new = {path: (schemes[path], self.factors.all_factors(path)) for path in schemes}
@@ -277,22 +277,6 @@ def _nothing(live: Live, turn: int) -> int:
     """The note of a stop where nothing is fitted."""
     del live, turn
     return 0
-
-
-def _outlines(network: Network, batches: Sequence[tuple]) -> list[Outline]:
-    """The program at the shapes of each batch; batches of one shape share one."""
-    known: dict[str, Outline] = {}
-    found = []
-    for batch in batches:
-        key = shape_key(batch)
-        if key not in known:
-            known[key] = Outline(network.program(batch))
-        found.append(known[key])
-    if not all(found[0].same_program(own) for own in known.values()):
-        raise ValueError(
-            "The program of the model differs with the size of its batch; give batches of one size."
-        )
-    return found
 
 
 def _unread(outline: Outline, places: Mapping[int, str], factors: Factors) -> set:

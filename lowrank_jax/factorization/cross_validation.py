@@ -51,9 +51,6 @@ def choose(layer: Groups, folds: Sequence[Moments], plain: list[Pair]) -> Choice
     parts = _parts(layer, folds)
     variance = sum(part.count * part.variance for part in parts)
     limits = _by_fold(parts, lambda part: np.array([part.error(*plain[part.group])]))
-    if len(folds) < 2:
-        limit = _relative(limits.sum(), variance)
-        return Choice(PLAIN, limit, limit)
     start = _likely(samples_for_dimension(layer, folds))
     errors = _by_fold(parts, lambda part: part.path(layer.scheme.ranks, start))
     return best_of(limits, errors, variance)
